@@ -1,0 +1,31 @@
+# make test          sets up .venv and runs the quick tests (SLOW=1: all of them)
+# make check         ruff and pyright
+# TORCH_INDEX_URL    an index that serves another build of torch (CUDA, ROCm, CPU)
+
+PYTHON ?= python3
+VENV   := .venv
+ifeq ($(OS),Windows_NT)
+BIN    := $(VENV)/Scripts
+else
+BIN    := $(VENV)/bin
+endif
+READY  := $(VENV)/.ready
+
+.PHONY: test check clean
+
+test: $(READY) check
+	$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Impasto needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'open("$(READY)", "w").close()'
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,182 @@
+"""Files that are whole or absent: atomic writes, digests remembered by (size, time, inode), locks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import filelock
+
+from impasto.core.errors import UserError
+
+
+def cache_dir() -> Path:
+    """The user's cache directory for Impasto (`IMPASTO_CACHE` overrides the platform's own)."""
+    if chosen := os.environ.get("IMPASTO_CACHE"):
+        return Path(chosen)
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "impasto"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "impasto"
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make a rename durable. Windows cannot open a directory and needs no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` whole, when the block ends without an error, or not at all.
+
+    Temporary file in the same folder, fsync, `os.replace`. A full disk is a `UserError`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """A new folder that appears at `path` whole: written as `path.part`, synced, then renamed.
+
+    `path` must not exist: a folder that is not empty cannot be replaced atomically.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for file in sorted(part.rglob("*")):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        os.rename(part, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write `value` as JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """The one line for a write that failed: full disk, no permission, or what the system said."""
+    free = shutil.disk_usage(nearest_folder(path)).free
+    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return UserError(f"the disk is full ({free / 2**20:.0f} MiB free)", where=path,
+                         fix="free some space and run the same command again; nothing was half-written")
+    return UserError(f"cannot be written ({error.strerror or error})", where=path,
+                     fix="choose another place or change the permissions")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The closest ancestor of `path` that exists."""
+    path = Path(path).absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def digest(path: Path | str) -> str:
+    """blake2b-128 of a file's bytes, in hex."""
+    hasher = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+class Remembered:
+    """A small store of facts about files, forgotten when the file's size, time or inode changes.
+
+    Kept as one JSON file; written atomically by `save`. Used so that a picture or a checkpoint is
+    hashed once and not at every start.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self.changed = False
+        try:
+            self.facts: dict[str, dict] = json.loads(store.read_text())
+        except (OSError, ValueError):
+            self.facts = {}  # a lost or damaged memory costs time, never correctness
+
+    @staticmethod
+    def _stamp(path: Path) -> list[int]:
+        info = path.stat()
+        return [info.st_size, info.st_mtime_ns, info.st_ino]
+
+    def get(self, path: Path, kind: str) -> object | None:
+        """The remembered fact `kind` about `path`, or None."""
+        entry = self.facts.get(str(path.absolute()))
+        if entry is None or entry["stamp"] != self._stamp(path):
+            return None
+        return entry.get(kind)
+
+    def put(self, path: Path, kind: str, value: object) -> None:
+        """Remember a JSON-able fact about `path` as it is now."""
+        key, stamp = str(path.absolute()), self._stamp(path)
+        if self.facts.get(key, {}).get("stamp") != stamp:
+            self.facts[key] = {"stamp": stamp}
+        self.facts[key][kind] = value
+        self.changed = True
+
+    def save(self) -> None:
+        """Write the store, if anything was added."""
+        if self.changed:
+            write_json(self.store, self.facts)
+            self.changed = False
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, doing: str) -> Iterator[None]:
+    """Hold the lock file `path`, or raise a `UserError` that names its holder (process id and host)."""
+    import socket
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    holder = path.with_suffix(".holder")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        who = holder.read_text().strip() if holder.exists() else "another process"
+        raise UserError(f"{who} is already {doing}", where=path.parent,
+                        fix="wait for it, or choose another output.dir") from None
+    except OSError as error:
+        raise disk_error(error, path) from error
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
