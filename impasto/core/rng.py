@@ -25,6 +25,12 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed_for(*key))
 
 
+def picture_generator(seed: int) -> torch.Generator:
+    """The CPU generator that a picture of `seed` is drawn with: the plain seed, as diffusers' users and ComfyUI
+    have it, so that one seed begins with the same noise everywhere."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def permutation(n: int, *key: int | str) -> list[int]:
     """A permutation of range(n), a function of the key alone."""
     return torch.randperm(n, generator=generator(*key)).tolist()

@@ -24,6 +24,14 @@ def test_atomic_write_replaces_whole(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_files_have_the_modes_of_ordinary_ones(tmp_path: Path) -> None:
+    with files.atomic_write(tmp_path / "a") as file:
+        file.write(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 def test_atomic_write_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     target = tmp_path / "x.bin"
     target.write_bytes(b"old")
