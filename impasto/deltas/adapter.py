@@ -1,0 +1,89 @@
+"""What a fine-tune leaves behind, and its algebra: strengths and sums, exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from impasto.core.errors import UserError
+from impasto.deltas.delta import Delta
+
+
+@dataclass
+class Adapter:
+    """For each layer of a base, by path, a sum of deltas.
+
+    A path is "component.path.inside" in diffusers' names ("unet.down_blocks.0…to_q"). Operations return a new
+    adapter, which may share factors with the old one.
+    """
+
+    deltas: dict[str, tuple[Delta, ...]]
+    metadata: dict[str, str] = field(default_factory=dict)
+    #: the family of the base, "" if unknown
+    family: str = ""
+    #: fingerprint of each component of the base that it was made on, as far as known
+    base: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """Paths of the layers that it changes."""
+        return list(self.deltas)
+
+    def dense(self, layer: str, W: Tensor | None = None) -> Tensor:
+        """dW of a layer, (out, in / groups, *kernel), in fp32 or wider. Kinds that are not linear need W."""
+        terms = self.deltas[layer]
+        if W is None and not all(term.linear for term in terms):
+            raise UserError("holds a delta that depends on the base's weight", where=layer, fix="give the base")
+        return sum((term.weight(W) for term in terms[1:]), start=terms[0].weight(W))
+
+    def __mul__(self, strength: float) -> Adapter:
+        """strength · dW in each layer."""
+        if not isinstance(strength, (int, float)):
+            return NotImplemented
+        return replace(self, deltas={layer: tuple(term.scaled(strength) for term in terms)
+                                     for layer, terms in self.deltas.items()})
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """The sum of dW in each layer; of metadata and fingerprints, what both agree on or only one tells.
+
+        Low-rank terms are concatenated along the rank; kinds that cannot be joined stand side by side. Raises
+        `UserError` if the two are of different families, or change a layer of different shapes.
+        """
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        if self.family and other.family and self.family != other.family:
+            raise UserError(f"adapters of different families cannot be added: {self.family} and {other.family}")
+        deltas = dict(self.deltas)
+        for layer, terms in other.deltas.items():
+            deltas[layer] = _sum(layer, deltas[layer], terms) if layer in deltas else terms
+        return Adapter(deltas, agreed(self.metadata, other.metadata), self.family or other.family,
+                       agreed(self.base, other.base))
+
+
+def _sum(layer: str, terms: tuple[Delta, ...], others: tuple[Delta, ...]) -> tuple[Delta, ...]:
+    """All terms of one layer, those joined that can be."""
+    total = list(terms)
+    for other in others:
+        if not (other.linear and all(term.linear for term in total)):
+            raise UserError("holds a delta that depends on the base's weight, which has no sum without the base",
+                            where=layer, fix="merge them into the base one after the other")
+        if other.shape != total[0].shape:
+            raise UserError(f"has the shape {total[0].shape} in one adapter and {other.shape} in the other",
+                            where=layer, fix="they were made for different bases")
+        for i, term in enumerate(total):
+            if (joined := term.joined(other)) is not None:
+                total[i] = joined
+                break
+        else:
+            total.append(other)
+    return tuple(total)
+
+
+def agreed(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    """What both say, or only one says: what they contradict each other in is left out."""
+    both = {**one, **other}
+    return {key: value for key, value in both.items() if one.get(key, value) == value == other.get(key, value)}

@@ -1,0 +1,176 @@
+"""Putting deltas on the layers of any `nn.Module`, and taking them off or merging them in.
+
+A layer's `forward` is replaced on the instance: the module tree and the names in its state dict stay as they
+are, and a module that was compiled before sees the change (one that is hooked does not: dynamo guards no
+hooks). Attachments stack and come off in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from impasto.core.errors import UserError, nearest
+from impasto.deltas.adapter import Adapter
+from impasto.deltas.delta import Delta, at_least_fp32
+from impasto.deltas.layers import check_layer, shape_of, weight_of
+
+Modules = Mapping[str, nn.Module] | nn.Module
+Deltas = Adapter | Mapping[str, Delta] | Mapping[str, tuple[Delta, ...]]
+
+
+def attach(modules: Modules, deltas: Deltas, strength: float = 1.0) -> Attachment:
+    """Let layers compute (W + strength · dW) · x from now on.
+
+    `modules` is one module, with the paths inside it, or several by name, with paths "name.path". Deltas are not
+    copied: one whose parameters train is trained in place. Raises `UserError`, before anything is changed, for a
+    path that is not there, a layer that cannot carry a delta, or a shape that does not fit.
+    """
+    given = deltas.deltas if isinstance(deltas, Adapter) else deltas
+    placed = []
+    for path, terms in given.items():
+        terms = (terms,) if isinstance(terms, Delta) else terms
+        layer = find_layer(modules, path)
+        for term in terms:
+            if term.shape != shape_of(layer):
+                raise UserError(f"the layer's weight is {shape_of(layer)}, the adapter's change is {term.shape}",
+                                where=path, fix="the adapter was made for another base")
+            placed.append((path, layer, term if strength == 1.0 else term.scaled(strength)))
+    return Attachment(modules, [_Placed(path, _Carrier.of(layer), term) for path, layer, term in placed])
+
+
+def find_layer(modules: Modules, path: str) -> nn.Module:
+    """The layer at a path, which can carry a delta; else a `UserError`."""
+    root, inside = modules, path
+    if not isinstance(root, nn.Module):
+        name, _, inside = path.partition(".")
+        if name not in root:
+            raise UserError(f"there is no {name!r} in this base", where=path, fix=nearest(name, root))
+        root = root[name]
+    try:
+        layer = root.get_submodule(inside)
+    except AttributeError:
+        known = [name for name, module in root.named_modules() if not any(module.children())]
+        raise UserError("there is no such layer in this base", where=path, fix=nearest(inside, known)) from None
+    check_layer(layer, path)
+    return layer
+
+
+class Attachment:
+    """Deltas on their layers, until `detach` or `merge`. As a context manager it detaches at the end."""
+
+    def __init__(self, modules: Modules, placed: list[_Placed]) -> None:
+        self._modules, self._placed, self._enabled = modules, placed, True
+        for place in placed:
+            place.carrier.placed.append(place)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the deltas have effect; set it to False to have the base alone (a frozen teacher)."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        for place in self._placed:
+            place.enabled = value
+
+    def detach(self) -> None:
+        """Take the deltas off. Doing it twice does no harm."""
+        for place in self._placed:
+            place.carrier.remove(place)
+        self._placed = []
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the deltas to the weights, in fp32, cast once; then detach.
+
+        The weight's own tensor is changed. Raises `UserError`, before anything is changed, if another layer
+        shares it (GPT-2's output layer is its token embedding), since that one would change too.
+        """
+        self._check_unshared()
+        by_layer: dict[nn.Module, list[Delta]] = {}
+        for place in self._placed:
+            by_layer.setdefault(place.layer, []).append(place.delta)
+        for layer, deltas in by_layer.items():
+            weight = weight_of(layer)
+            wide = at_least_fp32(weight)
+            weight.copy_(sum((delta.weight(wide).to(wide) for delta in deltas), start=wide))
+        self.detach()
+
+    def _check_unshared(self) -> None:
+        ours = {id(place.layer.weight): place for place in self._placed}
+        for root in _roots(self._modules):
+            for name, module in root.named_modules():
+                for parameter in module.parameters(recurse=False):
+                    place = ours.get(id(parameter))
+                    if place is not None and place.layer is not module:
+                        raise UserError(f"shares its weight with {name}, which merging would change too",
+                                        where=place.path, fix="leave this layer out, or keep the adapter apart")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.detach()
+
+
+def _roots(modules: Modules) -> Iterable[nn.Module]:
+    return [modules] if isinstance(modules, nn.Module) else modules.values()
+
+
+@dataclass(eq=False)
+class _Placed:
+    """One delta on one layer."""
+
+    path: str
+    carrier: _Carrier
+    delta: Delta
+    enabled: bool = True
+
+    @property
+    def layer(self) -> nn.Module:
+        return self.carrier.layer
+
+
+class _Carrier:
+    """Stands in for a layer's forward and adds the deltas that are placed on it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.placed = layer, list[_Placed]()
+        self.own = layer.__dict__.get("forward")  # what somebody else has put on the instance
+        self.original = layer.forward
+        layer.forward = self.forward
+
+    @staticmethod
+    def of(layer: nn.Module) -> _Carrier:
+        """The layer's carrier, a new one if it has none."""
+        carrier = getattr(layer.__dict__.get("forward"), "__self__", None)
+        return carrier if isinstance(carrier, _Carrier) else _Carrier(layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.original(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))  # such layers have one input
+        for place in self.placed:
+            if place.enabled:
+                out = place.delta.add_to(out, x, self.layer)
+        return out
+
+    def remove(self, place: _Placed) -> None:
+        """Take one delta off; with the last one the layer gets its own forward back.
+
+        Where somebody has wrapped our forward since, it stays inside the wrapper, and adds nothing.
+        """
+        self.placed.remove(place)
+        if self.placed or self.layer.__dict__.get("forward") != self.forward:
+            return
+        if self.own is None:
+            del self.layer.forward
+        else:
+            self.layer.forward = self.own

@@ -1,0 +1,58 @@
+"""Which layers can carry a delta, and the linear map inside each of them.
+
+A delta changes a linear map (out, in, *kernel). Linear and convolutional layers store it like that in
+`weight`; an embedding (of one-hot vectors) and GPT-2's `Conv1D` store its transpose.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from impasto.core.errors import UserError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether this is transformers' `Conv1D`: a linear layer whose weight is (in, out). Told without importing it."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer's `weight` is the transpose of its linear map."""
+    return isinstance(layer, nn.Embedding) or is_conv1d(layer)
+
+
+def check_layer(layer: nn.Module, path: str) -> None:
+    """Raise a `UserError` if a delta on this layer would not do what it says."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise UserError("belongs to nn.MultiheadAttention, which reads its weight and never calls it: a change "
+                        "there would have no effect", where=path, fix="leave it out")
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise UserError("renormalises its rows (max_norm) at each use and cannot carry a delta", where=path,
+                        fix="leave it out")
+    if not isinstance(layer, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) and not is_conv1d(layer):
+        raise UserError(f"is a {type(layer).__name__}, which cannot carry a delta", where=path,
+                        fix="Linear, Conv1d, Conv2d, Conv3d and Embedding layers can")
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The layer's linear map W, (out, in / groups, *kernel): a view of its weight, never a copy."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if is_transposed(layer) else weight
+
+
+def shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of `weight_of`."""
+    return tuple(weight_of(layer).shape)
+
+
+def apply_weight(x: Tensor, weight: Tensor, layer: nn.Module) -> Tensor:
+    """weight · x, as `layer` would apply a weight (n, in / groups, *kernel), without its bias."""
+    if isinstance(layer, CONVOLUTIONS):
+        return layer._conv_forward(x, weight, None)  # knows stride, padding and its mode, dilation, groups
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, weight.T, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+    return F.linear(x, weight)

@@ -1,0 +1,65 @@
+"""What a method of fine-tuning is to the loop: what it trains and what it leaves behind.
+
+A run holds a list of methods. A method never touches the loop; the loop never asks which one it is.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import pydantic
+from torch import Tensor, nn
+
+from impasto.deltas.adapter import Adapter
+from impasto.families.base import Base
+
+
+class MethodOptions(pydantic.BaseModel):
+    """A `[[method]]` section. Each method subclasses it with its own keys; `kind` picks the subclass."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    kind: str
+    learning_rate: float | None = pydantic.Field(
+        None, gt=0, description="Rate of this method's weights; default: train.learning_rate.")
+
+
+class Method(abc.ABC):
+    """One way of fine-tuning, on one base."""
+
+    Options: ClassVar[type[MethodOptions]]
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abc.abstractmethod
+    def prepare(self, base: Base, seed: int) -> list[dict[str, Any]]:
+        """Put the trainable weights in place. Returns torch parameter groups ("params", "lr" or None, "name").
+
+        Called once, after every weight of the base has been frozen. Initial values are a function of `seed`
+        and of the layer's path. Raises `UserError` for options that do not fit the base.
+        """
+
+    @abc.abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by name: what a checkpoint saves and a resumed run loads."""
+
+    @abc.abstractmethod
+    def trains(self, base: Base) -> frozenset[str]:
+        """Names of the base's components in which something trains ("unet", "text_encoder"), prepared or not."""
+
+    @abc.abstractmethod
+    def adapter(self) -> Adapter:
+        """What has been learned so far, detached, on the CPU."""
+
+    def penalty(self) -> Tensor | None:
+        """A regulariser added to the loss, or None."""
+        return None
+
+    def after_step(self, step: int) -> None:  # noqa: B027 - most methods need none
+        """Projections, norm limits and the like, after optimizer step `step`."""
+
+    def active(self, step: int) -> bool:
+        """Whether this method still trains at optimizer step `step`."""
+        return True
