@@ -1,0 +1,7 @@
+"""What a run minimises. A new objective is one file and one line here."""
+
+from impasto.core.registry import Registry
+
+OBJECTIVES = Registry("objective", {
+    "denoise": "impasto.objectives.denoise:Denoise",
+})

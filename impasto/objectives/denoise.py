@@ -1,0 +1,103 @@
+"""The default objective: noise the latents, predict, compare with the target.
+
+Ho et al. 2020, eq. 14, in latent space (Rombach et al. 2022, eq. 2), for whatever the process predicts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from impasto.core.rng import Draws
+from impasto.diffusion import densities, losses, noise
+from impasto.families.base import Base
+from impasto.objectives.base import Objective, ObjectiveOptions
+from impasto.objectives.batch import Batch
+
+
+class DenoiseOptions(ObjectiveOptions):
+    """`[objective] kind = "denoise"`."""
+
+    kind: Literal["denoise"] = "denoise"
+    loss: losses.Kind = Field("mse", description="What is taken of each element's difference.")
+    huber_c: float = Field(0.1, gt=0, description="Where huber and smooth_l1 turn straight (sd-scripts: 0.1).")
+    huber_schedule: losses.DeltaSchedule = Field("snr", description="How it moves with noise (sd-scripts: snr).")
+    weighting: losses.Weighting = Field("none", description="Of a sample's loss by its noise level. min_snr helps full "
+                                        "fine-tuning on large sets and does little on small ones (diffusers).")
+    gamma: float | None = Field(None, gt=0, description="Of min_snr (default 5, Hang et al. 2023) and p2 (default 1, "
+                                "Choi et al. 2022).")
+    times: Literal["uniform", "logit_normal", "cosmap", "mode"] = Field(
+        "uniform", description="How often each noise level is trained: all alike (SD 1.x was trained so).")
+    times_mean: float = Field(0.0, description="Of logit_normal.")
+    times_std: float = Field(1.0, gt=0, description="Of logit_normal.")
+    mode_scale: float = Field(1.29, description="Of mode (Esser et al. 2024).")
+    times_range: tuple[float, float] = Field((0.0, 1.0), description="The part of the process that is trained, "
+                                             "0 without noise, 1 pure noise.")
+    noise_offset: float = Field(0.0, ge=0, description="Shift of whole channels, for very dark or bright pictures: "
+                                "0 is off; 0.05 is the SDXL report's, 0.0357 kohya's suggestion.")
+    pyramid_discount: float = Field(0.0, ge=0, lt=1, description="Multi-resolution noise: 0 is off (Whitaker: 0.9; "
+                                    "kohya suggests 0.1 … 0.3 for fine-tunes).")
+    input_perturbation: float = Field(0.0, ge=0, description="0 is off (Ning et al. 2023: 0.1).")
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> DenoiseOptions:
+        low, high = self.times_range
+        if not 0 <= low < high <= 1:
+            raise ValueError("times_range must be two numbers, 0 <= low < high <= 1")
+        return self
+
+    def density(self) -> densities.Density:
+        """The density of times that these keys describe."""
+        density: densities.Density = {
+            "uniform": densities.Uniform(),
+            "logit_normal": densities.LogitNormal(self.times_mean, self.times_std),
+            "cosmap": densities.CosMap(),
+            "mode": densities.Mode(self.mode_scale),
+        }[self.times]
+        return density if self.times_range == (0.0, 1.0) else densities.Range(*self.times_range, density)
+
+
+class Denoise(Objective):
+    """The denoising loss."""
+
+    Options = DenoiseOptions
+
+    def loss(self, base: Base, batch: Batch, draws: Draws) -> Tensor:
+        """Per-sample losses (B,), fp32, each a mean over latent cells (by `batch.mask`, where there is one)."""
+        options: DenoiseOptions = self.options
+        latents = self.latents(base, batch, draws)
+        text = batch.text if batch.text is not None else base.encode_text(batch.captions or [])
+        shape = tuple(latents.shape[1:])
+        target_noise = noise.gaussian(draws, shape)
+        if options.noise_offset:
+            target_noise = noise.add_offset(target_noise, draws, options.noise_offset)
+        if options.pyramid_discount:
+            target_noise = noise.add_pyramid(target_noise, draws, options.pyramid_discount)
+        seen_noise = noise.perturb(target_noise, draws, options.input_perturbation) if options.input_perturbation \
+            else target_noise
+        process = base.process
+        time = process.times(draws.uniform("time"), options.density())
+        x_t = process.add_noise(latents, seen_noise, time)
+        prediction = base.predict(x_t, time, base.condition(text, batch.geometry, batch.extras))
+        target = process.target(latents, target_noise, time)
+        delta = None if options.loss in ("mse", "l1") else \
+            losses.delta(process, time, options.huber_c, options.huber_schedule)
+        each = losses.elementwise(prediction, target, options.loss, delta)
+        if batch.mask is not None:
+            each = each * batch.mask / batch.mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+        weight = losses.weight(process, time, options.weighting, options.gamma)
+        return each.mean(dim=tuple(range(1, each.ndim))) * weight
+
+    @staticmethod
+    def latents(base: Base, batch: Batch, draws: Draws) -> Tensor:
+        """This step's sample of the latents, fp32: from cached moments, or encoded here where the VAE trains."""
+        moments = batch.moments if batch.moments is not None else base.encode_images(_given(batch.pixels))
+        cells = (moments.shape[1] // 2, *moments.shape[2:])
+        return base.latents(moments, draws.normal("latent", cells)).float()
+
+
+def _given(pixels: Tensor | None) -> Tensor:
+    assert pixels is not None, "a batch has moments or pixels"
+    return pixels
