@@ -1,0 +1,110 @@
+"""Aspect-ratio buckets: each picture is cut to one of a few shapes of about the same area.
+
+Sizes are (height, width) in pixels throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from impasto.data.dataset import Size
+from impasto.data.options import DataOptions
+
+#: no picture is enlarged more than this: what it would teach is blur
+MOST_ENLARGED = 4.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a picture is cut: scaled to `resized`, then the window of size `bucket` at `crop` (top, left)."""
+
+    original: Size
+    resized: Size
+    crop: Size
+    bucket: Size
+
+    @property
+    def scale(self) -> float:
+        """Enlargement (above 1) or reduction (below 1) of the shorter-fitting side."""
+        return max(b / o for b, o in zip(self.bucket, self.original, strict=True))
+
+    @property
+    def cropped(self) -> float:
+        """The fraction of the picture's area that is cut off."""
+        return cropped_fraction(self.original, self.bucket)
+
+    def flipped(self) -> Placement:
+        """Of the mirrored picture: the window's left edge is now what its right edge was."""
+        left = self.resized[1] - self.crop[1] - self.bucket[1]
+        return Placement(self.original, self.resized, (self.crop[0], left), self.bucket)
+
+
+def cropped_fraction(size: Size, bucket: Size) -> float:
+    """Area lost when a picture of `size` is scaled to cover `bucket` and cut to it, as a fraction."""
+    wide, tall = size[1] * bucket[0], size[0] * bucket[1]
+    return 1 - min(wide, tall) / max(wide, tall)
+
+
+def bucket_sizes(options: DataOptions) -> list[Size]:
+    """All buckets, sorted: for each side the longest other side within the area resolution².
+
+    Sides are multiples of `bucket_step` within [bucket_min, bucket_max] (kohya's and NovelAI's scheme).
+    """
+    if not options.buckets:
+        return [(options.resolution, options.resolution)]
+    step, area = options.bucket_step, options.resolution**2
+    sizes: set[Size] = set()
+    for side in range(-(-options.shortest // step) * step, options.longest + 1, step):
+        other = min(area // side, options.longest) // step * step
+        if other >= options.shortest:
+            sizes |= {(side, other), (other, side)}
+    square = options.resolution // step * step
+    if square >= options.shortest:
+        sizes.add((square, square))
+    return sorted(sizes)
+
+
+def place(size: Size, options: DataOptions, buckets: list[Size]) -> Placement | None:
+    """The bucket that crops least, and among equals enlarges least; None where the picture is too small.
+
+    With `upscale = "never"` only buckets that fit inside the picture count; where none does, the picture's
+    own size, cut to multiples of the step (a square without buckets), is its bucket.
+    """
+    if options.upscale == "never":
+        buckets = [b for b in buckets if b[0] <= size[0] and b[1] <= size[1]] or _own_bucket(size, options)
+    if not buckets:
+        return None
+    best = min(buckets, key=lambda b: (cropped_fraction(size, b), max(b[0] / size[0], b[1] / size[1]), b))
+    scale = max(best[0] / size[0], best[1] / size[1])
+    if scale > MOST_ENLARGED:
+        return None
+    resized = (max(best[0], round(size[0] * scale)), max(best[1], round(size[1] * scale)))
+    crop = ((resized[0] - best[0]) // 2, (resized[1] - best[1]) // 2)
+    return Placement(size, resized, crop, best)
+
+
+def _own_bucket(size: Size, options: DataOptions) -> list[Size]:
+    step = options.bucket_step
+    height, width = (min(side, options.longest) // step * step for side in size)
+    if not options.buckets:
+        height = width = min(height, width)
+    while height * width > options.resolution**2:  # long and thin: too slim for any bucket, yet a full area
+        height, width = (height - step, width) if height >= width else (height, width - step)
+    return [(height, width)] if height and width else []
+
+
+def cut(image: Image.Image, placement: Placement, flip: bool = False) -> Tensor:
+    """The picture as its bucket shows it: (3, H, W), fp32 in [-1, 1]. Lanczos, centre crop, then mirrored."""
+    height, width = placement.resized
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    (top, left), (height, width) = placement.crop, placement.bucket
+    image = image.crop((left, top, left + width, top + height))
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

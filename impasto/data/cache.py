@@ -1,0 +1,166 @@
+"""Encoded pictures and captions on disk, keyed by all that they depend on, so that none is ever stale.
+
+One safetensors file an entry, written atomically: several processes may fill one cache, an interrupted one
+goes on where it stopped, one new picture is one encoding. Entries are computed one by one, since the
+composition of a batch changes the last bits. An entry that is damaged counts as absent and is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from impasto.core.errors import UserError
+from impasto.core.files import atomic_write, cache_dir
+from impasto.core.progress import Reporter
+from impasto.data.buckets import Placement, cut
+from impasto.data.dataset import Picture, read
+from impasto.data.frontier import VAE
+from impasto.families.base import Base, TextStates
+
+#: raise it when the way from a file to an entry changes: decoding, scaling, cutting
+RECIPE = 1
+
+
+def key_of(*facts: object) -> str:
+    """blake2b-160 of the facts' written form, in hex."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=20).hexdigest()
+
+
+class Cache:
+    """A folder of entries, each a dictionary of tensors under a key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def at(cls, folder: str | None) -> Cache:
+        """The cache in that folder, or in the user's cache directory."""
+        return cls(Path(folder) if folder else cache_dir() / "encodings")
+
+    def path(self, key: str) -> Path:
+        """Where an entry lies: 256 inner folders keep each of them short."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The entry's tensors, on the CPU; None where it is absent or damaged.
+
+        It is read whole: a mapped file could be cut short under us, and Windows would not let it be replaced.
+        """
+        try:
+            data = self.path(key).read_bytes()
+            tensors = safetensors.torch.load(data)
+        except (FileNotFoundError, safetensors.SafetensorError):
+            return None
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+        return tensors if header.get("__metadata__", {}).get("digest") == _digest(tensors) else None
+
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write an entry whole. Raises `UserError` on a full disk."""
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic_write(self.path(key)) as file:
+            file.write(safetensors.torch.save(plain, {"digest": _digest(plain)}))
+
+    def load_all(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Entries that were there when the run began. Raises `UserError` if one has gone since."""
+        entries = []
+        for key in keys:
+            entry = self.load(key)
+            if entry is None:
+                raise UserError("an encoded picture or caption was lost or damaged during the run",
+                                where=self.path(key), fix="run the same command again: it is made again")
+            entries.append(entry)
+        return entries
+
+    def fill(self, makers: Mapping[str, Callable[[], Mapping[str, Tensor]]], title: str, unit: str,
+             report: Reporter, rank: int = 0, world: int = 1) -> int:
+        """Make the entries that are absent or damaged; returns how many were made here.
+
+        Each process begins at its own share and goes once around, passing over what others made meanwhile.
+        """
+        keys = list(makers)
+        start = rank * len(keys) // world
+        made = 0
+        with report.phase(title, len(keys), unit) as advance:
+            for key in keys[start:] + keys[:start]:
+                if self.load(key) is None:
+                    tensors = makers[key]()
+                    try:
+                        self.save(key, tensors)
+                    except UserError:
+                        if self.load(key) is None:  # else another process, reading its own, kept ours out (Windows)
+                            raise
+                    made += 1
+                advance(1)
+        return made
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """What a flipped bit anywhere in an entry changes."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+
+def latent_key(picture: Picture, placement: Placement, flip: bool, background: str, encoder: str) -> str:
+    """The key of a picture's moments: content, cut and encoder."""
+    return key_of("moments", RECIPE, picture.digest, placement.resized, placement.crop, placement.bucket,
+                  flip, background, encoder)
+
+
+def image_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
+    """What moments depend on beside the picture: the VAE's weights and its precision."""
+    return key_of(fingerprint[VAE], precision(base, VAE))
+
+
+def encode_picture(base: Base, picture: Picture, placement: Placement, flip: bool, background: str,
+                   device: torch.device) -> dict[str, Tensor]:
+    """A picture's moments (1, 2C, h, w), fp32. Raises `UserError` if they are not finite."""
+    pixels = cut(read(picture, background), placement, flip)[None].to(device)
+    with torch.no_grad():
+        moments = base.encode_images(pixels).float()
+    if not torch.isfinite(moments).all():
+        raise UserError("the VAE makes numbers of it that are not finite", where=picture.path,
+                        fix="give another VAE (base.vae), or train.precision=fp32")
+    return {"moments": moments}
+
+
+# --- captions ----------------------------------------------------------------------------------------------
+
+
+def text_key(caption: str, encoder: str) -> str:
+    """The key of a caption's states."""
+    return key_of("text", RECIPE, caption, encoder)
+
+
+def text_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
+    """What text states depend on beside the caption: weights, precision, family settings (clip skip)."""
+    weights = [(name, fingerprint[name], precision(base, name)) for name in base.text_encoder_names]
+    return key_of(weights, sorted(base.text_settings().items()))
+
+
+def encode_caption(base: Base, caption: str) -> TextStates:
+    """A caption's states, each with a leading dimension of 1."""
+    with torch.no_grad():
+        states = base.encode_text([caption])
+    if any(not torch.isfinite(state).all() for state in states.values() if state.is_floating_point()):
+        raise UserError("the text encoder makes numbers of it that are not finite",
+                        where=f"caption {caption!r}", fix="use train.precision=fp32")
+    return states
+
+
+def precision(base: Base, component: str) -> str:
+    """The dtype that a component computes in, by name."""
+    return str(next(base.components[component].parameters()).dtype)

@@ -1,0 +1,233 @@
+"""A folder's pictures: found, decoded in full, set upright, and known by their content.
+
+Everything that is wrong with them is told at once, before any long work begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import time
+import unicodedata
+import warnings
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps
+
+from impasto.core.errors import UserError
+from impasto.core.files import Remembered
+from impasto.core.progress import SILENT, Reporter
+
+#: what is read as a picture, by suffix in lower case
+PICTURE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+#: pictures that Pillow alone cannot read: left out, but never silently
+OTHER_PICTURE_SUFFIXES = frozenset(
+    {".heic", ".heif", ".jxl", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw"})
+#: most pixels of a picture that is decompressed: where Pillow itself refuses (twice its warning's limit)
+PIXEL_CAP = 178_956_970
+#: what Pillow's decoders raise on damaged files
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError,
+                 struct.error, zlib.error)
+#: a file changed less than so many seconds ago may change again without a new time stamp (FAT counts in twos)
+FRESH_SECONDS = 2.0
+
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be decoded. Equal contents have equal digests, whatever their names."""
+
+    path: Path
+    name: str  # relative to the folder, with forward slashes: what it is called in messages
+    digest: str  # blake2b-128 of the file's bytes
+    size: Size  # upright
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a folder: names relative to it, sorted, with forward slashes."""
+
+    folder: Path
+    pictures: list[str]
+    captions: list[str]  # .txt files
+    unreadable: list[str]  # pictures of kinds that have no decoder here
+
+
+def refuse(problems: Sequence[Problem], folder: Path) -> None:
+    """One `UserError` that lists all problems by name, if there are any."""
+    if len(problems) == 1:
+        raise UserError(problems[0].reason, where=folder / problems[0].name,
+                        fix="mend it or take it out of the folder")
+    if problems:
+        lines = "".join(f"\n  {p.name}: {p.reason}" for p in sorted(problems, key=lambda p: p.name))
+        raise UserError(f"{len(problems)} files cannot be used:{lines}", where=folder,
+                        fix="mend them or take them out of the folder")
+
+
+def normal(name: str) -> str:
+    """The name in Unicode's composed form: macOS and zip files may bring the decomposed one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _undecodable(name: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def list_folder(folder: Path) -> Listing:
+    """Find pictures and captions, in inner folders too; hidden files and folders (`.`, macOS's `._`) are not.
+
+    The order is that of the composed relative names by code point: the same on every system.
+    Raises `UserError` for a folder that is missing, no folder, or without pictures.
+    """
+    if not folder.is_dir():
+        reason = "is not a folder" if folder.exists() else "there is no such folder"
+        raise UserError(reason, where=folder, fix="say where the pictures are: data.folder=…")
+    names: list[str] = []
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        names += [Path(root, f).relative_to(folder).as_posix() for f in files if not f.startswith(".")]
+    if odd := [ascii(name) for name in names if _undecodable(name)]:
+        raise UserError(f"has files whose names are not valid Unicode: {', '.join(odd)}", where=folder,
+                        fix="rename them")
+    names.sort(key=lambda name: (normal(name), name))
+
+    def having(suffixes: frozenset[str]) -> list[str]:
+        return [name for name in names if Path(name).suffix.lower() in suffixes]
+
+    listing = Listing(folder, having(PICTURE_SUFFIXES), having(frozenset({".txt"})),
+                      having(OTHER_PICTURE_SUFFIXES))
+    if not listing.pictures:
+        others = f" ({', '.join(listing.unreadable)} cannot be read)" if listing.unreadable else ""
+        raise UserError(f"there are no pictures in this folder{others}", where=folder,
+                        fix="put .jpg, .png, .webp, .bmp, .tif, .gif or .avif files there")
+    return listing
+
+
+def decode(data: bytes, background: str = "white") -> Image.Image:
+    """The picture in a file's bytes: RGB, 8 bits, upright by EXIF orientation, the first frame of several.
+
+    Transparent pixels show `background`. Raises `ValueError` that says why not.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > PIXEL_CAP:
+                raise Image.DecompressionBombError
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError:
+        raise ValueError(f"is larger than {PIXEL_CAP // 10**6} megapixels, make it smaller") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("is not a picture" if data else "is an empty file") from None
+    except DECODE_ERRORS as error:
+        raise ValueError(f"is damaged ({error})" if str(error) else "is damaged") from error
+    return _to_rgb(upright, background)
+
+
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("holds floating-point numbers, save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them at 255
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("has more than 16 bits a channel, save it with 8")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*ImageColor.getrgb(background)[:3], 255))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def read(picture: Picture, background: str = "white") -> Image.Image:
+    """Decode a surveyed picture, and make sure that it is still the same file."""
+    try:
+        data = picture.path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read any more ({error.strerror})", where=picture.path) from error
+    if hashlib.blake2b(data, digest_size=16).hexdigest() != picture.digest:
+        raise UserError("has changed since this command started", where=picture.path, fix="start it again")
+    return decode(data, background)
+
+
+def survey(listing: Listing, remembered: Remembered, report: Reporter = SILENT,
+           title: str = "pictures") -> tuple[list[Picture], list[Problem]]:
+    """Decode every picture in full, several at a time; what is good is remembered and not decoded again.
+
+    Returns pictures and problems, both in the listing's order.
+    """
+    folder, names = listing.folder, listing.pictures
+    pictures: list[Picture] = []
+    problems: list[Problem] = []
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    with report.phase(f"looking at the {title}", len(names), title) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIXEL_CAP is our own line
+        try:
+            found = [_recall(remembered, folder / name) for name in names]
+            waiting = {name: pool.submit(_examine, folder / name)
+                       for name, known in zip(names, found, strict=True) if known is None}
+            for name, known in zip(names, found, strict=True):
+                facts = known or waiting.pop(name).result()
+                if isinstance(facts, str):
+                    problems.append(Problem(name, facts))
+                else:
+                    digest, height, width = facts
+                    pictures.append(Picture(folder / name, name, digest, (height, width)))
+                    if known is None:
+                        _remember(remembered, folder / name, facts)
+                advance(1)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            remembered.save()
+    return pictures, problems
+
+
+Facts = tuple[str, int, int]  # digest, upright height and width
+
+
+def _examine(path: Path) -> Facts | str:
+    """What is to be known of a picture, or what is wrong with it."""
+    try:
+        data = path.read_bytes()
+        image = decode(data)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except ValueError as error:
+        return str(error)
+    return hashlib.blake2b(data, digest_size=16).hexdigest(), image.height, image.width
+
+
+def _recall(remembered: Remembered, path: Path) -> Facts | None:
+    try:
+        facts = remembered.get(path, "picture")
+    except OSError:
+        return None  # a dangling link: _examine will say so
+    if isinstance(facts, list) and len(facts) == 3:
+        return str(facts[0]), int(facts[1]), int(facts[2])
+    return None
+
+
+def _remember(remembered: Remembered, path: Path, facts: Facts) -> None:
+    if time.time() - path.stat().st_mtime > FRESH_SECONDS:
+        remembered.put(path, "picture", list(facts))

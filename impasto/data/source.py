@@ -1,0 +1,314 @@
+"""From a folder to batches: what a run learns from, prepared once, then a pure function of the step."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from impasto.core.errors import UserError
+from impasto.core.files import Remembered, cache_dir
+from impasto.core.progress import SILENT, Reporter
+from impasto.core.rng import seed_for
+from impasto.data import cache as caching
+from impasto.data.buckets import MOST_ENLARGED, Placement, bucket_sizes, cut, place
+from impasto.data.cache import Cache, key_of
+from impasto.data.captions import captions
+from impasto.data.dataset import Listing, Picture, Problem, list_folder, read, refuse, survey
+from impasto.data.frontier import Frontier, frontier
+from impasto.data.options import DataOptions, PriorOptions
+from impasto.data.order import Order
+from impasto.data.prior import draw_prior
+from impasto.families.base import Base, Geometry, TextStates
+from impasto.objectives.batch import Batch
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture as the run uses it: a fact for reports, and the way to its batch."""
+
+    picture: Picture
+    caption: str
+    placement: Placement
+    weight: float  # of its loss
+    latent_keys: tuple[str, ...] = ()  # plain, then mirrored; empty if the step encodes pictures
+    text_key: str = ""  # empty if the step encodes captions
+
+
+@dataclass(frozen=True)
+class Share:
+    """How an optimizer step is divided, and which part of it is this process's."""
+
+    batch_size: int
+    accumulation: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def group(self) -> int:
+        """Pictures of one micro-batch, over all ranks."""
+        return self.batch_size * self.world
+
+    @property
+    def places(self) -> range:
+        """This rank's places in a micro-batch."""
+        return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+
+
+@final
+@dataclass
+class Source:
+    """What the trainer draws its batches from. Of the base it keeps `stack_text` alone."""
+
+    pictures: tuple[Item, ...]  # in the order of their names
+    class_pictures: tuple[Item, ...]  # empty without [prior]
+    data: DataOptions
+    rule: Frontier
+    share: Share
+    cache: Cache
+    stack_text: Callable[[Sequence[TextStates]], TextStates]
+    notes: list[str] = field(default_factory=list)  # what lies in the folder and is not used
+
+    def __post_init__(self) -> None:
+        def stream(items: Sequence[Item], name: str) -> tuple[Sequence[Item], Order]:
+            sizes = [item.placement.bucket for item in items]
+            return items, Order.over(sizes, self.share.group, self.share.seed, name)
+
+        self._streams = [stream(self.pictures, "pictures")]
+        if self.class_pictures:
+            self._streams.append(stream(self.class_pictures, "class pictures"))
+        self._ahead: dict[int, Future[list[list[Batch]]]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Components that the step needs beside the denoiser, since they encode in it."""
+        return self.rule.needs
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps in which every picture comes at least once."""
+        return -(-self._streams[0][1].epoch_length // self.share.accumulation)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of contents, captions and cuts, in order: equal where a run may go on."""
+        return key_of(self.data.flip, self.data.background,
+                      [[(item.picture.digest, item.caption, item.placement) for item in items]
+                       for items, _ in self._streams])
+
+    # --- batches -----------------------------------------------------------------------------------------
+    def micro_batches(self, step: int) -> list[list[Batch]]:
+        """The micro-batches of optimizer step `step` (from 0): a pure function of it.
+
+        Each is a list of batches of one shape each: pictures, with as many class pictures on top. The next
+        step's are read in the background meanwhile.
+        """
+        waiting = self._ahead.pop(step, None)
+        batches = self._read(step) if waiting is None else waiting.result()
+        self._ahead = {step + 1: self._reader.submit(self._read, step + 1)}
+        return batches
+
+    def _read(self, step: int) -> list[list[Batch]]:
+        return [self._micro_batch(step, micro) for micro in range(self.share.accumulation)]
+
+    def _micro_batch(self, step: int, micro: int) -> list[Batch]:
+        """This rank's part of a micro-batch. Samples count the step's pictures, then its class pictures."""
+        group, accumulation = self.share.group, self.share.accumulation
+        by_shape: dict[tuple[int, int], list[tuple[int, Item]]] = {}
+        for kind, (items, order) in enumerate(self._streams):
+            chosen = order.micro_batch(step * accumulation + micro)
+            for spot in self.share.places:
+                item, sample = items[chosen[spot]], (kind * accumulation + micro) * group + spot
+                by_shape.setdefault(item.placement.bucket, []).append((sample, item))
+        return [self._batch(step, *zip(*entries, strict=True)) for entries in by_shape.values()]
+
+    def _batch(self, step: int, samples: Sequence[int], items: Sequence[Item]) -> Batch:
+        """A batch of items of one shape, at these places of the effective batch."""
+        flips = [self.data.flip and seed_for(self.share.seed, step, s, "flip") % 2 == 1 for s in samples]
+        placements = [item.placement.flipped() if flip else item.placement
+                      for item, flip in zip(items, flips, strict=True)]
+        geometry = Geometry(original=torch.tensor([p.original for p in placements]),
+                            crop=torch.tensor([p.crop for p in placements]),
+                            target=torch.tensor([p.bucket for p in placements]))
+        batch = Batch(list(samples), [item.picture.name for item in items],
+                      torch.tensor([item.weight for item in items]), geometry=geometry)
+        if self.rule.latents:
+            keys = [item.latent_keys[flip] for item, flip in zip(items, flips, strict=True)]
+            batch.moments = torch.cat([entry["moments"] for entry in self.cache.load_all(keys)])
+        else:
+            batch.pixels = torch.stack([cut(read(item.picture, self.data.background), item.placement, flip)
+                                        for item, flip in zip(items, flips, strict=True)])
+        if self.rule.text:
+            batch.text = self.stack_text(self.cache.load_all([item.text_key for item in items]))
+        else:
+            batch.captions = [item.caption for item in items]
+        return batch
+
+    # --- what the user is told ---------------------------------------------------------------------------
+    def describe(self) -> list[str]:
+        """Every picture accounted for, in a few lines."""
+        buckets = bucket_sizes(self.data)
+        lines = account("pictures", self.pictures, buckets)
+        if self.class_pictures:
+            lines += account("class pictures", self.class_pictures, buckets)
+        encoded = [f"{what} are encoded {'once' if once else 'in each step, as their encoder is trained'}"
+                   for what, once in (("pictures", self.rule.latents), ("captions", self.rule.text))]
+        length = self.epoch_steps
+        return [*lines, *self.notes, "; ".join(encoded),
+                f"an epoch is {length} step{'s' if length > 1 else ''}"]
+
+
+def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]]) -> list[str]:
+    """How many there are, in which buckets, and what was cut off or enlarged: lines for the user."""
+    counts = Counter(item.placement.bucket for item in items)
+    shapes = ", ".join(f"{count} at {width}x{height}" for (height, width), count
+                       in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+    lines = [f"{len(items)} {title}: {shapes}"]
+    most = max(items, key=lambda item: item.placement.cropped)
+    if most.placement.cropped > 0:
+        mean = sum(item.placement.cropped for item in items) / len(items)
+        lines.append(f"{title} are cropped by {mean:.1%} of their area on average, at most by "
+                     f"{most.placement.cropped:.1%} ({most.picture.name})")
+    enlarged = [item for item in items if item.placement.scale > 1]
+    if enlarged:
+        most = max(enlarged, key=lambda item: item.placement.scale)
+        lines.append(f"{title} that are enlarged: {len(enlarged)}, at most {most.placement.scale:.2f} times "
+                     f"({most.picture.name})")
+    own = sum(item.placement.bucket not in buckets for item in items)
+    if own:
+        lines.append(f"{title} too small for any bucket, in one of their own size: {own}")
+    copies = len(items) - len({item.picture.digest for item in items})
+    if copies:
+        lines.append(f"{title} that are copies of others: {copies}")
+    return lines
+
+
+# --- preparing ---------------------------------------------------------------------------------------------
+
+
+def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *, trains: frozenset[str],
+                   batch_size: int, accumulation: int, seed: int, device: torch.device | str,
+                   report: Reporter = SILENT, rank: int = 0, world: int = 1) -> Source:
+    """Look at every picture, draw or collect class pictures, encode what may be encoded once.
+
+    `trains` names the components that are trained. Nothing may be attached to the base yet: class pictures
+    are drawn with the base as it is. Raises one `UserError` with all files of a folder that cannot be used.
+    """
+    share = Share(batch_size, accumulation, seed, rank, world)
+    check_sizes(data, base.cell)
+    rule = frontier(trains, base.text_encoder_names, data)
+    fingerprint = base.fingerprint()
+    listing = list_folder(Path(data.folder))
+    notes = unused(listing, data)
+    items, class_items = collect(listing, data, report), []
+    if prior is not None:
+        class_data = data.model_copy(update={"caption": prior.caption})
+        if prior.folder is not None:
+            listing = list_folder(Path(prior.folder))
+            notes += unused(listing, data)
+        else:
+            listing = draw_prior(base, fingerprint, prior, data.resolution, report, rank, world)
+        class_items = collect(listing, class_data, report, "class pictures", prior.weight)
+    cache = Cache.at(data.cache)
+    encoding = Encoding(base, fingerprint, cache, data, rule, torch.device(device))
+    items, class_items = encoding.keyed(items), encoding.keyed(class_items)
+    encoding.run(report, rank, world)
+    return Source(tuple(items), tuple(class_items), data, rule, share, cache, base.stack_text, notes)
+
+
+def check_sizes(data: DataOptions, cell: int) -> None:
+    """Raise a `UserError` for sizes that this base's latent cells (pixels a side) cannot have."""
+    sides = {"bucket_step": data.bucket_step} | ({} if data.buckets else {"resolution": data.resolution})
+    for key, side in sides.items():
+        if side % cell:
+            raise UserError(f"{side} is not a multiple of {cell} pixels, the side of this base's latent cells",
+                            where=f"data.{key}",
+                            fix=f"use {max(side // cell, 1) * cell} or {-(-side // cell) * cell}")
+    if not bucket_sizes(data):
+        raise UserError(f"no bucket has sides that are multiples of {data.bucket_step} from {data.shortest} "
+                        f"to {data.longest} and an area up to {data.resolution}x{data.resolution}",
+                        where="data", fix="lower data.bucket_min or data.bucket_step")
+
+
+def unused(listing: Listing, data: DataOptions) -> list[str]:
+    """What lies in the folder and is not used, in lines for the user."""
+    notes = []
+    if listing.unreadable:
+        notes.append(f"not used, since nothing here reads such files: {', '.join(listing.unreadable)}")
+    if data.caption is not None and listing.captions:
+        notes.append(f"{len(listing.captions)} .txt files are not read, as data.caption is set")
+    return notes
+
+
+def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = "pictures",
+            weight: float = 1.0) -> list[Item]:
+    """All pictures of a folder with captions and cuts, or one `UserError` with all that is wrong."""
+    store = cache_dir() / "pictures" / f"{key_of(str(listing.folder.absolute()))}.json"
+    pictures, problems = survey(listing, Remembered(store), report, title)
+    texts, caption_problems = captions(listing, data)
+    buckets = bucket_sizes(data)
+    items = []
+    for picture in pictures:
+        placement = place(picture.size, data, buckets)
+        if placement is None:
+            problems.append(Problem(picture.name, _too_small(picture, data)))
+        elif picture.name in texts:
+            items.append(Item(picture, texts[picture.name], placement, weight))
+    refuse([*problems, *caption_problems], listing.folder)
+    return items
+
+
+def _too_small(picture: Picture, data: DataOptions) -> str:
+    height, width = picture.size
+    why = "smaller than the smallest bucket" if data.upscale == "never" else \
+        f"it would have to be enlarged more than {MOST_ENLARGED:g} times"
+    return f"is too small ({width}x{height} pixels): {why}"
+
+
+class Encoding:
+    """What is to be encoded before the run, gathered from all pictures and then done."""
+
+    def __init__(self, base: Base, fingerprint: dict[str, str], cache: Cache, data: DataOptions,
+                 rule: Frontier, device: torch.device) -> None:
+        self.base, self.cache, self.data, self.rule, self.device = base, cache, data, rule, device
+        self.image_encoder = caching.image_encoder_key(base, fingerprint)
+        self.text_encoder = caching.text_encoder_key(base, fingerprint)
+        self.latents: dict[str, Callable[[], dict[str, Tensor]]] = {}
+        self.texts: dict[str, Callable[[], TextStates]] = {}
+
+    def keyed(self, items: Iterable[Item]) -> list[Item]:
+        """The items with their cache keys, and what those keys stand for noted down."""
+        return [replace(item, latent_keys=self._latent_keys(item), text_key=self._text_key(item))
+                for item in items]
+
+    def _latent_keys(self, item: Item) -> tuple[str, ...]:
+        keys = []
+        for flip in self.rule.flips if self.rule.latents else ():
+            cut_as = (item.picture, item.placement, flip, self.data.background)
+            keys.append(caching.latent_key(*cut_as, self.image_encoder))
+            self.latents[keys[-1]] = functools.partial(caching.encode_picture, self.base, *cut_as,
+                                                       device=self.device)
+        return tuple(keys)
+
+    def _text_key(self, item: Item) -> str:
+        if not self.rule.text:
+            return ""
+        key = caching.text_key(item.caption, self.text_encoder)
+        self.texts[key] = functools.partial(caching.encode_caption, self.base, item.caption)
+        return key
+
+    def run(self, report: Reporter, rank: int, world: int) -> None:
+        """Encode all of it that is not in the cache yet."""
+        if self.latents:
+            self.cache.fill(self.latents, "encoding pictures", "pictures", report, rank, world)
+        if self.texts:
+            self.cache.fill(self.texts, "encoding captions", "captions", report, rank, world)

@@ -1,0 +1,22 @@
+"""What each of several processes does to one cache, in a module that a spawned process imports quickly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from impasto.core.progress import SILENT
+from impasto.data.cache import Cache, key_of
+
+
+def fill_and_take(folder: Path, rank: int) -> None:
+    """Fill the cache, take entries away under the other's eyes, fill it again."""
+    cache, keys = Cache(folder), [key_of(i) for i in range(20)]
+    makers = {key: (lambda i=i: {"x": torch.full((100,), float(i))}) for i, key in enumerate(keys)}
+    for _ in range(5):
+        cache.fill(makers, "filling", "entries", SILENT, rank, 2)
+        for key in keys[rank::2]:
+            cache.path(key).unlink(missing_ok=True)
+    for _ in range(3):
+        cache.fill(makers, "filling", "entries", SILENT, rank, 2)

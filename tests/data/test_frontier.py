@@ -1,0 +1,24 @@
+"""What is cached for each set of trained components."""
+
+from __future__ import annotations
+
+import pytest
+
+from impasto.data.frontier import frontier
+from impasto.data.options import DataOptions
+
+TWO = ("text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize(("trains", "latents", "text", "needs"), [
+    ({"unet"}, True, True, set()),
+    (set(), True, True, set()),
+    ({"unet", "text_encoder_2"}, True, False, {"text_encoder", "text_encoder_2"}),
+    ({"vae"}, False, True, {"vae"}),
+    ({"vae", "text_encoder"}, False, False, {"vae", "text_encoder", "text_encoder_2"}),
+])
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_rule(trains: set, latents: bool, text: bool, needs: set, flip: bool) -> None:
+    rule = frontier(frozenset(trains), TWO, DataOptions(folder="x", flip=flip))
+    assert (rule.latents, rule.text, rule.needs) == (latents, text, needs)
+    assert rule.flips == ((False, True) if flip else (False,))
