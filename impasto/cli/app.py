@@ -1,0 +1,116 @@
+"""The program: which verbs there are, and how each of their endings becomes an exit code.
+
+0: done. 1: something that the user can mend, told in one line. 2: wrong use. 130: Ctrl-C. A defect of ours
+shows its traceback. A verb's module is imported when the verb is named, not before: `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import impasto
+from impasto.cli.console import complain
+from impasto.core.errors import UserError, nearest
+
+#: verb -> where its function is, and its line in the list; a new verb is one file and one line
+VERBS: dict[str, tuple[str, str]] = {
+    "train": ("impasto.cli.train:train", "Fine-tune from a recipe."),
+    "generate": ("impasto.cli.generate:generate", "Draw pictures from prompts, with adapters if you like."),
+    "inspect": ("impasto.cli.inspect:inspect", "Say what a file is and what is in it, without running any of it."),
+    "doctor": ("impasto.cli.doctor:doctor", "Look at this machine: devices, precision, packages, disk."),
+}
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class Verb(TyperCommand):
+    """A command whose failures become one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            complain(error, as_json=bool(ctx.params.get("as_json")))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+class Program(TyperGroup):
+    """The verbs of `VERBS`, each imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        module, _, name = VERBS[cmd_name][0].partition(":")
+        lone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        lone.command(cmd_name, cls=Verb, context_settings=SETTINGS)(getattr(importlib.import_module(module), name))
+        return typer.main.get_command(lone)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            ctx.fail(f"there is no verb {args[0]!r}; {nearest(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
+        formatter.write_text("impasto VERB --help tells more of one.")
+
+
+def build() -> Any:
+    """The root command. Help is plain text: it is quick, and reads the same in a pipe and in any terminal."""
+    root = typer.Typer(cls=Program, add_completion=False, rich_markup_mode=None, no_args_is_help=True,
+                       context_settings=SETTINGS, subcommand_metavar="VERB [ARGUMENTS]...",
+                       options_metavar="[OPTIONS]")
+
+    @root.callback()
+    def program(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                      help="The version, and nothing else.")] = False) -> None:
+        """Fine-tune Stable Diffusion, and work with what a fine-tune leaves behind."""
+
+    return typer.main.get_command(root)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, `sys.argv` by default, and exit.
+
+    Arguments are taken as they are: on Windows too, since a prompt may hold `*`, `?` or `%`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a code page that lacks a character must not end a run
+    with _broken_pipe_is_fine():
+        build().main(sys.argv[1:] if arguments is None else list(arguments), prog_name="impasto")
+
+
+@contextlib.contextmanager
+def _broken_pipe_is_fine() -> Iterator[None]:
+    """`impasto … | head` ends quietly, though nobody reads the rest."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        sys.exit(1)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"impasto {impasto.__version__}")
+        raise typer.Exit

@@ -1,0 +1,257 @@
+"""`impasto inspect`: what a file or folder is and what is in it. Nothing in it is executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from impasto.cli import findings, pickle_names
+from impasto.cli.console import RichReporter, emit
+from impasto.cli.options import Json
+from impasto.core.errors import UserError
+from impasto.core.progress import SILENT, Advance, Reporter
+from impasto.formats.header import Header, read_header
+
+if TYPE_CHECKING:
+    from impasto.deltas.adapter import Adapter
+    from impasto.formats.detect import Detected
+
+#: bytes that take a moment to hash
+WORTH_TELLING = 2**28
+
+Findings = dict[str, Any]
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter, checkpoint or picture, or a run's folder.")],
+    hashes: Annotated[bool, typer.Option("--hashes", help="Hash a checkpoint too: it takes some seconds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a file is and what is in it, without running any of it."""
+    report = RichReporter()
+    found = look(path, report, hashes=hashes)
+    if as_json:
+        emit(found)
+    else:
+        print("\n".join(findings.lines(found)))
+
+
+def look(path: Path, report: Reporter, *, hashes: bool = False) -> Findings:
+    """What is at `path`, JSON-able. `hashes`: of large files too. Raises `UserError` for what is nothing of ours."""
+    found: Findings = {"file": str(path)}
+    if path.is_dir():
+        return found | (run(path) if (path / "recipe.toml").is_file() else known(path))
+    if path.is_file():
+        found["bytes"] = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(4)
+        pickle = path.suffix != ".safetensors" and start.startswith(pickle_names.BEGINNINGS)
+        found |= pickled(path) if pickle else known(path)
+        hashes = hashes or found["kind"] == "adapter"
+    else:
+        raise UserError("no such file", where=path)
+    if hashes:
+        told = report if found["bytes"] > WORTH_TELLING else SILENT
+        with told.phase("hashing", found["bytes"], "bytes") as advance:
+            found["sha256"] = sha256(path, advance)
+    return found
+
+
+def known(path: Path) -> Findings:
+    """Anything whose kind its header tells."""
+    from impasto.formats.detect import detect
+
+    detected = detect(path)
+    if detected.kind == "picture":
+        return picture(path)
+    if path.is_dir() and detected.kind == "unknown":
+        raise UserError("is a folder without a checkpoint, an adapter or a run in it", where=path)
+    try:
+        return adapter(path) if detected.kind == "adapter" else checkpoint(path, detected.kind)
+    except UserError as error:
+        return other(path, detected, error)
+
+
+def other(path: Path, detected: Detected, error: UserError) -> Findings:
+    """What is known of a file that Impasto itself does not read, and why it does not."""
+    from impasto.formats.tensor_files import open_tensors
+
+    found: Findings = {"kind": detected.kind, "title": detected.title, "family": detected.family,
+                       "layout": detected.layout, "unread": error.what}
+    if path.is_dir():
+        return found
+    file = open_tensors(path)
+    dtypes: Counter[str] = Counter()
+    for name, shape in file.shapes.items():
+        dtypes[_dtype(file.dtype(name))] += math.prod(shape)
+    return found | {"tensors": len(file.shapes), "parameters": sum(dtypes.values()), "dtypes": dict(dtypes),
+                    "first": list(file.shapes)[:3], "metadata": file.metadata}
+
+
+def adapter(path: Path) -> Findings:
+    """An adapter: for what, of what ranks, how strong in which block, and who would load it."""
+    from impasto.deltas.lowrank import LowRank
+    from impasto.formats.adapters import CODECS, load_adapter
+    from impasto.formats.programs import verdicts
+
+    loaded = load_adapter(path)
+    header = None if path.is_dir() else read_header(path)
+    terms = [term for terms in loaded.deltas.values() for term in terms]
+    low = [term for term in terms if isinstance(term, LowRank)]
+    found: Findings = {
+        "kind": "adapter", "family": loaded.family,
+        "format": next(name for name in CODECS if CODECS.get(name)().claims(path, header)),
+        "layers": len(loaded.layers),
+        "components": dict(Counter(layer.partition(".")[0] for layer in loaded.layers)),
+        "deltas": dict(Counter(term.kind for term in terms)),
+        "ranks": _counts(term.rank for term in low), "alphas": _counts(f"{term.alpha:g}" for term in low),
+        "norms": block_norms(loaded), "base": loaded.base, "metadata": loaded.metadata,
+    }
+    if header is not None:
+        found |= tensors_of(header) | {"metadata": header.metadata}
+        found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, [term.alpha for term in low])]
+    return found
+
+
+def block_norms(loaded: Adapter) -> dict[str, float]:
+    """The Frobenius norm of the whole change of each block, in the network's order."""
+    squares: dict[str, float] = {}
+    for layer in loaded.layers:
+        block = block_of(layer)
+        squares[block] = squares.get(block, 0.0) + layer_norm(loaded, layer) ** 2
+    order = {"down": 0, "mid": 1, "up": 2}
+    return {block: math.sqrt(squares[block]) for block in sorted(squares, key=lambda name: [
+        (order.get(word, 9), int(word) if word.isdigit() else 0, word) for word in name.split()])}
+
+
+def layer_norm(loaded: Adapter, layer: str) -> float:
+    """The Frobenius norm of dW; of factors, from their Gram matrices: |UD|² = sum of (UᵀU) ∘ (DDᵀ)."""
+    terms = loaded.deltas[layer]
+    factors = terms[0].factors() if len(terms) == 1 else None
+    if factors is None:
+        return float(loaded.dense(layer).norm())
+    up, down = (factor.detach().flatten(1).double() for factor in factors)
+    return math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
+
+
+def block_of(layer: str) -> str:
+    """Where in the network a layer is: `unet down 1`, `unet mid`, `text_encoder 11`, `unet other`."""
+    component = layer.partition(".")[0]
+    if match := re.search(r"\.(down|up)_blocks\.(\d+)\.|\.(mid)_block\.|\.layers\.(\d+)\.", layer):
+        return " ".join([component, *(part for part in match.groups() if part)])
+    return f"{component} other"
+
+
+def tensors_of(header: Header) -> Findings:
+    """How many tensors and parameters there are, and of what types."""
+    dtypes: Counter[str] = Counter()
+    for info in header.tensors.values():
+        dtypes[_dtype(info.dtype)] += math.prod(info.shape)
+    return {"tensors": len(header.tensors), "parameters": sum(dtypes.values()), "dtypes": dict(dtypes)}
+
+
+def checkpoint(path: Path, kind: str = "checkpoint") -> Findings:
+    """A checkpoint or a VAE: its family, layout and components, from the header alone."""
+    from impasto.formats.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(path)
+    components = {}
+    for name in opened.components:
+        dtypes: Counter[str] = Counter()
+        tensors = opened.names(name)
+        for shape, dtype in tensors.values():
+            dtypes[_dtype(dtype)] += math.prod(shape)
+        components[name] = {"tensors": len(tensors), "parameters": sum(dtypes.values()), "dtypes": dict(dtypes)}
+    return {"kind": kind, "family": opened.family, "layout": opened.layout, "variant": opened.variant,
+            "components": components, "scheduler": opened.scheduler, "surplus": opened.surplus,
+            "metadata": opened.metadata}
+
+
+def pickled(path: Path) -> Findings:
+    """An old file, or a pickle that was refused: what it names and why. Nothing of it is run."""
+    named = pickle_names.names(path)
+    try:
+        return known(path) | {"imports": named}
+    except UserError as error:
+        return {"kind": "pickle", "refused": error.what, "fix": error.fix, "imports": named}
+
+
+def picture(path: Path) -> Findings:
+    """A picture and what its file tells of how it was made."""
+    from impasto.families.picture_info import open_picture, picture_texts
+
+    opened = open_picture(path)
+    texts = picture_texts(opened)
+    found: Findings = {"kind": "picture", "size": list(opened.size), "texts": texts}
+    try:
+        told = json.loads(texts.get("impasto", ""))
+        found["command"] = command(told)
+    except (ValueError, KeyError, TypeError, AttributeError, UserError):
+        pass  # not a picture of ours, or one that was tampered with
+    return found
+
+
+def command(told: dict[str, Any]) -> str:
+    """The command line that draws a picture of ours again."""
+    from impasto.families.picture_info import unnamed_adapters
+
+    settings = told["settings"]
+    words = ["impasto", "generate", told["base"], "--seed", told["seed"], "--steps", settings["steps"],
+             "--guidance", settings["guidance"], "--scheduler", settings["scheduler"],
+             "--size", f"{settings['width']}x{settings['height']}"]
+    for entry in unnamed_adapters(told):
+        words += ["--adapter", f"{entry['file']}:{entry['strength']:g}"]
+    if told["negative"]:
+        words += ["--negative", told["negative"]]
+    if told["init"]:
+        words += ["--init", told["init"], "--strength", settings["strength"]]
+    if skip := told["text"].get("clip_skip"):
+        words += ["--clip-skip", skip]
+    return shlex.join(map(str, [*words, "--", told["prompt"]]))
+
+
+def run(path: Path) -> Findings:
+    """A run's directory: how far it is and what it holds."""
+    from impasto.training.recipe import load_recipe
+
+    recipe = load_recipe(str(path / "recipe.toml"))
+    log = path / "log.jsonl"
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    steps = [entry for entry in entries if "loss" in entry]
+    return {
+        "kind": "run", "base": recipe.base.path, "methods": [method.kind for method in recipe.method],
+        "step": steps[-1]["step"] if steps else 0, "loss": steps[-1]["loss"] if steps else None,
+        "checkpoints": sorted(p.name for p in (path / "checkpoints").glob("*") if p.name.isdigit()),
+        "artifacts": sorted(p.name for p in path.glob("*.safetensors")),
+    }
+
+
+def sha256(path: Path, advance: Advance) -> str:
+    """The hash that model sites show."""
+    hasher = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)
+            advance(len(block))
+    return hasher.hexdigest()
+
+
+def _dtype(dtype: object) -> str:
+    """torch's or a header's name of a type, as people write it: fp32, bf16, int64."""
+    name = str(dtype).removeprefix("torch.").lower()
+    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "f32": "fp32", "f16": "fp16"}.get(name, name)
+
+
+def _counts(values: Iterable[object]) -> dict[str, int]:
+    """How often each value occurs, the most frequent first."""
+    return dict(Counter(map(str, values)).most_common())

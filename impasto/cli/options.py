@@ -1,0 +1,41 @@
+"""Options that several verbs share, and the small grammars of their values."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from impasto.core.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over what is there already.")]
+
+_WEIGHTED = re.compile(r"(?P<file>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+))", re.DOTALL)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """FILE:0.8 as a file and a weight; without a trailing number the weight is 1.
+
+    Only a number after the last colon is a weight: `C:\\loras\\a.safetensors` is a path.
+    """
+    match = _WEIGHTED.fullmatch(text)
+    return (match["file"], float(match["weight"])) if match else (text, 1.0)
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """512x768 as (width, height); one number is a square's side."""
+    match = re.fullmatch(r"(\d+)(?:[x×*](\d+))?", text.strip().lower())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT, such as 512x768")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def refuse_existing(paths: list[Path], force: bool) -> None:
+    """`UserError` if one of the outputs is there already."""
+    there = [path for path in paths if path.exists()]
+    if there and not force:
+        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+        raise UserError(f"is there already{more}", where=there[0], fix="choose another place, or say --force")

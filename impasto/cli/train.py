@@ -1,0 +1,42 @@
+"""`impasto train`: fine-tune from a recipe; the same command again goes on where it stopped."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from impasto.cli.console import RichReporter, duration, emit
+from impasto.cli.options import Json
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or a ready recipe's name: lora, dreambooth_lora.")],
+    settings: Annotated[list[str] | None, typer.Argument(
+        metavar="SECTION.KEY=VALUE", help="Settings that the recipe leaves out or has otherwise: "
+        "base.path=v1-5.safetensors data.folder=photos train.steps=800")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune from a recipe.
+
+    The run lives in output.dir: previews, log, checkpoints, and at the end the adapter. Ctrl-C (or SIGTERM)
+    saves first; the same command goes on exactly where it stopped, also after a crash.
+    """
+    from impasto.training.recipe import load_recipe
+
+    checked = load_recipe(recipe, settings or [])
+    from impasto.training.trainer import train as run
+
+    outcome = run(checked, RichReporter())
+    if as_json:
+        emit({"artifact": outcome.artifact and str(outcome.artifact), "step": outcome.step,
+              "resumed_from": outcome.resumed_from, "loss": outcome.loss, "seconds": round(outcome.seconds, 3),
+              "stopped_by": outcome.stopped_by and outcome.stopped_by.name})
+    elif outcome.artifact is not None:
+        steps = outcome.step - outcome.resumed_from
+        print(f"{outcome.artifact}" + (f"  ({steps} steps in {duration(outcome.seconds)})" if steps else
+                                       "  (finished before; nothing was left to do)"))
+    else:
+        print(f"stopped after step {outcome.step}, saved; the same command goes on from there")
+    if outcome.stopped_by is not None:
+        raise typer.Exit(128 + outcome.stopped_by)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from impasto.cli import app
+from impasto.cli.inspect import block_of
+from impasto.deltas.adapter import Adapter
+from impasto.deltas.lowrank import LowRank
+from impasto.formats.adapters import save_adapter
+from tests.checkpoints import write_checkpoint
+from tests.cli.running import impasto, one_line
+
+BLOCK = "unet.down_blocks.1.attentions.0.transformer_blocks.0"
+TEXT = "text_encoder.text_model.encoder.layers.3.mlp.fc1"
+
+
+def look(capsys, *arguments: object) -> dict:
+    """What `impasto inspect --json` prints, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        app.main(["inspect", *map(str, arguments), "--json"])
+    assert not ended.value.code
+    return json.loads(capsys.readouterr().out)
+
+
+def text(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as ended:
+        app.main(["inspect", *map(str, arguments)])
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """An adapter's file, and dW of its layers in float64 from the definition."""
+    draw = torch.Generator().manual_seed(0)
+    deltas, dense = {}, {}
+    for layer, shape, rank in ((f"{BLOCK}.attn1.to_q", (16, 8), 4), (f"{BLOCK}.attn2.to_k", (16, 32), 2),
+                               ("unet.down_blocks.1.resnets.0.conv1", (8, 4, 3, 3), 4), (TEXT, (64, 32), 4)):
+        up = torch.randn(shape[0], rank, generator=draw).half().float()
+        down = torch.randn(rank, *shape[1:], generator=draw).half().float()
+        deltas[layer] = (LowRank.from_factors(up, down, alpha=1.0),)
+        dense[layer] = (up.double() @ down.flatten(1).double()) / rank
+    path = tmp_path / "dog.safetensors"
+    save_adapter(Adapter(deltas, family="sd1"), path, metadata={"ss_output_name": "dog", "hostile": "\x1b[2J\nboo"})
+    return path, dense
+
+
+def test_an_adapter(adapter, capsys) -> None:
+    path, dense = adapter
+    found = look(capsys, path)
+    assert (found["kind"], found["family"], found["format"], found["layers"]) == ("adapter", "sd1", "kohya", 4)
+    assert found["components"] == {"unet": 3, "text_encoder": 1}
+    assert found["ranks"] == {"4": 3, "2": 1}
+    assert found["alphas"] == {"1": 4}
+    assert found["parameters"] == (16 + 8) * 4 + (16 + 32) * 2 + (8 + 36) * 4 + (64 + 32) * 4 + 4
+    assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found["metadata"]["ss_output_name"] == "dog"
+    unet = math.sqrt(sum(float(w.square().sum()) for layer, w in dense.items() if layer != TEXT))
+    assert found["norms"] == pytest.approx({"unet down 1": unet, "text_encoder 3": float(dense[TEXT].norm())}, rel=1e-6)
+    assert {p["program"]: p["loaded"] for p in found["programs"]}["ComfyUI"] == 4
+
+
+def test_an_adapter_in_words(adapter, capsys) -> None:
+    shown = text(capsys, adapter[0])
+    assert "adapter for sd1: lora, in kohya format" in shown
+    assert "unet down 1" in shown and "█" in shown
+    assert "4 in 3, 2 in 1" in shown
+    assert "\x1b" not in shown and "?[2J boo" in shown  # a file cannot command the terminal
+
+
+def test_an_adapter_in_words_in_ascii(adapter) -> None:
+    shown = impasto("inspect", adapter[0], PYTHONIOENCODING="ascii", COLUMNS="50")
+    assert shown.returncode == 0 and "###" in shown.stdout
+    bars = [line for line in shown.stdout.splitlines() if "##" in line]
+    assert bars and max(map(len, bars)) <= 50
+
+
+def test_a_peft_folder(adapter, tmp_path: Path, capsys) -> None:
+    from impasto.formats.adapters import load_adapter
+
+    unet = {layer: terms for layer, terms in load_adapter(adapter[0]).deltas.items() if layer != TEXT}
+    folder = tmp_path / "peft"
+    save_adapter(Adapter(unet, family="sd1"), folder, format="peft")
+    found = look(capsys, folder)
+    assert (found["kind"], found["format"], found["layers"]) == ("adapter", "peft", 3)
+    assert "adapter for sd1" in text(capsys, folder)
+
+
+@pytest.mark.parametrize(("layer", "block"), [
+    ("unet.down_blocks.2.resnets.0.conv1", "unet down 2"), ("unet.mid_block.attentions.0.proj_in", "unet mid"),
+    ("unet.up_blocks.10.attentions.1.proj_in", "unet up 10"), ("unet.conv_in", "unet other"),
+    ("text_encoder_2.text_model.encoder.layers.11.mlp.fc1", "text_encoder_2 11"),
+])
+def test_blocks(layer, block) -> None:
+    assert block_of(layer) == block
+
+
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_a_checkpoint(tmp_path: Path, capsys, layout) -> None:
+    path = write_checkpoint(tmp_path / "base.safetensors" if layout == "ldm" else tmp_path / "base", layout=layout)
+    found = look(capsys, path)
+    assert (found["kind"], found["family"], found["layout"]) == ("checkpoint", "sd1", layout)
+    assert set(found["components"]) == {"unet", "text_encoder", "vae"}
+    assert found["components"]["text_encoder"]["parameters"] > 49408 * 32
+    assert list(found["components"]["unet"]["dtypes"]) == ["fp32"]
+    assert "sha256" not in found
+    shown = text(capsys, path)
+    assert "checkpoint of sd1" in shown and "unet" in shown
+
+
+def test_a_checkpoint_is_hashed_on_request(tmp_path: Path, capsys) -> None:
+    path = write_checkpoint(tmp_path / "base.safetensors")
+    assert look(capsys, path, "--hashes")["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_picture_of_another_program(tmp_path: Path, capsys) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a cat\nSteps: 20, Seed: 1")
+    Image.new("RGB", (8, 16)).save(tmp_path / "cat.png", pnginfo=info)
+    found = look(capsys, tmp_path / "cat.png")
+    assert found["kind"] == "picture" and found["size"] == [8, 16]
+    assert found["texts"] == {"parameters": "a cat\nSteps: 20, Seed: 1"}
+    assert "command" not in found
+    assert "a cat" in text(capsys, tmp_path / "cat.png")
+
+
+def test_a_tampered_picture_is_no_defect(tmp_path: Path, capsys) -> None:
+    for i, told in enumerate(("{", "[]", "{}", '{"settings": 3, "base": 1}', '{"settings": {}}')):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("impasto", told)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png", pnginfo=info)
+        assert "command" not in look(capsys, tmp_path / f"{i}.png")
+
+
+def test_a_jpeg_has_no_texts(tmp_path: Path, capsys) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    assert look(capsys, tmp_path / "a.jpg")["texts"] == {}
+
+
+# --- what is not what it seems -----------------------------------------------------------------------------
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert "no such file" in one_line(impasto("inspect", tmp_path / "none.safetensors"))
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"just some text, and long enough for a header", b"<!DOCTYPE html><html>", b"\x80\x02}q\x00.",
+    b"version https://git-lfs.github.com/spec/v1\n", struct.pack("<Q", 10**15) + b"{}",
+    b"\x89PNG\r\n\x1a\n broken",
+], ids=["empty", "text", "html", "pickle", "lfs", "long header", "broken png"])
+def test_what_is_no_model_is_one_line(tmp_path: Path, capsys, content) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        app.main(["inspect", str(path)])
+    shown = capsys.readouterr()
+    assert ended.value.code == 1
+    assert shown.err.startswith(f"error: {path}: ") and shown.err.count("\n") == 1
+
+
+def test_an_error_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_text("text")
+    shown = impasto("inspect", path, "--json")
+    assert shown.returncode == 1
+    told = json.loads(shown.stdout)["error"]
+    assert told["where"] == str(path) and told["what"]
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert str(tmp_path) in one_line(impasto("inspect", tmp_path))
+
+
+def test_what_impasto_does_not_read_is_still_described(tmp_path: Path, capsys) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "face.safetensors"
+    save_file({"emb_params": torch.zeros(4, 768)}, path, metadata={"name": "face"})
+    found = look(capsys, path)
+    assert (found["kind"], found["tensors"], found["parameters"]) == ("embedding", 1, 4 * 768)
+    assert found["metadata"] == {"name": "face"} and found["unread"]
+    assert "embedding" in text(capsys, path)
+
+
+def test_a_file_of_strange_tensors_is_no_error(tmp_path: Path, capsys) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "a.safetensors"
+    save_file({"weights": torch.zeros(4, dtype=torch.int64)}, path)
+    found = look(capsys, path)
+    assert (found["kind"], found["dtypes"], found["first"]) == ("unknown", {"int64": 4}, ["weights"])
+    assert "nothing that is known here" in text(capsys, path)
+
+
+def test_an_old_checkpoint_is_read_and_its_names_are_told(tmp_path: Path, capsys) -> None:
+    from safetensors.torch import load_file
+
+    path = tmp_path / "old.ckpt"
+    torch.save({"state_dict": load_file(write_checkpoint(tmp_path / "new.safetensors"))}, path)
+    found = look(capsys, path)
+    assert (found["kind"], found["family"]) == ("checkpoint", "sd1")
+    assert "torch._utils._rebuild_tensor_v2" in found["imports"]
