@@ -1,0 +1,53 @@
+"""What a run says of itself while it trains: log.jsonl, TensorBoard, and the live line."""
+
+from __future__ import annotations
+
+import collections
+from types import TracebackType
+
+import psutil
+import torch
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from impasto.training.run import Run
+
+
+class Journal:
+    """Writes one entry a step; the mean loss is over the last 50."""
+
+    def __init__(self, run: Run, device: torch.device, first: int) -> None:
+        self.run, self.device = run, device
+        self.recent: collections.deque[float] = collections.deque(maxlen=50)
+        self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=first + 1)
+        if first:
+            run.log(event="resumed", step=first)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.board.close()
+
+    @property
+    def mean_loss(self) -> float | None:
+        return sum(self.recent) / len(self.recent) if self.recent else None
+
+    def memory(self) -> int:
+        """Peak bytes allocated on a GPU; bytes resident in this process elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
+    def step(self, step: int, loss: float, norm: float, optimizer: torch.optim.Optimizer, pictures: int,
+             seconds: float) -> str:
+        """Record optimizer step `step` (from 1); a short text for the live line."""
+        self.recent.append(loss)
+        rate = optimizer.param_groups[0]["lr"]
+        memory = self.memory()
+        self.run.log(step=step, loss=loss, learning_rate=rate, gradient_norm=norm, seconds=round(seconds, 4),
+                     pictures_per_second=round(pictures / seconds, 3), memory=memory)
+        self.board.add_scalar("loss", loss, step)
+        self.board.add_scalar("learning_rate", rate, step)
+        self.board.add_scalar("gradient_norm", norm, step)
+        return f"loss {self.mean_loss:.4f} · {pictures / seconds:.2f} pictures/s · {memory / 2**30:.1f} GiB"

@@ -1,0 +1,45 @@
+"""What an artifact tells of how it was made. All values are strings, as safetensors asks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePath
+from typing import Any
+
+import impasto
+from impasto.training.recipe import Recipe
+
+#: keys that name places on the user's disk: only their last part goes into a file that may be shared
+PLACES = [("base", "path"), ("base", "vae"), ("data", "folder"), ("data", "cache"), ("prior", "folder"),
+          ("output", "dir")]
+
+
+def metadata(recipe: Recipe, step: int) -> dict[str, str]:
+    """kohya's `ss_*` keys that other programs show, and the recipe itself under `impasto.recipe`."""
+    train = recipe.train
+    return {
+        "ss_learning_rate": str(train.learning_rate),
+        "ss_lr_scheduler": train.schedule,
+        "ss_lr_warmup_steps": str(train.warmup),
+        "ss_optimizer": train.optimizer,
+        "ss_batch_size_per_device": str(train.batch_size),
+        "ss_gradient_accumulation_steps": str(train.accumulation),
+        "ss_steps": str(step),
+        "ss_seed": str(train.seed),
+        "ss_mixed_precision": train.precision,
+        "ss_output_name": recipe.output.name or PurePath(recipe.output.dir).name,
+        "ss_sd_model_name": PurePath(recipe.base.path).name,
+        "ss_clip_skip": str(recipe.base.clip_skip + 1),
+        "ss_resolution": str(recipe.data.resolution) if recipe.data else "",
+        "impasto.version": impasto.__version__,
+        "impasto.step": str(step),
+        "impasto.recipe": json.dumps(_shareable(recipe.plain())),
+    }
+
+
+def _shareable(plain: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with every place cut to its last part."""
+    for section, key in PLACES:
+        if plain.get(section) and plain[section].get(key):
+            plain[section][key] = PurePath(plain[section][key]).name
+    return plain

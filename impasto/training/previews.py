@@ -1,0 +1,75 @@
+"""Previews: pictures of the state of training, from fixed seeds, by the same code as `impasto generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from impasto.families import prompts
+from impasto.families.base import Base
+from impasto.families.picture_info import save_picture
+from impasto.families.sampling import SampleSettings, sample
+from impasto.methods.base import Method
+from impasto.training.environment import Precision
+from impasto.training.recipe import Recipe
+
+
+class Previews:
+    """Draws every prompt of `[sample]` from its own fixed seed, so that only training differs between steps."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        options, data = recipe.sample, recipe.data
+        fallback = [data.caption] if data is not None and data.caption else []
+        self.prompts = (options.prompts or fallback) if options.every else []
+        self.options, self.folder = options, folder
+        side = options.size or (data.resolution if data is not None else 512)
+        self.settings = SampleSettings(steps=options.steps, guidance=options.guidance,
+                                       scheduler=options.scheduler, width=side, height=side)
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether pictures are asked for after optimizer step `step`: at first, at last and every N steps."""
+        return bool(self.prompts) and (step == total or step % self.options.every == 0)
+
+    def make(self, base: Base, methods: list[Method], precision: Precision, step: int) -> list[Path]:
+        """Draw and save the pictures of one step; those that are there already are kept."""
+        paths = [self.folder / f"{step:06d}-{i}.png" for i in range(len(self.prompts))]
+        left = [i for i, path in enumerate(paths) if not path.exists()]
+        if not left:
+            return paths
+        seeds = [self.options.seed + i for i in left]
+        with evaluating(methods), awake(base), torch.no_grad(), precision.autocast():
+            pictures = sample(base, [prompts.parse(self.prompts[i]) for i in left],
+                              [prompts.parse(self.options.negative)] * len(left), seeds, self.settings)
+        for i, seed, picture in zip(left, seeds, pictures, strict=True):
+            save_picture(picture, paths[i], prompt=self.prompts[i], negative=self.options.negative, seed=seed,
+                         settings=self.settings, base=base)
+        return paths
+
+
+@contextmanager
+def evaluating(methods: list[Method]) -> Iterator[None]:
+    """Dropout off in what is trained, for the length of the block."""
+    modules = [module for method in methods for module in method.modules().values()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
+
+
+@contextmanager
+def awake(base: Base) -> Iterator[None]:
+    """Every component on the denoiser's device for the length of the block; then each where it slept."""
+    slept = {name: next(module.parameters()).device for name, module in base.components.items()}
+    for module in base.components.values():
+        module.to(base.device)
+    try:
+        yield
+    finally:
+        for name, device in slept.items():
+            base.components[name].to(device)

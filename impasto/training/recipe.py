@@ -1,0 +1,251 @@
+"""A recipe: what to fine-tune, on what, how, and where to; read from TOML, checked before anything is loaded.
+
+Each key says its unit and whose practice its default follows; unknown keys are errors that name the nearest
+known one. Methods and objectives bring their own keys: their sections are checked by the registry.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, SerializeAsAny
+
+from impasto.core.errors import UserError, nearest
+from impasto.data.options import DataOptions, PriorOptions
+from impasto.methods import METHODS
+from impasto.methods.base import MethodOptions
+from impasto.objectives import OBJECTIVES
+from impasto.objectives.base import ObjectiveOptions
+
+#: the recipes that ship with the package, by name
+READY = Path(__file__).parent.parent / "recipes"
+
+
+class Section(pydantic.BaseModel):
+    """A section of a recipe: typos are errors, values are checked on assignment too."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class BaseOptions(Section):
+    """`[base]`: the checkpoint to fine-tune."""
+
+    path: str = Field(description="A single file, a diffusers folder, or a hub id.")
+    family: str | None = Field(None, description="The family, where the file's own word is not enough.")
+    vae: str | None = Field(None, description="Another VAE: a file or a folder.")
+    clip_skip: int = Field(0, ge=0, le=11, description="Text encoder layers left out at the end; 0 is the "
+                           "last layer (A1111 and kohya call that clip skip 1).")
+    download: bool = Field(False, description="Whether a hub id may be fetched from the internet.")
+
+
+class TrainOptions(Section):
+    """`[train]`: the loop."""
+
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; default 500 (diffusers' DreamBooth-LoRA "
+                              "example), unless epochs is given.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the pictures, instead of steps.")
+    batch_size: int = Field(1, ge=1, description="Pictures in a micro-batch (diffusers, kohya: 1). Class pictures "
+                            "come on top.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
+    learning_rate: float = Field(1e-4, gt=0, description="1e-4: LoRA in diffusers, kohya and OneTrainer alike.")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="AdamW, or bitsandbytes' 8-bit AdamW.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's (diffusers, OneTrainer).")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's (diffusers, OneTrainer: 0.01).")
+    eps: float = Field(1e-8, gt=0, description="AdamW's.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="How the rate falls to zero after the warm-up: not, as a half cosine, linearly.")
+    warmup: int = Field(0, ge=0, description="Steps in which the rate rises linearly from zero (diffusers: 0-500).")
+    clip: float = Field(1.0, ge=0, description="Largest global gradient norm (diffusers, OneTrainer: 1); 0: none.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Of frozen weights and of the computation. auto: bf16 on a GPU that has it, fp16 "
+        "with loss scaling on one that has not, fp32 on a CPU. Trained weights are always fp32.")
+    checkpointing: bool = Field(False, description="Gradient checkpointing: less memory, about a third more time.")
+    compile: bool = Field(False, description="torch.compile the denoiser: slow first step, faster ones after.")
+    deterministic: bool = Field(False, description="Deterministic kernels, for bit-equal runs on CUDA.")
+    device: str = Field("auto", description="auto, cuda, mps, cpu, or one such as cuda:1.")
+    seed: int = Field(0, ge=0, description="Of every random draw.")
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> TrainOptions:
+        if self.steps and self.epochs:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class SampleOptions(Section):
+    """`[sample]`: previews, made by the same code as `impasto generate`."""
+
+    prompts: list[str] = Field([], description="What to draw; empty: the data's caption, if there is one for all.")
+    negative: str = Field("", description="What to keep away from.")
+    every: int = Field(200, ge=0, description="Steps between previews, beside the one before the first step; "
+                       "0: no previews at all.")
+    steps: int = Field(25, ge=1, description="Sampler steps.")
+    guidance: float = Field(7.5, ge=0, description="Classifier-free guidance (diffusers' default for SD 1.x).")
+    scheduler: str = Field("dpm++2m", description="As in impasto generate --scheduler.")
+    size: int | None = Field(None, ge=8, description="Side in pixels; default: data.resolution.")
+    seed: int = Field(0, ge=0, description="Of the first prompt; the next ones count on.")
+
+
+class OutputOptions(Section):
+    """`[output]`: where the run lives and what it leaves."""
+
+    dir: str = Field("runs/run", description="The run's directory; the same recipe there goes on where it stopped.")
+    name: str | None = Field(None, description="Of the artifact; default: the directory's name.")
+    format: Literal["auto", "kohya", "diffusers", "peft"] = Field(
+        "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it.")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Of the artifact (kohya: fp16).")
+    save_every: int = Field(0, ge=0, description="Steps between artifacts that other programs can use at once; "
+                            "0: only at the end.")
+    save_every_epochs: int = Field(0, ge=0, description="The same in epochs.")
+    checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints to resume from.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept, the newest ones.")
+
+
+def _method(section: Any) -> MethodOptions:
+    """Check a `[[method]]` section by the options of its kind."""
+    if isinstance(section, MethodOptions):
+        return section
+    if not isinstance(section, dict) or "kind" not in section:
+        raise ValueError(f"needs a kind, one of: {', '.join(METHODS)}")
+    return METHODS.get(section["kind"]).Options.model_validate(section)
+
+
+def _objective(section: Any) -> ObjectiveOptions:
+    """Check the `[objective]` section by the options of its kind."""
+    if isinstance(section, ObjectiveOptions):
+        return section
+    return OBJECTIVES.get(section.get("kind", "denoise")).Options.model_validate(section)
+
+
+AnyMethod = Annotated[SerializeAsAny[MethodOptions], pydantic.BeforeValidator(_method)]
+AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], pydantic.BeforeValidator(_objective)]
+
+
+class Recipe(Section):
+    """All of it. `[base]` and `[method]` are needed always, `[data]` to train."""
+
+    base: BaseOptions
+    data: DataOptions | None = None
+    prior: PriorOptions | None = None
+    method: list[AnyMethod] = Field(min_length=1)
+    objective: AnyObjective = Field(default_factory=lambda: _objective({}))
+    train: TrainOptions = TrainOptions.model_validate({})
+    sample: SampleOptions = SampleOptions.model_validate({})
+    output: OutputOptions = OutputOptions.model_validate({})
+
+    @pydantic.field_validator("method", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    def plain(self) -> dict[str, Any]:
+        """Every key with its value, JSON-able: for manifests and metadata."""
+        return self.model_dump(mode="json")
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a TOML file, or the ready one of that name, with `section.key=value` overrides.
+
+    Raises `UserError` for a missing file, bad TOML, an unknown key (naming the nearest) or a value out of range.
+    """
+    path = find_recipe(name)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"is not valid TOML ({error})", where=path, fix="the README has a short recipe") from None
+    for override in overrides:
+        apply_override(tree, override)
+    return make_recipe(tree, where=path)
+
+
+def find_recipe(name: str) -> Path:
+    """A file of that path, or the ready recipe of that name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    ready = READY / f"{name}.toml"
+    if ready.is_file():
+        return ready
+    known = [p.relative_to(READY).with_suffix("").as_posix() for p in READY.rglob("*.toml")]
+    raise UserError("no such recipe file, and no ready recipe of that name", where=name, fix=nearest(name, known))
+
+
+def make_recipe(tree: dict[str, Any], *, where: object = "recipe") -> Recipe:
+    """Check a nested dictionary; the first thing wrong is the one line of the `UserError`."""
+    try:
+        return Recipe.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise _first_problem(error, tree, where) from None
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in the tree. The value is TOML, or else plain text.
+
+    `method.rank=8` sets the only method's, `method.1.rank=8` the second one's.
+    """
+    key, sign, text = override.partition("=")
+    path = key.strip().split(".")
+    if not sign or len(path) < 2:
+        raise UserError("is not section.key=value", where=override)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = path
+    node: Any = tree
+    for depth, name in enumerate(sections):
+        if isinstance(node, list):
+            node = _item(node, name, override)
+            continue
+        node = node.setdefault(name, {})
+        if isinstance(node, list) and not path[depth + 1].isdigit():
+            if len(node) != 1:
+                raise UserError(f"there are {len(node)} methods", where=override,
+                                fix=f"say which: {name}.0.{last}, {name}.1.{last}, …")
+            node = node[0]
+    if not isinstance(node, dict):
+        raise UserError(f"{'.'.join(sections)} is not a section", where=override)
+    node[last] = value
+
+
+def _item(items: list[Any], index: str, override: str) -> Any:
+    if not index.isdigit() or int(index) >= len(items):
+        raise UserError(f"there is no method {index}", where=override, fix=f"they count from 0 to {len(items) - 1}")
+    return items[int(index)]
+
+
+def _first_problem(error: pydantic.ValidationError, tree: dict[str, Any], where: object) -> UserError:
+    """Pydantic's first complaint as one line, an unknown key with the nearest known one."""
+    problem = error.errors()[0]
+    location = list(problem["loc"])
+    dotted = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = _siblings(location, tree)
+        return UserError(f"unknown key {dotted!r}", where=where, fix=nearest(str(location[-1]), known))
+    if problem["type"] == "missing":
+        return UserError(f"{dotted!r} is missing", where=where, fix=f"add it, or say {dotted}=… on the command line")
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    return UserError(f"{dotted}: {message}{shown}" if dotted else message, where=where)
+
+
+def _siblings(location: list[Any], tree: dict[str, Any]) -> set[str]:
+    """The keys that are known at the place of an unknown one."""
+    section = location[0]
+    if len(location) == 1:
+        return set(Recipe.model_fields)
+    if section == "method":
+        methods = tree["method"] if isinstance(tree["method"], list) else [tree["method"]]
+        return set(METHODS.get(methods[location[1]]["kind"]).Options.model_fields)
+    if section == "objective":
+        return set(OBJECTIVES.get(tree["objective"].get("kind", "denoise")).Options.model_fields)
+    models = {"base": BaseOptions, "data": DataOptions, "prior": PriorOptions, "train": TrainOptions,
+              "sample": SampleOptions, "output": OutputOptions}
+    return set(models[section].model_fields)

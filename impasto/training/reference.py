@@ -1,0 +1,48 @@
+"""docs/recipes.md, written from the recipe's own keys: `python -m impasto.training.reference > docs/recipes.md`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import pydantic
+from pydantic_core import PydanticUndefined
+
+from impasto.methods import METHODS
+from impasto.objectives import OBJECTIVES
+from impasto.training.recipe import BaseOptions, DataOptions, OutputOptions, PriorOptions, SampleOptions, TrainOptions
+
+SECTIONS: list[tuple[str, str, type[pydantic.BaseModel]]] = [
+    ("base", "the checkpoint", BaseOptions),
+    ("data", "the pictures", DataOptions),
+    ("prior", "class pictures; leave the section out to do without", PriorOptions),
+    *((f'method] kind = "{name}"', "what is trained", METHODS.get(name).Options) for name in METHODS),
+    *((f'objective] kind = "{name}"', "what is minimised", OBJECTIVES.get(name).Options) for name in OBJECTIVES),
+    ("train", "the loop", TrainOptions),
+    ("sample", "previews", SampleOptions),
+    ("output", "where it goes", OutputOptions),
+]
+
+
+def reference() -> str:
+    """The whole page, Markdown."""
+    lines = ["# Recipe keys", "",
+             "Any of them may stand in a TOML file, or as `section.key=value` on the command line."]
+    for name, what, model in SECTIONS:
+        title = f"[{name}" if "]" in name else f"[{name}]"
+        lines += ["", f"## `{title}` {what}", "", "| key | default | |", "|---|---|---|", *_rows(model)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(model: type[pydantic.BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if name != "kind":
+            default = "needed" if field.default is PydanticUndefined and field.default_factory is None else \
+                f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+            yield f"| `{name}` | {'' if default == '`null`' else default} | {field.description} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    sys.stdout.write(reference())

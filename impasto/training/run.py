@@ -1,0 +1,209 @@
+"""A run's directory: it goes from a recipe to an adapter and survives being killed at any moment.
+
+    dog.safetensors  dog-000200.safetensors …  checkpoints/000200/  previews/  log.jsonl  recipe.toml
+
+A checkpoint is a new folder, written aside and renamed, whose manifest is written last: it holds the digest of
+every other file, and only a checkpoint whose manifest verifies counts. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from impasto.core.errors import UserError
+from impasto.core.files import atomic_folder, atomic_write, digest, locked, write_json
+from impasto.core.progress import SILENT, Reporter
+
+MANIFEST = "manifest.json"
+STATE = "state.safetensors"
+
+
+@dataclass
+class State:
+    """Where a run stands: all that the next step depends on. Draws, order and rates are functions of the step."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """The directory of one run, held by one process at a time."""
+
+    def __init__(self, folder: Path, name: str, report: Reporter = SILENT) -> None:
+        self.folder, self.name, self.report = folder, name, report
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: Path, name: str, report: Reporter = SILENT) -> Iterator[Run]:
+        """Make or take up the directory, under its lock."""
+        with locked(folder / ".lock", doing="training here"):
+            for leftover in folder.glob("checkpoints/*.part"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in folder.glob(".*.part"):
+                leftover.unlink(missing_ok=True)
+            yield cls(folder, name, report)
+
+    # --- the artifact ------------------------------------------------------------------------------------
+    def artifact(self, step: int | None = None) -> Path:
+        """Where the adapter goes: after optimizer step `step`, or at the end."""
+        tail = "" if step is None else f"-{step:06d}"
+        return self.folder / f"{self.name}{tail}.safetensors"
+
+    # --- the recipe --------------------------------------------------------------------------------------
+    def check_recipe(self, plain: dict[str, Any], free: set[str]) -> None:
+        """Refuse to go on with another recipe, naming the keys; those in `free` do not change the weights.
+
+        `plain` is `Recipe.plain()`; it is kept as recipe.toml, which `impasto train` takes as it is.
+        """
+        path = self.folder / "recipe.toml"
+        now = _flat(_without_none(plain))
+        if path.exists() and self.checkpoints():
+            before = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
+                             and key not in free and key.split(".")[0] not in free)
+            if changed:
+                told = ", ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:4])
+                more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+                raise UserError(f"holds a run with another recipe ({told}{more})", where=self.folder,
+                                fix="choose another output.dir, or put the recipe back")
+        with atomic_write(path) as file:
+            tomli_w.dump(_without_none(plain), file)
+
+    # --- checkpoints -------------------------------------------------------------------------------------
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint folders, newest first, whether they verify or not."""
+        folders = [p for p in (self.folder / "checkpoints").glob("*") if p.is_dir() and p.name.isdigit()]
+        return sorted(folders, key=lambda p: int(p.name), reverse=True)
+
+    def save(self, state: State, manifest: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint of `state`, then forget all but the newest `keep` ones."""
+        target = self.folder / "checkpoints" / f"{state.step:06d}"
+        if target.exists():  # one that did not verify: a valid one would have been resumed from
+            shutil.rmtree(target)
+        with atomic_folder(target) as folder:
+            _save_tensors(state.tensors, folder / STATE)
+            write_json(folder / MANIFEST, {**manifest, "step": state.step, "values": state.values,
+                                           "files": {STATE: digest(folder / STATE)}})
+        for old in self.checkpoints()[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def latest(self) -> tuple[State, dict[str, Any]] | None:
+        """The newest checkpoint that verifies, with its manifest; a damaged one is passed over and named."""
+        for folder in self.checkpoints():
+            manifest = _verified(folder)
+            if manifest is None:
+                self.report.warn(f"{folder} is damaged and is passed over")
+                continue
+            tensors = load_file(folder / STATE)
+            return State(manifest["step"], tensors, manifest["values"]), manifest
+        return None
+
+    # --- the log -----------------------------------------------------------------------------------------
+    def log(self, **entry: Any) -> None:
+        """Append one line to log.jsonl."""
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop log lines of steps that the resumed run will take again, and a line cut short by a kill."""
+        path = self.folder / "log.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry.get("step", 0) <= step:
+                kept.append(line)
+        with atomic_write(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors; a failed write is an OSError, as it is for any other file."""
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        full = "No space left" in str(error) or "os error 28" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+
+
+def _verified(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint whose files are those it names, else None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        whole = all(digest(folder / name) == expected for name, expected in manifest["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return manifest if whole else None
+
+
+def _without_none(tree: Any) -> Any:
+    """TOML has no null: a key that is not set is absent."""
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return [_without_none(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary or list as dotted keys."""
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+# --- optimizer state without pickles -------------------------------------------------------------------------
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's per-parameter state as named tensors, and the values that are no tensors.
+
+    Names are "optimizer.{parameter}/{key}", with more parts where an entry is a dictionary (bitsandbytes).
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{name}/{key}", inner)
+        elif isinstance(value, Tensor):
+            tensors[f"optimizer.{name}"] = value.clone()  # 8-bit states share their tables
+        else:
+            values[name] = value
+
+    for index, entry in optimizer.state_dict()["state"].items():
+        walk(str(index), entry)
+    return tensors, values
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Put back what `pack_optimizer` took; parameter groups stay as they were built."""
+    state: dict[int, dict[str, Any]] = {}
+    packed = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+    for name, value in {**packed, **values}.items():
+        index, *path, key = name.split("/")
+        entry = state.setdefault(int(index), {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,226 @@
+"""The loop. One, for every method, objective and family; read from top to bottom.
+
+What exact resume takes is elsewhere and small: draws, order and rates are functions of the step; a checkpoint
+holds what is trained, the optimizer's state and the loss scale; everything else follows from the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import signal
+import time
+from pathlib import Path
+from typing import final
+
+import torch
+
+from impasto.core.errors import UserError
+from impasto.core.progress import SILENT, Reporter
+from impasto.core.rng import Draws, seed_for
+from impasto.data.source import prepare_source
+from impasto.families.load import load_base
+from impasto.formats.adapters import save_adapter
+from impasto.methods import METHODS
+from impasto.methods.base import Method
+from impasto.objectives import OBJECTIVES
+from impasto.training.environment import DTYPES, Precision, choose_device, describe, differences, settle
+from impasto.training.journal import Journal
+from impasto.training.metadata import metadata
+from impasto.training.optimizers import make_optimizer, rate_factor, set_rates
+from impasto.training.previews import Previews
+from impasto.training.recipe import Recipe
+from impasto.training.run import Run, State, pack_optimizer, unpack_optimizer
+from impasto.training.step import step as step_losses
+from impasto.training.stop import StopWish
+
+#: keys that may change between two sittings of a run: they do not touch the weights
+FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    artifact: Path | None  # None if it was stopped before the last step
+    step: int
+    resumed_from: int
+    loss: float | None  # the mean over the last steps, None if none was taken
+    seconds: float
+    stopped_by: signal.Signals | None = None
+
+
+def train(recipe: Recipe, report: Reporter = SILENT) -> Outcome:
+    """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`."""
+    if recipe.data is None:
+        raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
+    folder = Path(recipe.output.dir)
+    with Run.open(folder, recipe.output.name or folder.absolute().name, report) as run:
+        run.check_recipe(recipe.plain(), FREE_KEYS)
+        return Trainer(recipe, run, report).train()
+
+
+@final
+class Trainer:
+    """Everything that a run holds in memory, and the loop over it."""
+
+    def __init__(self, recipe: Recipe, run: Run, report: Reporter) -> None:
+        assert recipe.data is not None
+        self.recipe, self.options, self.run, self.report = recipe, recipe.train, run, report
+        settle(self.options.deterministic)
+        self.device = choose_device(self.options.device)
+        self.precision = Precision.choose(self.options.precision, self.device)
+        with report.phase("loading the base"):
+            self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
+                                  clip_skip=recipe.base.clip_skip, download=recipe.base.download,
+                                  device=self.device, dtype=self.precision.dtype, report=report)
+        self.fingerprint = self.base.fingerprint()
+        self.objective = OBJECTIVES.get(recipe.objective.kind)(recipe.objective)
+        self.methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]
+        trains = frozenset[str]().union(*(method.trains(self.base) for method in self.methods))
+        self.source = prepare_source(
+            self.base, recipe.data, recipe.prior, trains=trains, batch_size=self.options.batch_size,
+            accumulation=self.options.accumulation, seed=self.options.seed, device=self.device, report=report)
+        for line in self.source.describe():
+            report.note(line)
+        groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = make_optimizer(groups, self.options, self.device)
+        self.scaler = self.precision.scaler()
+        self.previews = Previews(recipe, run.folder / "previews")
+        if self.options.checkpointing:
+            self.base.checkpoint_gradients()
+        if self.options.compile:
+            self.base.denoiser.compile()
+        self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)
+        self.total = self.options.steps or (self.options.epochs or 0) * self.source.epoch_steps or 500
+        self.pictures = self.options.batch_size * self.options.accumulation
+
+    # --- the loop ----------------------------------------------------------------------------------------
+    def train(self) -> Outcome:
+        """Take the steps that are left, then save the artifact."""
+        started, first = time.monotonic(), self._resume()
+        step = first
+        with StopWish.listening() as wish, Journal(self.run, self.device, first) as journal, \
+                self.report.phase("training", self.total, "steps") as advance:
+            advance(first)
+            if first < self.total:
+                self._preview(first)
+            while step < self.total and not wish.asked:
+                clock = time.monotonic()
+                set_rates(self.optimizer, rate_factor(step, self.total, self.options))
+                loss = self._accumulate(step)
+                norm = self._update(step)
+                step += 1
+                advance(1, journal.step(step, loss, norm, self.optimizer, self.pictures, time.monotonic() - clock))
+                self._keep(step, stopping=wish.asked is not None)
+            mean = journal.mean_loss
+        finished = step >= self.total
+        if finished:
+            self._save_artifact(self.run.artifact(), step)
+        return Outcome(self.run.artifact() if finished else None, step, first, mean, time.monotonic() - started,
+                       None if finished else wish.asked)
+
+    def _accumulate(self, step: int) -> float:
+        """Forward and backward over the micro-batches of an optimizer step; the mean loss."""
+        total = torch.zeros((), device=self.device)
+        for micro, batches in enumerate(self.source.micro_batches(step)):
+            torch.manual_seed(seed_for(self.options.seed, step, micro, 0))  # dropout, and whatever else draws
+            for batch in batches:
+                batch = batch.to(self.device)
+                draws = Draws(self.options.seed, step, batch.samples, self.device)
+                with self.precision.autocast():
+                    losses = step_losses(self.base, batch, self.objective, draws)
+                if not torch.isfinite(losses).all():
+                    self._not_finite(step, [n for n, l in zip(batch.names, losses, strict=True) if not l.isfinite()])
+                loss = losses.sum() / self.pictures
+                self.scaler.scale(loss).backward()
+                total += loss.detach()
+        for method in self.methods:
+            if (penalty := method.penalty()) is not None:
+                self.scaler.scale(penalty).backward()
+        return total.item()
+
+    def _update(self, step: int) -> float:
+        """The optimizer's step; the gradients' norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        for method in self.methods:
+            if not method.active(step):
+                for parameter in (p for module in method.modules().values() for p in module.parameters()):
+                    parameter.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for method in self.methods:
+            method.after_step(step)
+        return norm.item()
+
+    def _not_finite(self, step: int, names: list[str]) -> None:
+        """Stop with the step, the pictures and advice. The last checkpoint holds the last good state."""
+        kept = self.run.checkpoints()
+        advice = "use train.precision=bf16 or fp32" if self.precision.dtype == torch.float16 else \
+            "lower train.learning_rate, or look at these pictures"
+        raise UserError(f"the loss is not finite at step {step + 1}, with {', '.join(names)}", where=self.run.folder,
+                        fix=f"{advice}; the last good state is {kept[0] if kept else 'the start'}")
+
+    # --- what is kept ------------------------------------------------------------------------------------
+    def _keep(self, step: int, *, stopping: bool) -> None:
+        """Artifact, preview and checkpoint, in this order, where they are due after `step`.
+
+        The checkpoint comes last: whatever a kill takes away before it is made again after the resume.
+        """
+        output = self.recipe.output
+        every = output.save_every or output.save_every_epochs * self.source.epoch_steps
+        if every and step % every == 0 and step < self.total:
+            self._save_artifact(self.run.artifact(step), step)
+        if self.previews.due(step, self.total):
+            self._preview(step)
+        if stopping or step == self.total or step % output.checkpoint_every == 0:
+            tensors, values = pack_optimizer(self.optimizer)
+            for i, method in enumerate(self.methods):
+                for name, module in method.modules().items():
+                    tensors.update({f"method.{i}.{name}.{key}": t for key, t in module.state_dict().items()})
+            state = State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict()})
+            manifest = {"total": self.total, "data": self.source.fingerprint, "base": self.fingerprint,
+                        "environment": describe(self.device)}
+            self.run.save(state, manifest, output.keep)
+
+    def _preview(self, step: int) -> None:
+        if self.previews.due(step, self.total):
+            with self.report.phase(f"preview at step {step}"):
+                self.previews.make(self.base, self.methods, self.precision, step)
+
+    def _save_artifact(self, path: Path, step: int) -> None:
+        """What has been learned so far, in a file that other programs read."""
+        adapter = functools.reduce(operator.add, (method.adapter() for method in self.methods))
+        adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
+        output = self.recipe.output
+        save_adapter(adapter, path, format="kohya" if output.format == "auto" else output.format,
+                     dtype=DTYPES[output.dtype], metadata=metadata(self.recipe, step))
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if there is one; the number of steps it holds."""
+        found = self.run.latest()
+        if found is None:
+            return 0
+        state, manifest = found
+        if manifest["data"] != self.source.fingerprint:
+            raise UserError("the pictures, their captions or their cuts have changed since this run was stopped",
+                            where=self.run.folder, fix="put them back, or choose another output.dir")
+        if manifest["base"] != self.fingerprint:
+            raise UserError("the base is not the one this run began with", where=self.recipe.base.path,
+                            fix="put it back, or choose another output.dir")
+        for line in differences(manifest["environment"], describe(self.device)):
+            self.report.warn(f"{line}: the last bits of what follows may differ from an uninterrupted run")
+        for i, method in enumerate(self.methods):
+            for name, module in method.modules().items():
+                prefix = f"method.{i}.{name}."
+                module.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in state.tensors.items()
+                                        if key.startswith(prefix)})
+        unpack_optimizer(self.optimizer, state.tensors, state.values["optimizer"])
+        self.scaler.load_state_dict(state.values["scaler"])
+        self.run.rewind_log(state.step)
+        self.report.note(f"going on after step {state.step}")
+        return state.step
