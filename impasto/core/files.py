@@ -137,7 +137,7 @@ class Remembered:
         self.store = store
         self.changed = False
         try:
-            self.facts: dict[str, dict] = json.loads(store.read_text())
+            self.facts: dict[str, dict] = json.loads(store.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self.facts = {}  # a lost or damaged memory costs time, never correctness
 
@@ -179,13 +179,13 @@ def locked(path: Path, *, doing: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        who = holder.read_text().strip() if holder.exists() else "another process"
+        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise UserError(f"{who} is already {doing}", where=path.parent,
                         fix="wait for it, or choose another output.dir") from None
     except OSError as error:
         raise disk_error(error, path) from error
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -1,0 +1,7 @@
+"""The families of Stable Diffusion. A new family is one file and one line here."""
+
+from impasto.core.registry import Registry
+
+FAMILIES = Registry("family", {
+    "sd1": "impasto.families.sd1:SD1",
+})

@@ -1,0 +1,174 @@
+"""What a family of Stable Diffusion is to the rest of the program.
+
+A `Base` is a checkpoint made usable. Everything above this floor speaks to this class alone and never
+asks which family it is: the condition is opaque outside the family, *time* is of the process's own type
+(an integer step for DDPM, a real number for flow matching), text states are a dictionary of tensors.
+
+Shapes: B pictures, C latent channels, (h, w) latent cells, (H, W) pixels.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from impasto.core.progress import SILENT, Reporter
+from impasto.diffusion.process import Process
+
+if TYPE_CHECKING:
+    from impasto.formats.checkpoint import Checkpoint
+
+#: What the text encoders leave behind, by name; each tensor has a leading batch dimension.
+TextStates = dict[str, Tensor]
+
+#: A caption as it stands (a str, taken literally), or pieces of text with weights (from `prompts.parse`).
+Caption = str | Sequence[tuple[str, float]]
+
+
+@dataclass
+class Geometry:
+    """Where each picture of a batch comes from, in pixels, each (B, 2) as (height, width) or (top, left).
+
+    SDXL is conditioned on it; other families ignore it.
+    """
+
+    original: Tensor
+    crop: Tensor
+    target: Tensor
+
+    def to(self, device: torch.device | str) -> Geometry:
+        """The same geometry on `device`."""
+        return Geometry(self.original.to(device), self.crop.to(device), self.target.to(device))
+
+
+@dataclass
+class Base(abc.ABC):
+    """A checkpoint made usable: tokenizers, text encoders, denoiser, VAE and its noise process."""
+
+    family: ClassVar[str]
+    #: component name of the denoiser ("unet", "transformer") and of the text encoders, diffusers' names
+    denoiser_name: ClassVar[str]
+    text_encoder_names: ClassVar[tuple[str, ...]]
+
+    components: dict[str, nn.Module]
+    process: Process
+    source: Path | None = None
+    #: keys of the file that no component took: listed and kept, not an error
+    surplus: list[str] = field(default_factory=list)
+    #: the checkpoint that each component came from; none for random weights
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    #: the checkpoint's own scheduler config, for what it says about sampling
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    # --- loading -------------------------------------------------------------------------------------
+    @classmethod
+    @abc.abstractmethod
+    def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
+                         dtype: torch.dtype = torch.float32, clip_skip: int = 0,
+                         report: Reporter = SILENT) -> Self:
+        """Build from the checkpoint of each component: one and the same, but for a VAE that was replaced.
+
+        Modules are in eval mode and frozen. `dtype` is of the weights; a family may hold a component in more.
+        Raises `UserError` for what is missing or does not fit.
+        """
+
+    # --- text ----------------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def encode_text(self, captions: Sequence[Caption]) -> TextStates:
+        """Text states of captions of any length (in chunks)."""
+
+    def text_settings(self) -> dict[str, Any]:
+        """What text states depend on beside caption, weights and precision (clip skip), for cache keys."""
+        return {}
+
+    def stack_text(self, states: Sequence[TextStates]) -> TextStates:
+        """One batch out of several text states, which may differ in their number of chunks."""
+        return {name: torch.cat([s[name] for s in states]) for name in states[0]}
+
+    # --- pictures ------------------------------------------------------------------------------------
+    @property
+    @abc.abstractmethod
+    def cell(self) -> int:
+        """Pixels along one side of a latent cell (8 for Stable Diffusion's VAEs)."""
+
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the pictures that the denoiser was made for (512 for SD 1.x)."""
+        return getattr(self.denoiser, "config").sample_size * self.cell  # noqa: B009
+
+    @property
+    @abc.abstractmethod
+    def latent_channels(self) -> int:
+        """C."""
+
+    @abc.abstractmethod
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Moments (B, 2C, h, w), mean and log-variance, of pixels (B, 3, H, W) in [-1, 1]; no draw."""
+
+    @abc.abstractmethod
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w): the sample of `moments` that the standard normal `noise` picks."""
+
+    @abc.abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in about [-1, 1] of scaled latents."""
+
+    # --- the denoiser --------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def condition(self, text: TextStates, geometry: Geometry | None = None,
+                  extras: Mapping[str, Tensor] | None = None) -> Any:
+        """All that the denoiser is told beside latents and time. Opaque to callers."""
+
+    @abc.abstractmethod
+    def predict(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
+        """The denoiser's prediction (B, C, h, w), of the kind that `process.prediction` names."""
+
+    @abc.abstractmethod
+    def targets(self, word: str) -> list[str]:
+        """Layer paths ("unet.down_blocks.0…to_q") that a target word or a regular expression names.
+
+        Words: attention, cross-attention, feed-forward, convolutions, text-encoder, all.
+        Raises `UserError` with near matches if nothing matches.
+        """
+
+    # --- shared --------------------------------------------------------------------------------------
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.components[self.denoiser_name]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def layer(self, path: str) -> nn.Module:
+        """The layer at "component.path.inside"."""
+        component, _, inside = path.partition(".")
+        return self.components[component].get_submodule(inside)
+
+    def fingerprint(self, components: Iterable[str] | None = None) -> dict[str, str]:
+        """blake2b of each component's tensors in diffusers' naming: one for all layouts of the same weights.
+
+        Of the weights as the checkpoint holds them, whatever precision they are used in.
+        """
+        from impasto.families.fingerprint import fingerprint, of_module
+
+        return {name: fingerprint(self.checkpoints[name], name) if name in self.checkpoints
+                else of_module(self.components[name])
+                for name in (self.components if components is None else components)}
+
+    def checkpoint_gradients(self) -> None:
+        """Compute blocks of the denoiser and the text encoders again in the backward instead of keeping what
+        they made: less memory, about a third more time."""
+        for name in (self.denoiser_name, *self.text_encoder_names):
+            cast(Any, self.components[name]).enable_gradient_checkpointing()
+
+    def sleep(self, components: Iterable[str]) -> None:
+        """Move components that nobody needs now to the CPU. What they are asked for meanwhile is computed there."""
+        for name in components:
+            self.components[name].to("cpu")

@@ -1,0 +1,92 @@
+"""Captions of any length through a CLIP text encoder: chunks, weights, and batches of unequal length.
+
+A caption is cut into chunks of 75 tokens, each put between its own beginning and end marks, padded and encoded by
+itself; the chunks' states stand one behind the other (A1111's practice; kohya's and compel's too). Shapes: B
+captions, L tokens in a chunk with its marks (77), C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from impasto.core.errors import UserError
+from impasto.families.base import Caption
+from impasto.families.networks import ClipText
+
+#: a token and its weight
+Token = tuple[int, float]
+
+
+def tokens_of(caption: Caption, tokenizer: CLIPTokenizer) -> list[Token]:
+    """Token ids with weights, no marks. Weighted pieces are tokenized each by itself, as in A1111."""
+    pieces = [(caption, 1.0)] if isinstance(caption, str) else caption
+    return [(token, weight) for text, weight in pieces
+            for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+
+
+def chunks_of(caption: Caption, tokenizer: CLIPTokenizer, length: int) -> list[list[Token]]:
+    """A caption's chunks of L tokens each, one at least, with marks and padding, which weigh 1."""
+    tokens = tokens_of(caption, tokenizer)
+    begin, end, pad = ((mark, 1.0) for mark in marks(tokenizer))
+    room = length - 2
+    starts = range(0, max(len(tokens), 1), room)
+    return [[begin, *tokens[start:start + room], end, *[pad] * (start + room - len(tokens))] for start in starts]
+
+
+def marks(tokenizer: CLIPTokenizer) -> tuple[int, int, int]:
+    """Ids of beginning, end and padding."""
+    ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if not all(isinstance(number, int) for number in ids):
+        raise UserError("lacks a mark of beginning, end or padding", where="tokenizer",
+                        fix="its special_tokens_map.json is damaged")
+    return cast(tuple[int, int, int], ids)
+
+
+def encode(captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, skip: int = 0) -> Tensor:
+    """States (B, n·L, C) of captions, n the least common multiple of their numbers of chunks."""
+    device = next(encoder.parameters()).device
+    captions_chunks = [chunks_of(caption, tokenizer, encoder.length) for caption in captions]
+    chunks = [chunk for chunks in captions_chunks for chunk in chunks]  # encoded all at once
+    states = encoder(torch.tensor([[token for token, _ in chunk] for chunk in chunks], device=device), skip)
+    weights = [[weight for _, weight in chunk] for chunk in chunks]
+    if any(weight != 1.0 for chunk in weights for weight in chunk):
+        states = weigh(states, torch.tensor(weights, device=device))
+    parts = states.split([len(chunks) for chunks in captions_chunks])
+    return stack([part.flatten(0, 1)[None] for part in parts], encoder.length)
+
+
+def weigh(states: Tensor, weights: Tensor) -> Tensor:
+    """States (N, L, C) times their tokens' weights (N, L), each chunk then scaled to the mean it had.
+
+    A1111's practice, which takes the mean over the whole batch; here it is each chunk's own, so that a picture
+    does not depend on its neighbours. A chunk whose weights are all 1 stays as it is, to the bit. Where the mean
+    is next to nothing beside the states (CLIP's is a tenth of them; an untrained encoder's is zero) it is left
+    alone: the quotient of two roundings would be any number.
+    """
+    wide = states.float()
+    weighed = wide * weights[..., None]
+    before, after = (x.mean(dim=(1, 2), keepdim=True) for x in (wide, weighed))
+    steady = torch.minimum(before.abs(), after.abs()) > 1e-3 * wide.abs().mean(dim=(1, 2), keepdim=True)
+    scale = torch.where(steady, before / after, 1.0)
+    touched = (weights != 1).any(dim=1)[:, None, None]
+    return torch.where(touched, (weighed * scale).to(states.dtype), states)
+
+
+def stack(states: Sequence[Tensor], length: int) -> Tensor:
+    """One batch (B, n·L, C) out of states (b, n_i·L, C), by repeating each to the least common multiple of the n_i.
+
+    In cross-attention the repetition changes nothing: softmax over k copies of the same keys gives each copy
+    1/k of the weight, exp(s) / (k Σ exp(s)), and the k equal values add up to the same output. Padding with
+    empty chunks instead, as is common, changes the picture. It holds for attention *to* the text only: where
+    the text attends too, as in SD 3, a repeated text would outweigh the picture.
+    """
+    counts = [len(state[0]) // length for state in states]
+    most = math.lcm(*counts)
+    return torch.cat([state if count == most else state.repeat(1, most // count, 1)
+                      for state, count in zip(states, counts, strict=True)])

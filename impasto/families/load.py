@@ -1,0 +1,82 @@
+"""A base from wherever it is: a single file, a diffusers folder, or the hub's cache; its family tells itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from impasto.core.errors import UserError
+from impasto.core.progress import SILENT, Reporter
+from impasto.families import FAMILIES
+from impasto.families.base import Base
+from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+#: what of a repository is fetched: a diffusers folder in its main variant
+_WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+_UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*", "feature_extractor/*"]
+
+
+def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | None = None,
+              device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False,
+              report: Reporter = SILENT, clip_skip: int = 0) -> Base:
+    """The base at `path`: a checkpoint file, a diffusers folder, or a hub id ("owner/name") in the local cache.
+
+    `family`: an error unless the checkpoint is of it. `vae`: another VAE's file or folder. `dtype`: of the
+    weights (the VAE's are fp32 always). `download`: fetch a hub id that is not in the cache. Tensors that no
+    component takes are noted and kept in `surplus`. Raises `UserError`.
+    """
+    if family is not None:
+        FAMILIES.get(family)  # a name that is not known is an error, with the nearest one
+    main = open_checkpoint(locate(path, download=download))
+    if not main.family:
+        raise UserError("is a VAE alone, not a base", where=path, fix="give it as vae beside a base")
+    if family is not None and main.family != family:
+        raise UserError(f"is a checkpoint of {main.family}, not {family}", where=path,
+                        fix=f"family = {main.family!r}, or leave it out")
+    if main.family not in FAMILIES:
+        raise UserError(f"is a checkpoint of {main.family}, which is not supported", where=path,
+                        fix="supported: " + ", ".join(FAMILIES))
+    sources = dict.fromkeys(main.components, main)
+    if vae is not None:
+        sources["vae"] = _vae(locate(vae, download=download))
+    base = FAMILIES.get(main.family).from_checkpoints(sources, device=device, dtype=dtype, clip_skip=clip_skip,
+                                                      report=report)
+    if base.surplus:
+        shown = ", ".join(base.surplus[:3]) + (", …" if len(base.surplus) > 3 else "")
+        plural = "s" if len(base.surplus) > 1 else ""
+        report.note(f"{len(base.surplus)} surplus tensor{plural} in {Path(path).name}, kept but not used: {shown}")
+    return base
+
+
+def _vae(path: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(path)
+    if "vae" not in checkpoint.components:
+        raise UserError("holds no VAE", where=path)
+    return checkpoint
+
+
+def locate(path: str | Path, *, download: bool = False) -> Path:
+    """The file or folder that `path` names; for a hub id, its snapshot in the local cache. Raises `UserError`."""
+    if Path(path).exists():
+        return Path(path)
+    name = str(path)
+    if not _HUB_ID.fullmatch(name) or Path(name).suffix in (".safetensors", ".ckpt", ".pt"):
+        raise UserError("no such file or folder", where=path)
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            name, local_files_only=not download, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except LocalEntryNotFoundError:
+        if download:
+            raise UserError("the hub cannot be reached, and it is not in its local cache", where=name,
+                            fix="check the connection") from None
+        raise UserError("is no file or folder here, nor in the hub's local cache", where=name,
+                        fix="let it be fetched (base.download=true, or --download)") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"cannot be fetched from the hub ({str(error).splitlines()[0]})", where=name,
+                        fix="check the name, your access and the connection") from error

@@ -1,0 +1,168 @@
+"""The one module that knows the networks of diffusers and transformers: it builds them and fills them.
+
+A network is built on the meta device, where weights take no memory, then takes the checkpoint's tensors one at a
+time: at no moment is there a second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from impasto.core.errors import UserError, nearest
+from impasto.core.rng import seed_for
+from impasto.families.lean import lean
+
+Config = Mapping[str, Any]
+
+
+class ClipText(nn.Module):
+    """transformers' CLIPTextModel under the name that files give it: `text_model.encoder.layers.0…`.
+
+    transformers 5.6 took `text_model.` out of the module's paths; files, and other programs, have it.
+    """
+
+    def __init__(self, model: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_model = model
+        self.gradient_checkpointing = False
+
+    @property
+    def length(self) -> int:
+        """Tokens in one chunk, beginning and end included (77)."""
+        return self.text_model.config.max_position_embeddings
+
+    def forward(self, ids: Tensor, skip: int = 0) -> Tensor:
+        """States (B, length, C) of token ids (B, length), after the final norm, `skip` last layers left out.
+
+        The layers that are skipped are not computed. The norm after an earlier layer is everybody's practice
+        (A1111, kohya, diffusers).
+        """
+        model = self.text_model
+        hidden = model.embeddings(ids)
+        layers = model.encoder.layers
+        for layer in layers[:len(layers) - skip]:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, None, is_causal=True, use_reentrant=False)
+            else:
+                hidden = layer(hidden, None, is_causal=True)
+        return model.final_layer_norm(hidden)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute each layer again in the backward instead of keeping what it made."""
+        self.gradient_checkpointing = True
+
+
+def _unet(config: Config) -> nn.Module:
+    network = UNet2DConditionModel.from_config(_plain(config))
+    assert isinstance(network, nn.Module)
+    lean(network)
+    return network
+
+
+def _vae(config: Config) -> nn.Module:
+    network = AutoencoderKL.from_config(_plain(config))
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _clip(config: Config) -> nn.Module:
+    """Attention by torch's own kernel, told that it is causal: no mask in memory, and fit for fake tensors."""
+    known = CLIPTextConfig.from_dict(_plain(config))
+    return ClipText(CLIPTextModel._from_config(known, attn_implementation="sdpa"))
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """Without what tells the program that wrote it (`_class_name`, `_diffusers_version`, `torch_dtype` …)."""
+    return {key: value for key, value in config.items()
+            if not key.startswith("_") and key not in ("architectures", "dtype", "torch_dtype", "transformers_version")}
+
+
+#: builders by diffusers' name of the component
+BUILDERS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "vae": _vae, "text_encoder": _clip}
+
+
+def build(component: str, config: Config) -> nn.Module:
+    """The network of a component on the meta device, in eval mode, frozen. Raises `UserError` for a bad config."""
+    with torch.device("meta"):
+        return _built(component, config)
+
+
+def random_init(component: str, config: Config, seed: int = 0, *, device: torch.device | str = "cpu",
+                dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The network with the weights that its library begins training with, a function of `seed`. On the CPU,
+    then moved, so that they are the same on each device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "init", component))
+        network = _built(component, config)
+    for module in network.modules():  # not by `Module.to`, which cannot move fake tensors
+        for leaf, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[leaf] = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to(device)
+    return network
+
+
+def _built(component: str, config: Config) -> nn.Module:
+    try:
+        network = BUILDERS[component](config)
+    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, StrictDataclassError) as error:
+        raise UserError(f"its config describes no network ({str(error).splitlines()[0]})", where=component,
+                        fix="the config.json of this component is damaged or of another kind") from error
+    return network.eval().requires_grad_(False)
+
+
+def fill(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, where: object = "",
+         device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> list[str]:
+    """Give a network on the meta device its weights, one at a time; returns the names that it has no place for.
+
+    `dtype` of the weights, or the file's own. Raises `UserError` for a tensor of another shape, one that is
+    missing, or one that is not of floating point.
+    """
+    places = {name: (module, leaf) for path, module in network.named_modules()
+              for leaf in module._parameters for name in [f"{path}.{leaf}".lstrip(".")]}
+    surplus = []
+    for name, tensor in tensors:
+        if name not in places:
+            if not name.endswith("position_ids"):  # a buffer of constants that old files carry
+                surplus.append(name)
+            continue
+        module, leaf = places[name]
+        wanted = module._parameters[leaf]
+        assert wanted is not None
+        if tensor.shape != wanted.shape:
+            raise UserError(f"tensor {name!r} is {_shape(tensor)}, the network wants {_shape(wanted)}", where=where,
+                            fix="the file is damaged, or its config is another one's")
+        if not tensor.is_floating_point():
+            raise UserError(f"tensor {name!r} is of {tensor.dtype}, not of floating point", where=where)
+        weight = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta]:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"tensor {missing[0]!r}{others} is missing" if not others else
+                        f"tensors are missing: {missing[0]!r}{others}", where=where,
+                        fix=nearest(missing[0], surplus) or "the file is incomplete")
+    _fill_buffers(network, device)
+    return surplus
+
+
+def _fill_buffers(network: nn.Module, device: torch.device | str) -> None:
+    """Positions are the only buffer of these networks, and no file need have it."""
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            assert buffer is None or name == "position_ids", name
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a number"

@@ -1,0 +1,119 @@
+"""Drawing many pictures: each with its own prompt, seed and adapters, in batches of those that share adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from impasto.core.errors import UserError, nearest
+from impasto.core.progress import SILENT, Advance, Reporter
+from impasto.deltas.adapter import Adapter
+from impasto.deltas.attach import Attachment
+from impasto.families import prompts as language
+from impasto.families.apply import apply, notices
+from impasto.families.base import Base
+from impasto.families.sampling import SampleSettings, sample
+from impasto.formats.adapters import load_adapter
+
+#: adapters in force: file or folder, and strength
+Adapters = tuple[tuple[Path, float], ...]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to be drawn. `prompt` as it was written, `text` without its `<lora:…>` tags."""
+
+    prompt: str
+    seed: int
+    text: str
+    adapters: Adapters = ()
+    row: int = 0  # which of the prompts
+
+
+def plan_shots(prompts: Sequence[str], seeds: Sequence[int], adapters: Adapters = (),
+               find: Callable[[str], Path] = Path) -> list[Shot]:
+    """Every prompt with every seed. `adapters` are in force for all; `find` takes a tag's name to its file."""
+    shots = []
+    for row, prompt in enumerate(prompts):
+        text, tags = language.extract_loras(prompt)
+        named = tuple((find(name), strength) for name, strength in tags)
+        shots += [Shot(prompt, seed, text, adapters + named, row) for seed in seeds]
+    return shots
+
+
+def find_adapter(name: str, folders: Sequence[Path]) -> Path:
+    """An adapter by its name: a path as it stands, or a file of that name in `folders`.
+
+    Raises `UserError` that says what was looked at, with the nearest name there.
+    """
+    for candidate in [Path(name), *(folder / tail for folder in folders for tail in (f"{name}.safetensors", name))]:
+        if candidate.is_file() or (candidate / "adapter_config.json").is_file():
+            return candidate
+    there = {path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.safetensors")}
+    looked = ", ".join(f"{folder.absolute()}" for folder in folders)
+    raise UserError(f"no adapter of that name; looked for it as a path and in {looked}", where=name,
+                    fix=nearest(name, there) if there else "give its folder with --adapter-dir")
+
+
+def fit_picture(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """`picture` upright, in RGB, scaled to cover width x height pixels, its middle cut out."""
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    return ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+
+
+def draw(base: Base, shots: Sequence[Shot], settings: SampleSettings, *, negative: str = "", batch: int = 1,
+         init: Image.Image | None = None, report: Reporter = SILENT) -> Iterator[tuple[Shot, Image.Image]]:
+    """Draw the shots in their order, each picture as soon as its batch is done.
+
+    A picture depends on its own prompt, seed, adapters and the settings, and not on the batch it is drawn in
+    (beyond rounding). `init`: a picture of the settings' size to begin from. Adapters are attached for the
+    time of their pictures only. Raises `UserError` for an adapter that cannot be loaded or does not fit.
+    """
+    loaded: dict[Path, Adapter] = {}
+    for path in dict.fromkeys(path for shot in shots for path, _ in shot.adapters):
+        loaded[path] = load_adapter(path, family=base.family)
+        for line in notices(base, loaded[path]):
+            report.note(f"{path.name}: {line}")
+    steps = settings.steps if init is None else max(int(settings.steps * settings.strength), 1)
+    unwanted = _without_adapters(negative)
+    with report.phase("drawing", len(shots) * steps, "steps") as advance:
+        for adapters, group in itertools.groupby(shots, key=lambda shot: shot.adapters):
+            with contextlib.ExitStack() as attached:
+                for path, strength in adapters:
+                    attached.enter_context(_applied(base, loaded[path], strength, path))
+                waiting = list(group)
+                while waiting:
+                    now, waiting = waiting[:batch], waiting[batch:]
+                    pictures = sample(base, [language.parse(shot.text) for shot in now],
+                                      [language.parse(unwanted)] * len(now), [shot.seed for shot in now], settings,
+                                      init_images=[init] * len(now) if init else None,
+                                      on_step=_counter(advance, len(now)))
+                    yield from zip(now, pictures, strict=True)
+
+
+def _without_adapters(negative: str) -> str:
+    text, tags = language.extract_loras(negative)
+    if tags:
+        raise UserError("an adapter has no place in the negative prompt", where=f"<lora:{tags[0][0]}>",
+                        fix="name it in the prompt")
+    return text
+
+
+def _applied(base: Base, adapter: Adapter, strength: float, path: Path) -> Attachment:
+    """`apply`, whose errors name the adapter's file too."""
+    try:
+        return apply(base, adapter, strength)
+    except UserError as error:
+        raise UserError(error.what, where=f"{path}: {error.where}" if error.where else path, fix=error.fix) from error
+
+
+def _counter(advance: Advance, pictures: int) -> Callable[[int, int], None]:
+    """A step of a batch is one of each of its pictures."""
+    return lambda done, steps: advance(pictures)

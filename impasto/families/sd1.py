@@ -1,0 +1,64 @@
+"""Stable Diffusion 1.x: one CLIP text encoder (ViT-L/14), a UNet of 860 M weights, a VAE of factor 8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast, final
+
+from transformers import CLIPTokenizer
+
+from impasto.core.errors import UserError
+from impasto.families import clip
+from impasto.families.base import Caption, TextStates
+from impasto.families.networks import ClipText
+from impasto.families.tokenizer import clip_tokenizer
+from impasto.families.unet_base import UNetBase
+
+if TYPE_CHECKING:
+    from impasto.formats.checkpoint import Checkpoint
+
+
+@final
+@dataclass(kw_only=True)
+class SD1(UNetBase):
+    """Stable Diffusion 1.x. Text states: "states" (B, n·77, 768) for captions of up to n chunks."""
+
+    family: ClassVar[str] = "sd1"
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+
+    tokenizer: CLIPTokenizer
+    #: text encoder layers left out at the end; 0 is the last one (A1111 and kohya call that clip skip 1)
+    clip_skip: int = 0
+
+    @classmethod
+    def tools(cls, checkpoints: Mapping[str, Checkpoint], clip_skip: int) -> dict[str, Any]:
+        return {"tokenizer": clip_tokenizer(checkpoints["text_encoder"].tokenizer), "clip_skip": clip_skip}
+
+    def check(self) -> None:
+        super().check()
+        config = self.text_encoder.text_model.config
+        if not 0 <= self.clip_skip < config.num_hidden_layers:
+            raise UserError(f"clip_skip {self.clip_skip} leaves none of {config.num_hidden_layers} layers",
+                            where=self.source, fix=f"give 0 … {config.num_hidden_layers - 1}")
+        if len(self.tokenizer) > config.vocab_size:
+            raise UserError(f"the tokenizer knows {len(self.tokenizer)} tokens, the text encoder {config.vocab_size}",
+                            where=self.source, fix="give a folder with the tokenizer that belongs to it")
+        width = self.config("unet").cross_attention_dim
+        if width != config.hidden_size:
+            raise UserError(f"the text encoder makes {config.hidden_size} channels, the UNet wants {width}",
+                            where=self.source, fix="its components are of different models")
+
+    @property
+    def text_encoder(self) -> ClipText:
+        return cast(ClipText, self.components["text_encoder"])
+
+    def encode_text(self, captions: Sequence[Caption]) -> TextStates:
+        return {"states": clip.encode(captions, self.tokenizer, self.text_encoder, self.clip_skip)}
+
+    def text_settings(self) -> dict[str, Any]:
+        return {"clip_skip": self.clip_skip}
+
+    def stack_text(self, states: Sequence[TextStates]) -> TextStates:
+        """Captions of unequal length are repeated to a common one, which cross-attention does not notice."""
+        return {"states": clip.stack([state["states"] for state in states], self.text_encoder.length)}

@@ -1,0 +1,76 @@
+"""CLIP's tokenizer: from the checkpoint's own folder where it has one, else from the table in this package.
+
+The table is OpenAI's byte-pair merges (Radford et al. 2021), as open_clip ships them under the MIT licence
+(`data/bpe_simple_vocab_16e6.LICENSE`). The tokens: 256 bytes, the same 256 ending a word, one for each merge,
+and the two marks of beginning and end: 49,408.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib import resources
+from pathlib import Path
+from typing import cast
+
+from transformers import CLIPTokenizer
+
+from impasto.core.errors import UserError
+from impasto.core.files import atomic_write, write_json
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+
+#: the table holds more merges than CLIP uses
+MERGES = 49_408 - 2 * 256 - 2
+
+
+def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
+    """The tokenizer of `folder` (a checkpoint's own, whatever its vocabulary), or CLIP's own without one.
+
+    Raises `UserError` if the folder holds no readable CLIP tokenizer.
+    """
+    if folder is None:
+        vocabulary, merges = clip_table()
+        return CLIPTokenizer(vocab=vocabulary, merges=cast(list[str], merges), model_max_length=77)  # pairs do
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):
+        raise UserError("holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json)", where=folder,
+                        fix="copy these files from the checkpoint's source")
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"the tokenizer cannot be read ({str(error).splitlines()[0]})", where=folder,
+                        fix="copy its files from the checkpoint's source") from error
+
+
+def clip_table() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's vocabulary, token to id, and its merges in order of rank."""
+    packed = resources.files("impasto.families").joinpath("data", "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1:MERGES + 1]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    letters = byte_letters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), BEGIN, END]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def byte_letters() -> list[str]:
+    """A visible letter for each byte, in the order of their ids (Radford et al. 2019, GPT-2).
+
+    Bytes that print in Latin-1 stand for themselves and come first; the rest get letters from U+0100 on.
+    """
+    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printing] + [chr(256 + i) for i in range(256 - len(printing))]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write CLIP's own tokenizer as the folder that diffusers and transformers, old and new, open."""
+    vocabulary, merges = clip_table()
+    with atomic_write(folder / "vocab.json") as file:
+        file.write(json.dumps(vocabulary, ensure_ascii=False).encode())
+    with atomic_write(folder / "merges.txt") as file:
+        file.write("".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in merges)]).encode())
+    marks = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
+    write_json(folder / "special_tokens_map.json", marks)
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "add_prefix_space": False,
+        "do_lower_case": True, "errors": "replace", **marks})

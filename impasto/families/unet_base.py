@@ -1,0 +1,116 @@
+"""What the families of Stable Diffusion with a UNet have in common: loading, VAE, predicting, targets."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from impasto.core.errors import UserError
+from impasto.core.progress import SILENT, Advance, Reporter
+from impasto.diffusion.process import process_from_scheduler_config
+from impasto.families import networks, unet_targets, vae
+from impasto.families.base import Base, Geometry, TextStates
+
+if TYPE_CHECKING:
+    from impasto.formats.checkpoint import Checkpoint
+
+
+@dataclass
+class UNetBase(Base, abc.ABC):
+    """A UNet on latents that attends to text states (Rombach et al. 2022)."""
+
+    denoiser_name: ClassVar[str] = "unet"
+
+    # --- loading -------------------------------------------------------------------------------------
+    @classmethod
+    @abc.abstractmethod
+    def tools(cls, checkpoints: Mapping[str, Checkpoint], clip_skip: int) -> dict[str, Any]:
+        """The family's own fields: tokenizers and settings."""
+
+    @classmethod
+    def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
+                         dtype: torch.dtype = torch.float32, clip_skip: int = 0,
+                         report: Reporter = SILENT) -> Self:
+        names = (cls.denoiser_name, *cls.text_encoder_names, "vae")
+        for name in names:
+            if name not in checkpoints or name not in checkpoints[name].components:
+                where = next(iter(checkpoints.values())).path
+                raise UserError(f"holds no {name}", where=where,
+                                fix="give a VAE with vae=FILE" if name == "vae" else "a whole checkpoint is needed")
+        main = checkpoints[cls.denoiser_name]
+        if main.variant:
+            raise UserError(f"is an {main.variant} checkpoint, which is not supported", where=main.path,
+                            fix="take the plain base")
+        components: dict[str, nn.Module] = {}
+        surplus = list(main.surplus)
+        total = sum(len(checkpoints[name].names(name)) for name in names)
+        with report.phase("reading weights", total, "tensors") as advance:
+            for name in names:
+                source = checkpoints[name]
+                components[name] = networks.build(name, source.configs[name])
+                surplus += networks.fill(components[name], _counted(source.tensors(name), advance),
+                                         where=source.path, device=device,
+                                         dtype=vae.DTYPE if name == "vae" else dtype)
+        base = cls(components=components, process=process_from_scheduler_config(main.scheduler), source=main.path,
+                   surplus=surplus, checkpoints=dict(checkpoints), scheduler=dict(main.scheduler),
+                   **cls.tools(checkpoints, clip_skip))
+        base.check()
+        return base
+
+    def check(self) -> None:
+        """That the components fit each other. Raises `UserError`."""
+        unet, latents = self.config("unet"), self.latent_channels
+        if unet.in_channels != latents:
+            raise UserError(f"the VAE makes {latents} channels, the UNet wants {unet.in_channels}",
+                            where=self.checkpoints["vae"].path, fix="take a VAE of this family")
+
+    def config(self, component: str) -> Any:
+        """A diffusers component's config."""
+        return cast(Any, self.components[component]).config
+
+    # --- pictures ------------------------------------------------------------------------------------
+    @property
+    def cell(self) -> int:
+        return vae.cell(self.components["vae"])
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config("vae").latent_channels
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        return vae.encode(self.components["vae"], pixels)
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        return vae.sample(self.components["vae"], moments, noise)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return vae.decode(self.components["vae"], latents)
+
+    # --- the denoiser --------------------------------------------------------------------------------
+    def condition(self, text: TextStates, geometry: Geometry | None = None,
+                  extras: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """The UNet's arguments beside latents and time."""
+        return {"encoder_hidden_states": text["states"]}
+
+    def predict(self, latents: Tensor, time: Tensor, condition: dict[str, Any]) -> Tensor:
+        """The prediction, computed in the precision of the UNet's weights, in that of `latents`."""
+        weight = next(self.denoiser.parameters())
+        told = {name: value.to(weight.device, weight.dtype) for name, value in condition.items()}
+        out = self.denoiser(latents.to(weight.device, weight.dtype), time.to(weight.device), **told,
+                            return_dict=False)[0]
+        return out.to(latents.dtype)
+
+    def targets(self, word: str) -> list[str]:
+        """See `unet_targets` for the exact set that each word names."""
+        return unet_targets.targets(self.components, (self.denoiser_name, *self.text_encoder_names), word)
+
+
+def _counted(tensors: Iterable[tuple[str, Tensor]], advance: Advance) -> Iterator[tuple[str, Tensor]]:
+    for pair in tensors:
+        yield pair
+        advance(1)
