@@ -11,7 +11,8 @@ from impasto.cli.options import Json
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or a ready recipe's name: lora, dreambooth_lora.")],
+    recipe: Annotated[str, typer.Argument(
+        metavar="RECIPE", help="A TOML file, or a ready recipe's name: lora, dreambooth_lora.")],
     settings: Annotated[list[str] | None, typer.Argument(
         metavar="SECTION.KEY=VALUE", help="Settings that the recipe leaves out or has otherwise: "
         "base.path=v1-5.safetensors data.folder=photos train.steps=800")] = None,

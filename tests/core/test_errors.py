@@ -9,7 +9,8 @@ from impasto.core.registry import Registry
 
 
 def test_the_line_has_what_where_and_fix() -> None:
-    assert str(UserError("is empty", where="photos", fix="put pictures in it")) == "photos: is empty; put pictures in it"
+    line = str(UserError("is empty", where="photos", fix="put pictures in it"))
+    assert line == "photos: is empty; put pictures in it"
     assert str(UserError("is empty")) == "is empty"
 
 
