@@ -1,0 +1,217 @@
+"""What a file or folder is, told from its header alone, in milliseconds.
+
+By structure first, so that small variants are recognised too: which text encoders are there and in which
+layout, which blocks. Only where a denoiser stands alone do its metadata and the width of its cross-attention
+decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from impasto.formats.header import read_header
+from impasto.formats.probe import first_bytes, is_pickle, read_json
+
+#: family -> how it is called in a sentence
+TITLES = {
+    "sd1": "an SD 1.x", "sd2": "an SD 2.x", "sdxl": "an SDXL", "sdxl-refiner": "an SDXL refiner", "sd3": "an SD 3",
+    "flux": "a Flux", "flux2": "a Flux 2", "chroma": "a Chroma", "cascade": "a Stable Cascade", "pixart": "a PixArt",
+    "auraflow": "an AuraFlow", "hunyuan": "a HunyuanDiT", "lumina": "a Lumina", "qwen-image": "a Qwen-Image",
+    "wan": "a Wan video", "hidream": "a HiDream", "sana": "a Sana", "kandinsky": "a Kandinsky",
+    "upscaler": "a Stable Diffusion upscaler", "animatediff": "an AnimateDiff",
+}
+
+#: part of a key, after `model.diffusion_model.` -> family; the first that is found
+BLOCKS = (
+    ("joint_blocks.0.", "sd3"), ("distilled_guidance_layer.", "chroma"), ("single_stream_modulation.", "flux2"),
+    ("double_blocks.0.img_attn.", "flux"), ("double_layers.0.", "auraflow"), ("clip_txt_mapper.", "cascade"),
+    ("double_stream_blocks.0.", "hidream"), ("cap_embedder.0.", "lumina"), ("head.modulation", "wan"),
+    ("mlp_t5.", "hunyuan"),
+)
+
+#: the beginning of a pipeline's class name in model_index.json -> family; the first that fits
+PIPELINES = (
+    ("StableDiffusionXL", "sdxl"), ("StableDiffusion3", "sd3"), ("StableDiffusionUpscale", "upscaler"),
+    ("StableDiffusionLatentUpscale", "upscaler"), ("Flux2", "flux2"), ("Flux", "flux"), ("Chroma", "chroma"),
+    ("StableCascade", "cascade"), ("PixArt", "pixart"), ("AuraFlow", "auraflow"), ("HunyuanDiT", "hunyuan"),
+    ("Lumina", "lumina"), ("QwenImage", "qwen-image"), ("Wan", "wan"), ("HiDream", "hidream"), ("Sana", "sana"),
+    ("Kandinsky", "kandinsky"), ("AnimateDiff", "animatediff"),
+)
+
+#: `ss_base_model_version` and `modelspec.architecture` begin so
+FAMILY_WORDS = (
+    ("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sdxl_base", "sdxl"), ("sdxl_refiner", "sdxl-refiner"), ("sd3", "sd3"),
+    ("flux", "flux"), ("stable-diffusion-v1", "sd1"), ("stable-diffusion-v2", "sd2"),
+    ("stable-diffusion-xl-v1-base", "sdxl"), ("stable-diffusion-xl-v1-refiner", "sdxl-refiner"),
+    ("stable-diffusion-3", "sd3"), ("stable-diffusion-v3", "sd3"),
+)
+
+#: width of the text states that cross-attention reads -> family
+CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
+
+#: input channels of the UNet -> variant
+VARIANTS = {8: "instruct-pix2pix", 9: "inpainting"}
+
+_PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+_ADAPTER = re.compile(r"[._](?:lora_up|lora_down|lora_mid|lora_A|lora_B|hada_w[12]|lokr_w[12]|lora\.up|lora\.down|"
+                      r"lora_linear_layer|oft_blocks|oft_diag|glora|dora_scale)\b|[._](?:hada|lokr)_[wt][12]")
+_CONTEXT = re.compile(r"attn2[._]to_[kv]\.")
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What something is. `family`, `layout` and `variant` are "" where nothing tells them, or there is none."""
+
+    kind: str  # checkpoint, unet, vae, text encoder, adapter, embedding, hypernetwork, controlnet, picture, unknown
+    family: str = ""  # a key of TITLES
+    layout: str = ""  # ldm, diffusers, kohya, peft
+    variant: str = ""  # inpainting, instruct-pix2pix
+
+    @property
+    def title(self) -> str:
+        """What it is, as the end of a sentence: "an SDXL checkpoint"."""
+        if self.kind == "unknown":
+            return "nothing that is known here"
+        whose = TITLES.get(self.family) or ("an" if (self.variant or self.kind)[0] in "aei" else "a")
+        return " ".join(word for word in (whose, self.variant, self.kind) if word)
+
+
+def detect(path: Path | str) -> Detected:
+    """What the file or folder at `path` is, without reading a tensor. `UserError` if it is not there or is damaged."""
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    start = first_bytes(path)
+    if start.startswith(_PICTURES) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP"):
+        return Detected("picture")
+    if is_pickle(path):
+        return _pickle(path)
+    header = read_header(path)
+    return detect_names({name: info.shape for name, info in header.tensors.items()}, header.metadata)
+
+
+def detect_names(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Detected:
+    """What a file with tensors of these names and shapes is."""
+    names = shapes.keys()
+    if any(_ADAPTER.search(name) for name in names):
+        return Detected("adapter", _family_told(metadata) or _by_context(shapes), _adapter_layout(names))
+    if {"emb_params", "clip_l", "clip_g", "string_to_param"} & names:
+        family = "sdxl" if "clip_g" in names else ""
+        return Detected("embedding", family)
+    if len(shapes) == 1 and len(shapes[next(iter(names))]) in (1, 2) and next(iter(names)).startswith("<"):
+        return Detected("embedding", layout="diffusers")
+    if _has(names, "control_model.", "controlnet_cond_embedding.", "input_hint_block."):
+        return Detected("controlnet")
+    return _network(shapes, metadata)
+
+
+def _network(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Detected:
+    """A checkpoint, or one network of it."""
+    names = shapes.keys()
+    inner = {name.removeprefix("model.diffusion_model."): shape for name, shape in shapes.items()}
+    for word, family in BLOCKS:
+        if _has(inner, word):
+            return Detected("checkpoint", family, "ldm")
+    texts = (("conditioner.embedders.1.", "sdxl"), ("conditioner.embedders.0.model.", "sdxl-refiner"),
+             ("conditioner.embedders.0.", "sdxl"), ("cond_stage_model.model.", "sd2"),
+             ("cond_stage_model.transformer.", "sd1"))
+    first = inner.get("input_blocks.0.0.weight") or inner.get("conv_in.weight") or ()
+    variant = variant_of(first[1] if len(first) == 4 else None)
+    for prefix, family in texts:
+        if _has(names, prefix):
+            return Detected("checkpoint", family, "ldm", variant)
+    if _has(inner, "input_blocks."):
+        family = _family_told(metadata) or _by_context(shapes)
+        whole = _has(names, "first_stage_model.")
+        return Detected("checkpoint" if whole else "unet", family, "ldm", variant)
+    if _has(names, "down_blocks.") and "conv_in.weight" in names:
+        return Detected("unet", _family_told(metadata) or _by_context(shapes), "diffusers", variant)
+    if _has(names, "first_stage_model.", "encoder.down.", "decoder.up."):
+        return Detected("vae", "", "ldm")
+    if _has(names, "encoder.down_blocks.", "decoder.up_blocks."):
+        return Detected("vae", "", "diffusers")
+    if _has(names, "text_model.", "embeddings.token_embedding.", "transformer.resblocks."):
+        return Detected("text encoder")
+    return Detected("unknown")
+
+
+def family_of_folder(index: Mapping[str, Any], unet: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    """The family of a diffusers folder, from model_index.json and the configurations of its UNet and text encoder.
+
+    SD 1 and 2 share their pipelines' names: SD 2 has OpenCLIP's text encoder (plain GELU) and linear projections.
+    """
+    pipeline = str(index.get("_class_name", ""))
+    for word, family in PIPELINES:
+        if pipeline.startswith(word):
+            return family
+    if not pipeline.startswith(("StableDiffusion", "LatentConsistency")):
+        return ""
+    return "sd2" if text.get("hidden_act") == "gelu" or unet.get("use_linear_projection") else "sd1"
+
+
+def _folder(path: Path) -> Detected:
+    def config(part: str) -> dict[str, Any]:
+        file = path / part / "config.json"
+        return read_json(file) if file.exists() else {}
+
+    if (path / "model_index.json").exists():
+        unet = config("unet")
+        family = family_of_folder(read_json(path / "model_index.json"), unet, config("text_encoder"))
+        return Detected("checkpoint", family, "diffusers", variant_of(unet.get("in_channels")))
+    if (path / "adapter_config.json").exists():
+        return Detected("adapter", layout="peft")
+    kinds = {"AutoencoderKL": "vae", "UNet2DConditionModel": "unet", "ControlNetModel": "controlnet"}
+    if kind := kinds.get(config(".").get("_class_name", "")):
+        return Detected(kind, layout="diffusers")
+    return Detected("unknown")
+
+
+def _pickle(path: Path) -> Detected:
+    from impasto.formats.pickles import ParameterDict, load_pickle, weights_in
+
+    loaded = load_pickle(path)
+    if isinstance(loaded, dict):
+        if isinstance(loaded.get("string_to_param"), dict | ParameterDict):
+            return Detected("embedding")
+        if "layer_structure" in loaded or any(isinstance(key, int) for key in loaded):
+            return Detected("hypernetwork")
+    tensors, texts = weights_in(loaded, path)
+    return detect_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, texts)
+
+
+def _has(names: Iterable[str], *beginnings: str) -> bool:
+    return any(name.startswith(beginnings) for name in names)
+
+
+def variant_of(channels: object) -> str:
+    """The variant that the number of the UNet's input channels tells."""
+    return VARIANTS.get(channels, "") if isinstance(channels, int) else ""
+
+
+def _family_told(metadata: Mapping[str, str]) -> str:
+    """The family that metadata name."""
+    if metadata.get("impasto.family"):
+        return metadata["impasto.family"]
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        for word, family in FAMILY_WORDS:
+            if metadata.get(key, "").startswith(word):
+                return family
+    return ""
+
+
+def _by_context(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The family that the width of the cross-attention's text states tells."""
+    for name, shape in shapes.items():
+        if _CONTEXT.search(name) and len(shape) == 2 and shape[1] in CONTEXT_WIDTHS:
+            return CONTEXT_WIDTHS[shape[1]]
+    return ""
+
+
+def _adapter_layout(names: Iterable[str]) -> str:
+    if _has(names, "lora_unet_", "lora_te", "lora_transformer_", "lycoris_"):
+        return "kohya"
+    return "peft" if _has(names, "base_model.model.", "unet.", "text_encoder", "transformer.") else ""

@@ -1,0 +1,169 @@
+"""Checkpoints with random weights, in the field's formats, to test on: real ones cannot be shipped.
+
+The networks are diffusers' and transformers' own, so a file has just the tensors that a real one has. `mini`
+has the real thing's structure with few channels, `real` has its sizes (SD 1: 4.3 GB in float32).
+
+    python -m tests.checkpoints --family sd1 --size mini --layout ldm --seed 0 -o mini.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from impasto.families.tokenizer import write_tokenizer
+from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.header import dtype_name, header_bytes
+
+#: family -> component -> what differs from the real thing
+MINI: dict[str, dict[str, dict[str, Any]]] = {
+    "sd1": {
+        "unet": {
+            "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "cross_attention_dim": 32, "attention_head_dim": 4,
+        },
+        "text_encoder": {"hidden_size": 32, "projection_dim": 32, "intermediate_size": 64,
+                         "num_hidden_layers": 2, "num_attention_heads": 4},
+        "vae": {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 8,
+                "sample_size": 64},
+    },
+}
+#: variant -> input channels of the UNet
+CHANNELS = {"": 4, "instruct-pix2pix": 8, "inpainting": 9}
+
+
+def component_configs(family: str = "sd1", size: str = "mini", variant: str = "") -> dict[str, dict[str, Any]]:
+    """The configuration of each component of the checkpoint that `write_checkpoint` writes."""
+    table: FamilyConfig = CONFIGS.get(family)
+    configs = {name: copy.deepcopy(part.config) for name, part in table.parts.items()}
+    for name, changes in (MINI[family] if size == "mini" else {}).items():
+        configs[name].update(copy.deepcopy(changes))
+    configs["unet"]["in_channels"] = CHANNELS[variant]
+    return configs
+
+
+def build(component: str, config: dict[str, Any], seed: int = 0) -> nn.Module:
+    """The library's own network with its own initial weights, drawn from `seed`. Leaves torch's generator alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if component == "unet":
+            network = UNet2DConditionModel.from_config(config)
+        elif component == "vae":
+            network = AutoencoderKL.from_config(config)
+        else:
+            network = CLIPTextModel(CLIPTextConfig(**config))
+        assert isinstance(network, nn.Module)
+        return network.eval().requires_grad_(False)
+
+
+def spelled(network: nn.Module) -> dict[str, Tensor]:
+    """A network's weights under the names that files have (transformers from 5.6 omits `text_model.`)."""
+    prefix = "text_model." if isinstance(network, CLIPTextModel) and not hasattr(network, "text_model") else ""
+    return {prefix + name: tensor for name, tensor in network.state_dict().items()
+            if not name.endswith("position_ids")}
+
+
+def write_checkpoint(path: Path | str, family: str = "sd1", size: str = "mini", layout: str = "ldm", seed: int = 0,
+                     dtype: torch.dtype = torch.float32, variant: str = "") -> Path:
+    """Write a checkpoint with random weights at `path`, a file (`ldm`) or a folder (`diffusers`).
+
+    An LDM file whose name ends in .ckpt is a pickle, with such things beside the weights as Lightning leaves.
+    `variant`: "inpainting" or "instruct-pix2pix", else a plain one.
+    """
+    path = Path(path)
+    configs = component_configs(family, size, variant)
+    if layout == "diffusers":
+        return _write_folder(path, family, configs, seed, dtype, variant)
+    assert layout == "ldm", layout
+    if path.suffix == ".ckpt":
+        return _write_pickle(path, family, configs, seed, dtype)
+    shapes = {}
+    for name, part in CONFIGS.get(family).parts.items():
+        for entry in part.entries(configs[name]):
+            shapes[part.prefix + entry.ldm] = (dtype_name(dtype), entry.ldm_shape)
+    head, order = header_bytes(shapes, {"impasto.config": untold(family, configs), "format": "pt"})
+    with open(path, "wb") as file:
+        file.write(head)
+        written = []
+        # by prefix, as the header is ordered: one network in memory at a time
+        for key, tensor in _ldm_tensors(family, configs, seed, dtype):
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            written.append(key)
+    assert written == order
+    return path
+
+
+def untold(family: str, configs: dict[str, dict[str, Any]]) -> str:
+    """The metadata `impasto.config` of a single file: what its shapes do not tell."""
+    return json.dumps({name: {key: configs[name][key] for key in part.untold}
+                       for name, part in CONFIGS.get(family).parts.items()})
+
+
+def _ldm_tensors(family: str, configs: dict[str, dict[str, Any]], seed: int, dtype: torch.dtype
+                 ) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors of an LDM file, sorted by key."""
+    for name, part in sorted(CONFIGS.get(family).parts.items(), key=lambda item: item[1].prefix):
+        weights = spelled(build(name, configs[name], seed))
+        for entry in sorted(part.entries(configs[name]), key=lambda entry: entry.ldm):
+            yield part.prefix + entry.ldm, weights.pop(entry.name).reshape(entry.ldm_shape).to(dtype)
+        assert not weights, list(weights)
+
+
+def _write_pickle(path: Path, family: str, configs: dict[str, dict[str, Any]], seed: int, dtype: torch.dtype
+                  ) -> Path:
+    weights = dict(_ldm_tensors(family, configs, seed, dtype))
+    torch.save({"epoch": 0, "global_step": 1, "state_dict": weights, "impasto.config": untold(family, configs)}, path)
+    return path
+
+
+def _write_folder(path: Path, family: str, configs: dict[str, dict[str, Any]], seed: int, dtype: torch.dtype,
+                  variant: str) -> Path:
+    """As diffusers and transformers themselves write it."""
+    table: FamilyConfig = CONFIGS.get(family)
+    path.mkdir(parents=True, exist_ok=True)
+    index: dict[str, Any] = {
+        "_class_name": table.pipelines[variant],
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None], "safety_checker": [None, None], "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "scheduler": ["diffusers", table.scheduler["_class_name"]],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    for name, part in table.parts.items():
+        network: Any = build(name, configs[name], seed).to(dtype)
+        network.save_pretrained(path / name)
+        index[name] = ["transformers" if name.startswith("text") else "diffusers", part.classes[0]]
+    (path / "scheduler").mkdir()
+    (path / "scheduler/scheduler_config.json").write_text(json.dumps(table.scheduler))
+    (path / "model_index.json").write_text(json.dumps(index, indent=1))
+    write_tokenizer(path / "tokenizer")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(CONFIGS), default="sd1")
+    parser.add_argument("--size", choices=["mini", "real"], default="mini")
+    parser.add_argument("--layout", choices=["ldm", "diffusers"], default="ldm")
+    parser.add_argument("--variant", choices=list(CHANNELS), default="")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    chosen = parser.parse_args()
+    write_checkpoint(chosen.output, chosen.family, chosen.size, chosen.layout, chosen.seed,
+                     getattr(torch, chosen.dtype), chosen.variant)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Verdicts on what other programs load, held against diffusers itself and against what their sources say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from impasto.deltas.adapter import Adapter
+from impasto.deltas.lowrank import LowRank
+from impasto.formats import programs
+from impasto.formats.adapters import save_adapter
+from impasto.formats.header import read_header
+from tests.formats.adapter_cases import (
+    dense,
+    mini_text_encoder,
+    mini_unet,
+    patched,
+    random_adapter,
+    unet_output,
+)
+from tests.formats.test_kohya import pipeline
+
+
+def everything() -> Adapter:
+    """A LoRA on every linear and convolutional layer of both networks."""
+    deltas = {}
+    for component, module in (("unet", mini_unet()), ("text_encoder", mini_text_encoder())):
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                shape = layer.weight.shape
+                up, down = torch.ones(shape[0], 1, *(1 for _ in shape[2:])), torch.ones(1, *shape[1:])
+                deltas[f"{component}.{name}"] = (LowRank.from_factors(up, down, alpha=1.0),)
+    return Adapter(deltas=deltas, metadata={}, family="sd1", base={})
+
+
+def loaded(path: Path) -> dict[str, tuple[int, int]]:
+    return {v.program: (v.loaded, v.total) for v in programs.of_file(path)}
+
+
+def test_kohya_files_load_everywhere(tmp_path: Path) -> None:
+    adapter = everything()
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    total = len(adapter.deltas)
+    counts = loaded(tmp_path / "a.safetensors")
+    assert counts.pop("kohya") == (total - 4, total)  # conv_in, conv_out and time_embedding it never trains
+    assert set(counts.values()) == {(total, total)}
+
+
+def test_diffusers_files_load_in_diffusers(tmp_path: Path) -> None:
+    adapter = everything()
+    save_adapter(adapter, tmp_path / "a.safetensors", format="diffusers")
+    total, attention = len(adapter.deltas), sum(".attn" in layer for layer in adapter.deltas)
+    counts = loaded(tmp_path / "a.safetensors")
+    assert counts == {
+        "diffusers": (total, total), "A1111": (0, total), "kohya": (0, total),
+        "ComfyUI": (total - attention, total), "Forge": (total - attention, total)}
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_diffusers_agrees(tmp_path: Path, format: str) -> None:
+    """As many layers carry a LoRA in a pipeline as the verdict says."""
+    save_adapter(everything(), tmp_path / "a.safetensors", format=format)
+    pipe = pipeline()
+    pipe.load_lora_weights(tmp_path / "a.safetensors")
+    carried = sum(isinstance(m, peft.tuners.lora.LoraLayer)
+                  for module in (pipe.unet, pipe.text_encoder) for m in module.modules())
+    assert loaded(tmp_path / "a.safetensors")["diffusers"] == (carried, carried)
+
+
+def test_diffusers_misreads_several_alphas(tmp_path: Path) -> None:
+    """The caution is true: delete it when this fails because diffusers was mended."""
+    adapter = random_adapter(text=False)
+    save_adapter(adapter, tmp_path / "a.safetensors", dtype=torch.float32)
+    pipe = pipeline()
+    with pytest.warns(RuntimeWarning, match="alpha_pattern keys did not match"):
+        pipe.load_lora_weights(tmp_path / "a.safetensors")
+    want = unet_output(patched(mini_unet(), "unet", dense(adapter)))
+    assert (unet_output(pipe.unet) - want).abs().max() > 1e-2
+    (verdict,) = (v for v in programs.of_file(tmp_path / "a.safetensors") if v.program == "diffusers")
+    assert "one common alpha" in verdict.caution
+    save_adapter(random_adapter(alpha=1.0), tmp_path / "b.safetensors")
+    assert not any(v.caution for v in programs.of_file(tmp_path / "b.safetensors"))
+
+
+def test_diffusers_fails_without_attention_in_the_text_encoder(tmp_path: Path) -> None:
+    adapter = random_adapter()
+    chosen = {k: v for k, v in adapter.deltas.items() if k.startswith("unet.") or ".mlp." in k}
+    save_adapter(replace(adapter, deltas=chosen), tmp_path / "a.safetensors", format="diffusers")
+    with pytest.raises(ValueError, match="state dict type"):
+        pipeline().load_lora_weights(tmp_path / "a.safetensors")
+    assert any("text encoder" in v.caution for v in programs.of_file(tmp_path / "a.safetensors"))
+
+
+def test_older_spellings_and_unknown_keys() -> None:
+    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    keys = [f"{block}.attn1.processor.to_q_lora.{f}.weight" for f in ("up", "down")]
+    keys += [f"{block}.attn1.to_k.lora.{f}.weight" for f in ("up", "down")]
+    counts = {v.program: v.loaded for v in programs.verdicts([*keys, "lora_unet_conv_inn.alpha"])}
+    assert counts == {"A1111": 0, "Forge": 1, "ComfyUI": 1, "kohya": 0, "diffusers": 2}
+    assert all("lora_unet_conv_inn.alpha" in v.ignored for v in programs.verdicts([*keys, "lora_unet_conv_inn.alpha"]))
+
+
+def test_a_peft_folder_is_for_peft(tmp_path: Path) -> None:
+    save_adapter(random_adapter(text=False), tmp_path / "a", format="peft")
+    keys = read_header(tmp_path / "a" / "adapter_model.safetensors").tensors
+    assert {v.loaded for v in programs.verdicts(keys)} == {0}
