@@ -5,6 +5,7 @@ Trained weights are fp32 always; frozen weights are held in the compute precisio
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def settle(deterministic: bool) -> None:
     """Process-wide switches of a run."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may sum in another order
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward does so too; flash's has a fixed order
         torch.use_deterministic_algorithms(True)
 
 

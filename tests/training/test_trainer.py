@@ -93,6 +93,24 @@ def test_bf16_follows_fp32(recipe: RecipeMaker) -> None:
     assert all(t.dtype == torch.float32 for name, t in state.items() if name.startswith("method."))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_fp32_on_a_gpu(recipe: RecipeMaker, precision: str) -> None:
+    train(recipe("a", train={"device": "cuda", "precision": "fp32"}))
+    train(recipe("b", train={"device": "cuda", "precision": precision}))
+    assert losses(recipe("a").output.dir) == pytest.approx(losses(recipe("b").output.dir), rel=0.05)
+
+
+@pytest.mark.gpu
+def test_resume_is_exact_on_a_gpu_where_kernels_are_deterministic(recipe: RecipeMaker) -> None:
+    cuda = {"device": "cuda", "deterministic": True}
+    train(recipe("straight", train=cuda))
+    train(recipe("two", train={**cuda, "steps": 4}))
+    assert train(recipe("two", train=cuda)).resumed_from == 4
+    a, b = (load_file(Path(recipe(name).output.dir) / "dog.safetensors") for name in ("straight", "two"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_it_learns(recipe: RecipeMaker) -> None:
     """On one picture, with many steps, the loss at the end is lower than at the start."""
     made = recipe(train={"steps": 60, "learning_rate": 1e-2, "batch_size": 4},
