@@ -14,7 +14,7 @@ READY  := $(VENV)/.ready
 .PHONY: test check clean
 
 test: $(READY) check
-	$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check

