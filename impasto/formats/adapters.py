@@ -24,6 +24,7 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
 from impasto.deltas.lowrank import LowRank
 from impasto.formats import names
+from impasto.formats.detect import CONTEXT_WIDTHS, FAMILY_WORDS
 from impasto.formats.header import Header, dtype_name, header_bytes, read_header, torch_dtype
 
 #: a new format is one file and one line; a file is given to the first that claims it
@@ -47,15 +48,6 @@ OTHERS = {
     "emb_params": "a textual inversion embedding", "string_to_param": "a textual inversion embedding",
     "clip_l": "a textual inversion embedding", "clip_g": "a textual inversion embedding",
 }
-
-#: `ss_base_model_version` and `modelspec.architecture` begin so
-FAMILY_WORDS = {
-    "sd_v1": "sd1", "sd_v2": "sd2", "sdxl_base": "sdxl", "sd3": "sd3", "stable-diffusion-v1": "sd1",
-    "stable-diffusion-v2": "sd2", "stable-diffusion-xl-v1-base": "sdxl", "stable-diffusion-3": "sd3",
-}
-
-#: width of the text states that cross-attention reads -> family
-CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
 
 
 class Factors(NamedTuple):
@@ -253,7 +245,7 @@ def family_of(layers: Mapping[str, Factors], metadata: Mapping[str, str]) -> str
     if metadata.get("impasto.family"):
         return metadata["impasto.family"]
     for key in ("ss_base_model_version", "modelspec.architecture"):
-        for word, family in FAMILY_WORDS.items():
+        for word, family in FAMILY_WORDS:
             if metadata.get(key, "").startswith(word):
                 return family
     for layer, factors in layers.items():

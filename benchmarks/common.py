@@ -1,0 +1,109 @@
+"""What the benchmarks share: fair timing, trustworthy memory, and a table."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One variant's times over the rounds, in seconds: by the wall, and of the processor (on a CPU)."""
+
+    wall: list[float]
+    processor: list[float]
+
+
+def interleave(steps: Mapping[str, Callable[[], None]], rounds: int,
+               device: torch.device) -> dict[str, Timing]:
+    """Time each step once per round, A B C A B C, each round starting one further along.
+
+    One uncounted round warms up. Interleaving lets a noisy neighbour or a clock that drifts hit all alike.
+    """
+    names = list(steps)
+    timings = {name: Timing([], []) for name in names}
+    for round_ in range(-1, rounds):
+        shift = round_ % len(names)
+        for name in names[shift:] + names[:shift]:
+            synchronize(device)
+            wall, processor = time.perf_counter(), time.process_time()
+            steps[name]()
+            synchronize(device)
+            if round_ >= 0:
+                timings[name].wall.append(time.perf_counter() - wall)
+                timings[name].processor.append(time.process_time() - processor)
+    return timings
+
+
+def paired(times: Sequence[float], floor: Sequence[float]) -> float:
+    """The median over the rounds of each round's own ratio to the floor."""
+    return statistics.median(t / f for t, f in zip(times, floor, strict=True))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_allocated(step: Callable[[], None], device: torch.device) -> int:
+    """Peak bytes of tensors over two steps, the first of which makes the optimizer's state; weights included.
+
+    On a CPU the profiler's allocation events are added up: exact and repeatable, but blind to the scratch that
+    oneDNN and MKL take for themselves (peak RSS sees it). On CUDA the caching allocator counts.
+    """
+    held = tensor_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step(), step()
+        return torch.cuda.max_memory_allocated(device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step(), step()
+    assert recorded.profiler is not None
+    now = peak = held
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def tensor_bytes(device: torch.device) -> int:
+    """Bytes of all tensors on `device` that Python can see now, each storage once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def peak_resident() -> int:
+    """The most resident bytes this process has ever had."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table: the first column to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "| " + " | ".join([cells[0].ljust(widths[0]), *padded[1:]]) + " |"
+
+    print(line(header))
+    print("|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|")
+    for row in rows:
+        print(line(row))

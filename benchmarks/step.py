@@ -1,0 +1,223 @@
+"""One LoRA training step beside diffusers + peft, and beside the floor.
+
+    python -m benchmarks.step                                     SD 1.5 at 256² and 512², fp32
+    python -m benchmarks.step --sizes 256 --threads 1 --repeats 7
+    python -m benchmarks.step --quick                             a small UNet: does the benchmark run?
+
+The UNet is SD 1.5's own (860 million weights, drawn at random: speed does not depend on their values) as
+diffusers builds it. A step is: predict, mean squared error, backward, AdamW. It trains rank 16 on
+  attention   to_q, to_k, to_v, to_out.0 of self- and cross-attention: 128 layers
+  linear      those, the two of each feed-forward, proj_in and proj_out: 192 layers (kohya's default set)
+The *floor* is the plain frozen UNet forward and backward to its latents: no adapter, no optimizer. *Ours* is
+as a base is loaded: `families.lean` and `deltas.attach`; `floor, lean` tells the two apart.
+
+Time: all variants live in one process on the same weight tensors and are timed in turn, A B C A B C; a ratio
+is the median over the rounds of the ratios within a round. With one thread, processor time is the better
+clock on a machine with neighbours; both are printed. Memory: each variant in a fresh process; *allocated*
+is the sum of the tensors at the peak of the second step, *RSS* the most resident memory there ever was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import MIB, Timing, interleave, paired, peak_allocated, peak_resident, print_table
+from impasto.deltas.attach import attach
+from impasto.deltas.layers import shape_of
+from impasto.deltas.lowrank import LowRank
+from impasto.families.lean import lean
+
+SD15 = dict(sample_size=64, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=768, attention_head_dim=8)
+SMALL = dict(sample_size=64, layers_per_block=1, block_out_channels=(32, 64, 128, 128),
+             cross_attention_dim=64, attention_head_dim=4)
+RANK = 16
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LINEAR = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+
+
+# --- the UNet ------------------------------------------------------------------------------------------
+def build_unet(quick: bool, device: torch.device) -> nn.Module:
+    """A frozen UNet with random weights of the right magnitudes."""
+    unet = bare_unet(quick).to_empty(device=device)
+    torch.manual_seed(0)
+    for module in unet.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            bound = module.weight[0].numel() ** -0.5
+            module.weight.data.uniform_(-bound, bound)
+            if module.bias is not None:
+                module.bias.data.zero_()
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.reset_parameters()
+    return unet
+
+
+def bare_unet(quick: bool) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(**(SMALL if quick else SD15)).eval().requires_grad_(False)
+
+
+def twin(unet: nn.Module, quick: bool) -> nn.Module:
+    """Another module tree on the same weight tensors."""
+    other = bare_unet(quick)
+    other.load_state_dict(unet.state_dict(), assign=True)
+    return other.requires_grad_(False)
+
+
+def inputs(size: int, unet: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Latents (1, 4, size/8, size/8), a time, text states (1, 77, C), and the noise to predict."""
+    draw = torch.Generator().manual_seed(1)
+    cells = size // 8
+    width = unet.config.cross_attention_dim  # pyright: ignore[reportAttributeAccessIssue]
+    return {"latents": torch.randn(1, 4, cells, cells, generator=draw).to(device),
+            "time": torch.tensor([500], device=device),
+            "text": torch.randn(1, 77, width, generator=draw).to(device),
+            "noise": torch.randn(1, 4, cells, cells, generator=draw).to(device)}
+
+
+def loss(unet: nn.Module, data: dict[str, Tensor], latents: Tensor) -> Tensor:
+    return F.mse_loss(unet(latents, data["time"], data["text"]).sample, data["noise"])
+
+
+# --- the variants: each takes a UNet and gives a step over inputs --------------------------------------
+Step = Callable[[dict[str, Tensor]], None]
+
+
+def floor(unet: nn.Module) -> Step:
+    def step(data: dict[str, Tensor]) -> None:
+        latents = data["latents"].clone().requires_grad_()
+        torch.autograd.grad(loss(unet, data, latents), latents)
+
+    return step
+
+
+def training(unet: nn.Module, parameters: list[nn.Parameter]) -> Step:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def step(data: dict[str, Tensor]) -> None:
+        loss(unet, data, data["latents"]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def with_peft(unet: nn.Module, targets: list[str]) -> Step:
+    from peft import LoraConfig
+
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))  # pyright: ignore
+    return training(unet, [p for p in unet.parameters() if p.requires_grad])
+
+
+def with_ours(unet: nn.Module, targets: list[str]) -> Step:
+    lean(unet)
+    deltas = {}
+    for path, layer in unet.named_modules():
+        if any(path.endswith(f".{target}") for target in targets):
+            deltas[path] = LowRank(shape_of(layer), RANK).to(layer.weight.device)
+            deltas[path].initialise(torch.Generator().manual_seed(0))
+    attach(unet, deltas)
+    return training(unet, [p for delta in deltas.values() for p in delta.parameters()])
+
+
+def lean_floor(unet: nn.Module) -> Step:
+    lean(unet)
+    return floor(unet)
+
+
+VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
+    "floor": floor,
+    "floor, lean": lean_floor,
+    "peft, attention": lambda unet: with_peft(unet, ATTENTION),
+    "ours, attention": lambda unet: with_ours(unet, ATTENTION),
+    "peft, linear": lambda unet: with_peft(unet, LINEAR),
+    "ours, linear": lambda unet: with_ours(unet, LINEAR),
+}
+
+
+# --- measuring -----------------------------------------------------------------------------------------
+def measure_time(size: int, options: argparse.Namespace, unet: nn.Module) -> dict[str, Timing]:
+    device = torch.device(options.device)
+    data = inputs(size, unet, device)
+    steps = {}
+    for name in options.variants:
+        step = VARIANTS[name](twin(unet, options.quick))
+        steps[name] = lambda step=step: step(data)
+    return interleave(steps, options.repeats, device)
+
+
+def measure_memory(name: str, size: int, options: argparse.Namespace) -> dict[str, int]:
+    """Peak bytes of one variant, from a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.step", "--child", name, "--sizes", str(size),
+               "--threads", str(options.threads), "--device", options.device]
+    command += ["--quick"] if options.quick else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(options: argparse.Namespace) -> None:
+    """The process of `measure_memory`: prints the peaks as one line of JSON."""
+    device = torch.device(options.device)
+    unet = build_unet(options.quick, device)
+    data = inputs(options.sizes[0], unet, device)
+    step = VARIANTS[options.child](unet)
+    allocated = peak_allocated(lambda: step(data), device)
+    print(json.dumps({"allocated": allocated, "resident": peak_resident()}))
+
+
+def report(size: int, times: dict[str, Timing], memory: dict[str, dict[str, int]],
+           options: argparse.Namespace) -> None:
+    rows = []
+    base_time, base_memory = times["floor"], memory.get("floor")
+    for name, timing in times.items():
+        row = [name, f"{statistics.median(timing.wall):.3f}", f"{paired(timing.wall, base_time.wall):.3f}",
+               f"{paired(timing.processor, base_time.processor):.3f}"]
+        if base_memory:
+            row += [f"{memory[name]['allocated'] / MIB:.0f}",
+                    f"{memory[name]['allocated'] / base_memory['allocated']:.3f}",
+                    f"{memory[name]['resident'] / MIB:.0f}"]
+        rows.append(row)
+    header = ["variant", "seconds", "ratio", "ratio, processor"]
+    header += ["allocated MiB", "ratio, memory", "RSS MiB"] if base_memory else []
+    print(f"\n{size}², {options.device}, fp32, {options.threads} thread(s), {options.repeats} rounds\n")
+    print_table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="sides in pixels")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds counted, after one to warm up")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+                        help=f"of: {', '.join(map(repr, VARIANTS))}; the floor always runs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a small UNet")
+    parser.add_argument("--no-memory", action="store_true", help="time only")
+    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        return child(options)
+    options.variants = ["floor", *(name for name in options.variants if name != "floor")]
+    # Memory first, while this process holds no weights of its own.
+    measured = [] if options.no_memory else options.variants
+    memory = {size: {name: measure_memory(name, size, options) for name in measured} for size in options.sizes}
+    unet = build_unet(options.quick, torch.device(options.device))
+    for size in options.sizes:
+        report(size, measure_time(size, options, unet), memory[size], options)
+
+
+if __name__ == "__main__":
+    main()
