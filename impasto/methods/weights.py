@@ -134,7 +134,8 @@ class LoRA(LayerMethod):
     class Options(LayerOptions):
         kind: Literal["lora"] = "lora"
         rslora: bool = Field(False, description="Multiply by alpha / √rank instead of alpha / rank, so that the step "
-                             "does not shrink with the rank (Kalajdzievski 2023; peft's use_rslora).")
+                             "does not shrink with the rank; give alpha too, as left out it is the rank, and the "
+                             "factor √rank (Kalajdzievski 2023; peft's use_rslora).")
         dropout: float = Field(0.0, ge=0, lt=1, description="Probability of leaving out each input of a delta, in "
                                "training (the paper's code, peft's lora_dropout).")
 

@@ -223,7 +223,8 @@ def _item(items: list[Any], index: str, override: str) -> Any:
 
 def _first_problem(error: pydantic.ValidationError, tree: dict[str, Any], where: object) -> UserError:
     """Pydantic's first complaint as one line, an unknown key with the nearest known one."""
-    problem = error.errors()[0]
+    problems = error.errors()  # a typo comes first: it is why the key that was meant seems to be missing
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     location = list(problem["loc"])
     dotted = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":

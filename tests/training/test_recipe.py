@@ -24,6 +24,7 @@ def test_two_sections_are_enough_and_one_method_may_stand_alone() -> None:
     ("base", "paht", "did you mean 'path'"),
     ("objective", "wieghting", "did you mean 'weighting'"),
     ("output", "nmae", "did you mean 'name'"),
+    ("data", "foldr", "did you mean 'folder'"),  # and folder, which is needed, is missing
 ])
 def test_unknown_keys_name_the_nearest(section: str, key: str, hint: str) -> None:
     tree = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: 1}}
