@@ -232,7 +232,6 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_module_sees_every_change() -> None:
     net = make_net().float()
     adapter = trainable(net, torch.float32)
