@@ -24,7 +24,7 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
 from impasto.deltas.lowrank import LowRank
 from impasto.formats import names
-from impasto.formats.detect import CONTEXT_WIDTHS, FAMILY_WORDS
+from impasto.formats.detect import CONTEXT_WIDTHS, family_told
 from impasto.formats.header import Header, dtype_name, header_bytes, read_header, torch_dtype
 
 #: a new format is one file and one line; a file is given to the first that claims it
@@ -242,12 +242,8 @@ def stored(layer: str, tensor: Tensor, dtype: torch.dtype, where: object) -> Ten
 
 def family_of(layers: Mapping[str, Factors], metadata: Mapping[str, str]) -> str:
     """The family an adapter was made for, by its metadata, then by its shapes; "" if nothing tells."""
-    if metadata.get("impasto.family"):
-        return metadata["impasto.family"]
-    for key in ("ss_base_model_version", "modelspec.architecture"):
-        for word, family in FAMILY_WORDS:
-            if metadata.get(key, "").startswith(word):
-                return family
+    if told := family_told(metadata):
+        return told
     for layer, factors in layers.items():
         if layer.startswith("unet.") and layer.endswith(("attn2.to_k", "attn2.to_v")):
             return CONTEXT_WIDTHS.get(factors.down.shape[1], "")

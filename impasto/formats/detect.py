@@ -98,7 +98,7 @@ def detect_names(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, s
     """What a file with tensors of these names and shapes is."""
     names = shapes.keys()
     if any(_ADAPTER.search(name) for name in names):
-        return Detected("adapter", _family_told(metadata) or _by_context(shapes), _adapter_layout(names))
+        return Detected("adapter", family_told(metadata) or _by_context(shapes), _adapter_layout(names))
     if {"emb_params", "clip_l", "clip_g", "string_to_param"} & names:
         family = "sdxl" if "clip_g" in names else ""
         return Detected("embedding", family)
@@ -125,11 +125,11 @@ def _network(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str])
         if _has(names, prefix):
             return Detected("checkpoint", family, "ldm", variant)
     if _has(inner, "input_blocks."):
-        family = _family_told(metadata) or _by_context(shapes)
+        family = family_told(metadata) or _by_context(shapes)
         whole = _has(names, "first_stage_model.")
         return Detected("checkpoint" if whole else "unet", family, "ldm", variant)
     if _has(names, "down_blocks.") and "conv_in.weight" in names:
-        return Detected("unet", _family_told(metadata) or _by_context(shapes), "diffusers", variant)
+        return Detected("unet", family_told(metadata) or _by_context(shapes), "diffusers", variant)
     if _has(names, "first_stage_model.", "encoder.down.", "decoder.up."):
         return Detected("vae", "", "ldm")
     if _has(names, "encoder.down_blocks.", "decoder.up_blocks."):
@@ -192,8 +192,8 @@ def variant_of(channels: object) -> str:
     return VARIANTS.get(channels, "") if isinstance(channels, int) else ""
 
 
-def _family_told(metadata: Mapping[str, str]) -> str:
-    """The family that metadata name."""
+def family_told(metadata: Mapping[str, str]) -> str:
+    """The family that metadata name; "" if they name none."""
     if metadata.get("impasto.family"):
         return metadata["impasto.family"]
     for key in ("ss_base_model_version", "modelspec.architecture"):
