@@ -134,7 +134,8 @@ def _not_safetensors(path: Path, start: bytes, length: int, size: int) -> UserEr
     if 2 <= length <= MAX_HEADER and start[8:9] in (b"{", b""):
         return UserError(f"is truncated: its header takes {length} bytes, the whole file has {size}",
                          where=path, fix="download it again")
-    return UserError("is not a safetensors file", where=path)
+    return UserError("is not a safetensors file", where=path,
+                     fix="check that it is the file you meant, or download it again")
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
