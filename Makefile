@@ -17,7 +17,7 @@ test: $(READY) check
 	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 check: $(READY)
-	$(BIN)/ruff check
+	$(BIN)/ruff check --no-cache
 	$(BIN)/pyright
 
 $(READY): pyproject.toml constraints.txt

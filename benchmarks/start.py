@@ -17,9 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.checkpoints import write_checkpoint
-
 from benchmarks.common import print_table
+from tests.checkpoints import write_checkpoint
 
 FLOOR = "python -c pass"
 
