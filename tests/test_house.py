@@ -17,10 +17,10 @@ PACKAGE = Path(__file__).parent.parent / "impasto"
 #: from the ground up; within a floor from left to right
 FLOORS = [
     ["core"],
-    ["diffusion", "deltas"],
+    ["diffusion", "deltas", "mini"],
     ["formats", "families"],
     ["objectives", "methods", "data"],
-    ["training"],
+    ["training", "evaluation"],
     ["cli"],
 ]
 PLACE = {room: (floor, door) for floor, rooms in enumerate(FLOORS) for door, room in enumerate(rooms)}

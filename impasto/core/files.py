@@ -42,11 +42,15 @@ def _sync_directory(folder: Path) -> None:
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` whole, when the block ends without an error, or not at all.
 
-    Temporary file in the same folder, fsync, `os.replace`. A full disk is a `UserError`.
+    Temporary file in the same folder, fsync, `os.replace`. A full disk, or a place that cannot be written, is a
+    `UserError`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise disk_error(error, path) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

@@ -21,7 +21,7 @@ from impasto.core.errors import UserError
 from impasto.core.files import atomic_write, cache_dir
 from impasto.core.progress import Reporter
 from impasto.data.buckets import Placement, cut
-from impasto.data.dataset import Picture, read
+from impasto.data.dataset import Picture
 from impasto.data.frontier import VAE
 from impasto.families.base import Base, TextStates
 
@@ -128,7 +128,7 @@ def image_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
 def encode_picture(base: Base, picture: Picture, placement: Placement, flip: bool, background: str,
                    device: torch.device) -> dict[str, Tensor]:
     """A picture's moments (1, 2C, h, w), fp32. Raises `UserError` if they are not finite."""
-    pixels = cut(read(picture, background), placement, flip)[None].to(device)
+    pixels = cut(picture.read(background), placement, flip)[None].to(device)
     with torch.no_grad():
         moments = base.encode_images(pixels).float()
     if not torch.isfinite(moments).all():

@@ -51,6 +51,16 @@ class Picture:
     digest: str  # blake2b-128 of the file's bytes
     size: Size  # upright
 
+    def read(self, background: str = "white") -> Image.Image:
+        """Decode it, and make sure that it is still the file that was surveyed. Raises `UserError`."""
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot be read any more ({error.strerror})", where=self.path) from error
+        if hashlib.blake2b(data, digest_size=16).hexdigest() != self.digest:
+            raise UserError("has changed since this command started", where=self.path, fix="start it again")
+        return decode(data, background)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -158,17 +168,6 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
         canvas = Image.new("RGBA", image.size, (*ImageColor.getrgb(background)[:3], 255))
         return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def read(picture: Picture, background: str = "white") -> Image.Image:
-    """Decode a surveyed picture, and make sure that it is still the same file."""
-    try:
-        data = picture.path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read any more ({error.strerror})", where=picture.path) from error
-    if hashlib.blake2b(data, digest_size=16).hexdigest() != picture.digest:
-        raise UserError("has changed since this command started", where=picture.path, fix="start it again")
-    return decode(data, background)
 
 
 def survey(listing: Listing, remembered: Remembered, report: Reporter = SILENT,

@@ -12,28 +12,37 @@ from dataclasses import dataclass
 
 from impasto.data.options import DataOptions
 
+#: what most objectives look at
+READS = frozenset({"pictures", "captions"})
+
 #: diffusers' name of the picture encoder, in every family
 VAE = "vae"
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """What is cached. What is not, the step encodes."""
+    """What comes encoded, and what as it is, to be encoded in the step. Neither: the objective does not look at it."""
 
     latents: bool
+    pixels: bool
     text: bool
+    captions: bool
     #: variants of each picture that are cached: mirrored or not
     flips: tuple[bool, ...]
     #: components that the step needs beside the denoiser
     needs: frozenset[str]
 
 
-def frontier(trains: Collection[str], text_encoders: Collection[str], data: DataOptions) -> Frontier:
-    """What is cached when the components named in `trains` are trained, on a base with these `text_encoders`.
+def frontier(trains: Collection[str], text_encoders: Collection[str], data: DataOptions,
+             reads: Collection[str] = READS) -> Frontier:
+    """What is cached when the components named in `trains` are trained, on a base with these `text_encoders`, for
+    an objective that looks at what `reads` names.
 
     One trained text encoder of several keeps all of them in the step: their states are one entry.
     """
-    latents = VAE not in trains
-    text = not set(text_encoders) & set(trains)
-    needs = frozenset(() if latents else (VAE,)) | frozenset(() if text else text_encoders)
-    return Frontier(latents, text, (False, True) if data.flip else (False,), needs)
+    pictures, captions = "pictures" in reads, "captions" in reads
+    pixels = pictures and VAE in trains
+    texts = captions and bool(set(text_encoders) & set(trains))
+    needs = frozenset((VAE,) if pixels else ()) | frozenset(text_encoders if texts else ())
+    return Frontier(pictures and not pixels, pixels, captions and not texts, texts,
+                    (False, True) if data.flip else (False,), needs)

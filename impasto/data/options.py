@@ -18,13 +18,20 @@ class Section(pydantic.BaseModel):
 class DataOptions(Section):
     """`[data]`: the pictures to learn from."""
 
-    folder: str = Field(description="Folder of pictures, folders inside it included, with a .txt caption "
-                        "beside each unless caption is given.")
+    folder: str | None = Field(None, description="Folder of pictures, folders inside it included, with a .txt "
+                               "caption beside each unless caption is given.")
+    source: Literal["folder", "world"] = Field("folder", description="world: pictures of the embedded base's drawn "
+                                               "world with their captions, made as they are needed.")
+    pictures: int | None = Field(None, ge=1, description="How many of the drawn world (default 20000).")
+    doodles: float = Field(0.0, ge=0, le=1, description="Share of the drawn world's pictures that show nothing in "
+                           "particular and have no caption; they keep a VAE general.")
     caption: str | None = Field(None, description="One caption for all pictures; .txt files are then not "
                                 "read (diffusers' instance prompt).")
     missing_captions: Literal["error", "empty"] = Field(
         "error", description="What a picture without a caption is: an error by name, or captioned with "
         "nothing.")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="Share of samples that are trained without their "
+                                   "caption, which guidance needs when a base is trained (SD 1.x: 0.1).")
     resolution: int = Field(512, ge=8, description="Pixels: side of the square whose area buckets have; "
                             "512 is what SD 1.x was trained at.")
     buckets: bool = Field(True, description="Aspect-ratio buckets, as in kohya and OneTrainer; without "
@@ -52,6 +59,18 @@ class DataOptions(Section):
         return value
 
     @pydantic.model_validator(mode="after")
+    def _one_source(self) -> DataOptions:
+        if self.source == "folder" and self.folder is None:
+            raise ValueError("say where the pictures are: data.folder")
+        if self.source == "world" and (self.folder is not None or self.caption is not None):
+            raise ValueError("source = \"world\" draws pictures and captions itself: leave folder and caption out")
+        if self.source == "folder" and (self.pictures is not None or self.doodles):
+            raise ValueError("pictures and doodles are of source = \"world\"")
+        if self.source == "world" and self.pictures is None:
+            object.__setattr__(self, "pictures", 20_000)
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _sizes_agree(self) -> DataOptions:
         if self.buckets and self.bucket_step > self.resolution:
             raise ValueError(f"bucket_step {self.bucket_step} is larger than resolution {self.resolution}")
@@ -75,13 +94,20 @@ class DataOptions(Section):
 class PriorOptions(Section):
     """`[prior]`: class pictures, which keep what the base knows of the class (DreamBooth, Ruiz et al.)."""
 
-    caption: str = Field(description='What the class is called: "a photo of a dog".')
+    caption: str | None = Field(None, description='What the class is called: "a photo of a dog". Needed to draw '
+                                "class pictures; without it those of folder have a .txt caption each.")
     folder: str | None = Field(None, description="Class pictures that are there already, all of them "
                                "used; default: they are drawn with the base itself, once.")
     images: int = Field(200, ge=1, description="Class pictures to draw (200: Hugging Face's DreamBooth "
                         "guide; the paper: about 1000).")
     weight: float = Field(1.0, ge=0, description="Loss weight of class pictures beside 1 for the others "
                           "(the paper's lambda; diffusers: 1).")
+    @pydantic.model_validator(mode="after")
+    def _drawn_from_words(self) -> PriorOptions:
+        if self.folder is None and self.caption is None:
+            raise ValueError("say what the class is called (prior.caption), or where its pictures are (prior.folder)")
+        return self
+
     steps: int = Field(30, ge=1, description="Sampler steps for drawing them.")
     guidance: float = Field(7.5, ge=0, description="Classifier-free guidance for drawing them (diffusers: "
                             "7.5).")

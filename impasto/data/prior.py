@@ -37,6 +37,7 @@ def draw_prior(base: Base, fingerprint: Mapping[str, str], prior: PriorOptions, 
 
     Each process begins at its own share and goes once around, passing over what others have drawn meanwhile.
     """
+    assert prior.caption is not None, "the options ask for it where pictures are to be drawn"
     settings = SampleSettings(steps=prior.steps, guidance=prior.guidance, scheduler=prior.scheduler,
                               width=side, height=side)
     folder = prior_folder(base, fingerprint, prior, settings)
@@ -62,7 +63,7 @@ def _draw(base: Base, prior: PriorOptions, numbers: range, settings: SampleSetti
           wanted: Mapping[int, Path]) -> None:
     """Draw one whole batch, whatever of it is wanted: the others' absence would change the last bits."""
     count = len(numbers)
-    pictures = sample(base, [prior.caption] * count, [""] * count, list(numbers), settings)
+    pictures = sample(base, [str(prior.caption)] * count, [""] * count, list(numbers), settings)
     for number, picture in zip(numbers, pictures, strict=True):
         if number in wanted:
             with atomic_write(wanted[number]) as file:

@@ -21,12 +21,15 @@ from impasto.data import cache as caching
 from impasto.data.buckets import MOST_ENLARGED, Placement, bucket_sizes, cut, place
 from impasto.data.cache import Cache, key_of
 from impasto.data.captions import captions
-from impasto.data.dataset import Listing, Picture, Problem, list_folder, read, refuse, survey
-from impasto.data.frontier import Frontier, frontier
+from impasto.data.dataset import Listing, Picture, Problem, list_folder, refuse, survey
+from impasto.data.drawn import Drawn
+from impasto.data.frontier import READS, Frontier, frontier
 from impasto.data.options import DataOptions, PriorOptions
 from impasto.data.order import Order
 from impasto.data.prior import draw_prior
 from impasto.families.base import Base, Geometry, TextStates
+from impasto.mini.labels import LABEL_SIZES
+from impasto.mini.lessons import lesson_folder
 from impasto.objectives.batch import Batch
 
 
@@ -40,6 +43,7 @@ class Item:
     weight: float  # of its loss
     latent_keys: tuple[str, ...] = ()  # plain, then mirrored; empty if the step encodes pictures
     text_key: str = ""  # empty if the step encodes captions
+    labels: tuple[int, ...] = ()  # what is known of it beside its caption; only the drawn world tells
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Source:
     share: Share
     cache: Cache
     stack_text: Callable[[Sequence[TextStates]], TextStates]
+    no_caption: str = ""  # the key of the empty caption's states, where captions are dropped and cached
+    label_sizes: tuple[int, ...] = ()  # how many values each of the items' labels has
     notes: list[str] = field(default_factory=list)  # what lies in the folder and is not used
 
     def __post_init__(self) -> None:
@@ -141,17 +147,26 @@ class Source:
                             target=torch.tensor([p.bucket for p in placements]))
         batch = Batch(list(samples), [item.picture.name for item in items],
                       torch.tensor([item.weight for item in items]), geometry=geometry)
+        if self.label_sizes:
+            batch.labels = torch.tensor([item.labels for item in items])
         if self.rule.latents:
             keys = [item.latent_keys[flip] for item, flip in zip(items, flips, strict=True)]
             batch.moments = torch.cat([entry["moments"] for entry in self.cache.load_all(keys)])
-        else:
-            batch.pixels = torch.stack([cut(read(item.picture, self.data.background), item.placement, flip)
+        elif self.rule.pixels:
+            batch.pixels = torch.stack([cut(item.picture.read(self.data.background), item.placement, flip)
                                         for item, flip in zip(items, flips, strict=True)])
+        dropped = [self.drops(step, sample) for sample in samples]
         if self.rule.text:
-            batch.text = self.stack_text(self.cache.load_all([item.text_key for item in items]))
-        else:
-            batch.captions = [item.caption for item in items]
+            keys = [self.no_caption if drop else item.text_key for item, drop in zip(items, dropped, strict=True)]
+            batch.text = self.stack_text(self.cache.load_all(keys))
+        elif self.rule.captions:
+            batch.captions = ["" if drop else item.caption for item, drop in zip(items, dropped, strict=True)]
         return batch
+
+    def drops(self, step: int, sample: int) -> bool:
+        """Whether a sample's caption is left out in this step."""
+        share = self.data.caption_dropout
+        return share > 0 and seed_for(self.share.seed, step, sample, "caption") / 2**63 < share
 
     # --- what the user is told ---------------------------------------------------------------------------
     def describe(self) -> list[str]:
@@ -161,7 +176,8 @@ class Source:
         if self.class_pictures:
             lines += account("class pictures", self.class_pictures, buckets)
         encoded = [f"{what} are encoded {'once' if once else 'in each step, as their encoder is trained'}"
-                   for what, once in (("pictures", self.rule.latents), ("captions", self.rule.text))]
+                   for what, once, live in (("pictures", self.rule.latents, self.rule.pixels),
+                                            ("captions", self.rule.text, self.rule.captions)) if once or live]
         length = self.epoch_steps
         return [*lines, *self.notes, "; ".join(encoded),
                 f"an epoch is {length} step{'s' if length > 1 else ''}"]
@@ -197,23 +213,30 @@ def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]
 
 def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *, trains: frozenset[str],
                    batch_size: int, accumulation: int, seed: int, device: torch.device | str,
-                   report: Reporter = SILENT, rank: int = 0, world: int = 1) -> Source:
+                   reads: frozenset[str] = READS, report: Reporter = SILENT, rank: int = 0,
+                   world: int = 1) -> Source:
     """Look at every picture, draw or collect class pictures, encode what may be encoded once.
 
-    `trains` names the components that are trained. Nothing may be attached to the base yet: class pictures
+    `trains` names the components that are trained, `reads` what the objective looks at.
+    Nothing may be attached to the base yet: class pictures
     are drawn with the base as it is. Raises one `UserError` with all files of a folder that cannot be used.
     """
     share = Share(batch_size, accumulation, seed, rank, world)
     check_sizes(data, base.cell)
-    rule = frontier(trains, base.text_encoder_names, data)
+    rule = frontier(trains, base.text_encoder_names, data, reads)
     fingerprint = base.fingerprint()
-    listing = list_folder(Path(data.folder))
-    notes = unused(listing, data)
-    items, class_items = collect(listing, data, report), []
+    notes: list[str] = []
+    class_items: list[Item] = []
+    if data.source == "world":
+        items = draw_world(data, share.seed)
+    else:
+        listing = list_folder(located(str(data.folder)))
+        notes += unused(listing, data)
+        items = collect(listing, data, report)
     if prior is not None:
         class_data = data.model_copy(update={"caption": prior.caption})
         if prior.folder is not None:
-            listing = list_folder(Path(prior.folder))
+            listing = list_folder(located(prior.folder))
             notes += unused(listing, data)
         else:
             listing = draw_prior(base, fingerprint, prior, data.resolution, report, rank, world)
@@ -221,8 +244,23 @@ def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *,
     cache = Cache.at(data.cache)
     encoding = Encoding(base, fingerprint, cache, data, rule, torch.device(device))
     items, class_items = encoding.keyed(items), encoding.keyed(class_items)
+    no_caption = encoding.caption("") if data.caption_dropout else ""
     encoding.run(report, rank, world)
-    return Source(tuple(items), tuple(class_items), data, rule, share, cache, base.stack_text, notes)
+    return Source(tuple(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
+                  LABEL_SIZES if data.source == "world" else (), notes)
+
+
+def located(folder: str) -> Path:
+    """The folder of that name, or that of drawn pictures ("mini:mascot")."""
+    return lesson_folder(folder) if folder.startswith("mini:") else Path(folder)
+
+
+def draw_world(data: DataOptions, seed: int) -> list[Item]:
+    """The drawn world's pictures, each made when it is read: none of them is ever a file."""
+    assert data.pictures is not None
+    whole = (data.resolution, data.resolution)
+    return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole), 1.0, labels=picture.labels)
+            for picture in (Drawn.number(i, data.resolution, seed, data.doodles) for i in range(data.pictures))]
 
 
 def check_sizes(data: DataOptions, cell: int) -> None:
@@ -300,10 +338,14 @@ class Encoding:
         return tuple(keys)
 
     def _text_key(self, item: Item) -> str:
+        return self.caption(item.caption)
+
+    def caption(self, caption: str) -> str:
+        """The key of a caption's states, noted down; "" where the step encodes captions."""
         if not self.rule.text:
             return ""
-        key = caching.text_key(item.caption, self.text_encoder)
-        self.texts[key] = functools.partial(caching.encode_caption, self.base, item.caption)
+        key = caching.text_key(caption, self.text_encoder)
+        self.texts[key] = functools.partial(caching.encode_caption, self.base, caption)
         return key
 
     def run(self, report: Reporter, rank: int, world: int) -> None:

@@ -70,10 +70,11 @@ class Base(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
-                         dtype: torch.dtype = torch.float32, clip_skip: int = 0,
-                         report: Reporter = SILENT) -> Self:
+                         dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
+                         init_seed: int | None = None) -> Self:
         """Build from the checkpoint of each component: one and the same, but for a VAE that was replaced.
 
+        With an `init_seed` their configurations alone count, and weights are random.
         Modules are in eval mode and frozen. `dtype` is of the weights; a family may hold a component in more.
         Raises `UserError` for what is missing or does not fit.
         """
@@ -118,6 +119,15 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in about [-1, 1] of scaled latents."""
+
+    @abc.abstractmethod
+    def set_latent_scale(self, scale: float) -> None:
+        """Have latents multiplied by `scale` from now on, in place of the VAE's own factor."""
+
+    # --- saving --------------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def save_tools(self, folder: Path) -> dict[str, list[str]]:
+        """Write tokenizers into a diffusers folder; their entries in its model_index.json."""
 
     # --- the denoiser --------------------------------------------------------------------------------
     @abc.abstractmethod

@@ -14,6 +14,7 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.families import FAMILIES
 from impasto.families.base import Base
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+from impasto.mini import BASE, check_weights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -24,16 +25,19 @@ _UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*", 
 
 def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | None = None,
               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False,
-              report: Reporter = SILENT, clip_skip: int = 0) -> Base:
+              report: Reporter = SILENT, clip_skip: int = 0, init_seed: int | None = None) -> Base:
     """The base at `path`: a checkpoint file, a diffusers folder, or a hub id ("owner/name") in the local cache.
 
     `family`: an error unless the checkpoint is of it. `vae`: another VAE's file or folder. `dtype`: of the
     weights (the VAE's are fp32 always). `download`: fetch a hub id that is not in the cache. Tensors that no
-    component takes are noted and kept in `surplus`. Raises `UserError`.
+    component takes are noted and kept in `surplus`. With an `init_seed` the path gives the networks' shapes alone
+    and the weights are random, as their libraries begin with them. Raises `UserError`.
     """
     if family is not None:
         FAMILIES.get(family)  # a name that is not known is an error, with the nearest one
-    main = open_checkpoint(locate(path, download=download))
+    if str(path) == "mini" and init_seed is None:
+        check_weights()
+    main = open_checkpoint(locate(path, download=download), weights=init_seed is None)
     if not main.family:
         raise UserError("is a VAE alone, not a base", where=path, fix="give it as vae beside a base")
     if family is not None and main.family != family:
@@ -46,7 +50,7 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
     if vae is not None:
         sources["vae"] = _vae(locate(vae, download=download))
     base = FAMILIES.get(main.family).from_checkpoints(sources, device=device, dtype=dtype, clip_skip=clip_skip,
-                                                      report=report)
+                                                      report=report, init_seed=init_seed)
     if base.surplus:
         shown = ", ".join(base.surplus[:3]) + (", …" if len(base.surplus) > 3 else "")
         plural = "s" if len(base.surplus) > 1 else ""
@@ -62,10 +66,13 @@ def _vae(path: Path) -> Checkpoint:
 
 
 def locate(path: str | Path, *, download: bool = False) -> Path:
-    """The file or folder that `path` names; for a hub id, its snapshot in the local cache. Raises `UserError`."""
+    """The file or folder that `path` names: "mini" is the embedded base ("./mini" a folder of that name), and a hub
+    id its snapshot in the local cache. Raises `UserError`."""
+    name = str(path)
+    if name == "mini":
+        return BASE
     if Path(path).exists():
         return Path(path)
-    name = str(path)
     if not _HUB_ID.fullmatch(name) or Path(name).suffix in (".safetensors", ".ckpt", ".pt"):
         raise UserError("no such file or folder", where=path)
     try:

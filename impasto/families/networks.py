@@ -85,6 +85,19 @@ def _plain(config: Config) -> dict[str, Any]:
             if not key.startswith("_") and key not in ("architectures", "dtype", "torch_dtype", "transformers_version")}
 
 
+def config_of(component: str, network: nn.Module) -> dict[str, Any]:
+    """A network's configuration as its library writes it to config.json."""
+    if isinstance(network, ClipText):
+        told = network.text_model.config.to_dict()
+        return {key: value for key, value in told.items() if value is not None and not key.startswith("_")} | {
+            "architectures": ["CLIPTextModel"]}
+    inner: Any = network
+    return _plain(inner.config) | {"_class_name": CLASSES[component]}
+
+
+#: diffusers' class of each component
+CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+
 #: builders by diffusers' name of the component
 BUILDERS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "vae": _vae, "text_encoder": _clip}
 

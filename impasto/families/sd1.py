@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
 from transformers import CLIPTokenizer
@@ -12,7 +13,7 @@ from impasto.core.errors import UserError
 from impasto.families import clip
 from impasto.families.base import Caption, TextStates
 from impasto.families.networks import ClipText
-from impasto.families.tokenizer import clip_tokenizer
+from impasto.families.tokenizer import clip_tokenizer, write_tokenizer
 from impasto.families.unet_base import UNetBase
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class SD1(UNetBase):
 
     def encode_text(self, captions: Sequence[Caption]) -> TextStates:
         return {"states": clip.encode(captions, self.tokenizer, self.text_encoder, self.clip_skip)}
+
+    def save_tools(self, folder: Path) -> dict[str, list[str]]:
+        write_tokenizer(folder / "tokenizer", self.tokenizer)
+        return {"tokenizer": ["transformers", "CLIPTokenizer"]}
 
     def text_settings(self) -> dict[str, Any]:
         return {"clip_skip": self.clip_skip}

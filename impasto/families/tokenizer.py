@@ -62,9 +62,17 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in printing] + [chr(256 + i) for i in range(256 - len(printing))]
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write CLIP's own tokenizer as the folder that diffusers and transformers, old and new, open."""
-    vocabulary, merges = clip_table()
+def table_of(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A tokenizer's vocabulary, token to id, and its merges in order of rank."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    return model["vocab"], [(left, right) for left, right in pairs]
+
+
+def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer | None = None) -> None:
+    """Write a tokenizer, by default CLIP's own, as the folder that diffusers and transformers, old and new, open."""
+    vocabulary, merges = clip_table() if tokenizer is None else table_of(tokenizer)
+    length = 77 if tokenizer is None else tokenizer.model_max_length
     with atomic_write(folder / "vocab.json") as file:
         file.write(json.dumps(vocabulary, ensure_ascii=False).encode())
     with atomic_write(folder / "merges.txt") as file:
@@ -72,5 +80,5 @@ def write_tokenizer(folder: Path) -> None:
     marks = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
     write_json(folder / "special_tokens_map.json", marks)
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "add_prefix_space": False,
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": length, "add_prefix_space": False,
         "do_lower_case": True, "errors": "replace", **marks})

@@ -34,8 +34,8 @@ class UNetBase(Base, abc.ABC):
 
     @classmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
-                         dtype: torch.dtype = torch.float32, clip_skip: int = 0,
-                         report: Reporter = SILENT) -> Self:
+                         dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
+                         init_seed: int | None = None) -> Self:
         names = (cls.denoiser_name, *cls.text_encoder_names, "vae")
         for name in names:
             if name not in checkpoints or name not in checkpoints[name].components:
@@ -51,14 +51,17 @@ class UNetBase(Base, abc.ABC):
         total = sum(len(checkpoints[name].names(name)) for name in names)
         with report.phase("reading weights", total, "tensors") as advance:
             for name in names:
-                source = checkpoints[name]
+                source, width = checkpoints[name], vae.DTYPE if name == "vae" else dtype
+                if init_seed is not None:
+                    components[name] = networks.random_init(name, source.configs[name], init_seed, device=device,
+                                                            dtype=width)
+                    continue
                 components[name] = networks.build(name, source.configs[name])
                 surplus += networks.fill(components[name], _counted(source.tensors(name), advance),
-                                         where=source.path, device=device,
-                                         dtype=vae.DTYPE if name == "vae" else dtype)
+                                         where=source.path, device=device, dtype=width)
         base = cls(components=components, process=process_from_scheduler_config(main.scheduler), source=main.path,
-                   surplus=surplus, checkpoints=dict(checkpoints), scheduler=dict(main.scheduler),
-                   **cls.tools(checkpoints, clip_skip))
+                   surplus=surplus, checkpoints=dict(checkpoints) if init_seed is None else {},
+                   scheduler=dict(main.scheduler), **cls.tools(checkpoints, clip_skip))
         base.check()
         return base
 
@@ -67,7 +70,8 @@ class UNetBase(Base, abc.ABC):
         unet, latents = self.config("unet"), self.latent_channels
         if unet.in_channels != latents:
             raise UserError(f"the VAE makes {latents} channels, the UNet wants {unet.in_channels}",
-                            where=self.checkpoints["vae"].path, fix="take a VAE of this family")
+                            where=self.checkpoints["vae"].path if self.checkpoints else self.source,
+                            fix="take a VAE of this family")
 
     def config(self, component: str) -> Any:
         """A diffusers component's config."""
@@ -90,6 +94,9 @@ class UNetBase(Base, abc.ABC):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return vae.decode(self.components["vae"], latents)
+
+    def set_latent_scale(self, scale: float) -> None:
+        cast(Any, self.components["vae"]).register_to_config(scaling_factor=scale)
 
     # --- the denoiser --------------------------------------------------------------------------------
     def condition(self, text: TextStates, geometry: Geometry | None = None,

@@ -22,7 +22,7 @@ from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.detect import Detected, detect_names, family_of_folder, variant_of
 from impasto.formats.ldm import Entry
 from impasto.formats.probe import read_json
-from impasto.formats.tensor_files import TensorFile, open_tensors
+from impasto.formats.tensor_files import NoTensors, TensorFile, open_tensors
 
 #: names of a component's weights in a diffusers folder, the first that is there: safetensors before pickles, the
 #: main files before the half-precision variant
@@ -92,15 +92,17 @@ class Checkpoint:
         return source.file.files(key for key, _ in source.places.values())
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, *, weights: bool = True) -> Checkpoint:
     """Open a single file (.safetensors, .ckpt) or a diffusers folder; also a VAE alone, in either layout.
+
+    Without `weights` the configurations are all that is wanted, and a folder need hold no more.
 
     Raises `UserError` in one line: no such file, damaged, not a checkpoint, of a family that is not read,
     tensors missing or of a wrong shape. Surplus tensors are listed, not refused.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path) if (path / "model_index.json").exists() else _open_component(path)
+        return _open_folder(path, weights) if (path / "model_index.json").exists() else _open_component(path)
     file = open_tensors(path)
     found = detect_names(file.shapes, file.metadata)
     if found.kind == "vae":
@@ -206,7 +208,7 @@ def _scheduler(path: Path, file: TensorFile, table: FamilyConfig) -> dict[str, A
 # --- diffusers folders -----------------------------------------------------------------------------------
 
 
-def _open_folder(path: Path) -> Checkpoint:
+def _open_folder(path: Path, weights: bool) -> Checkpoint:
     index = read_json(path / "model_index.json")
     configs = {name: read_json(path / name / "config.json") for name in ("unet", "text_encoder")
                if (path / name / "config.json").exists()}
@@ -222,7 +224,7 @@ def _open_folder(path: Path) -> Checkpoint:
             continue
         if entry[1] not in part.classes:
             raise UserError(f"has a {entry[1]} as its {name}, where a {part.classes[0]} belongs", where=path)
-        configs[name], sources[name] = _read_component(path / name, name, part)
+        configs[name], sources[name] = _read_component(path / name, name, part, weights)
         surplus += [f"{name}.{key}" for key in _unused(sources[name])]
     scheduler = path / "scheduler" / "scheduler_config.json"
     tokenizer = path / "tokenizer"
@@ -245,8 +247,10 @@ def _open_component(path: Path) -> Checkpoint:
                       sources={"vae": source}, surplus=_unused(source))
 
 
-def _read_component(folder: Path, name: str, part: Part) -> tuple[dict[str, Any], Source]:
+def _read_component(folder: Path, name: str, part: Part, wanted: bool = True) -> tuple[dict[str, Any], Source]:
     config = read_json(folder / "config.json")
+    if not wanted:
+        return config, Source(NoTensors(), {})
     weights = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
     if weights is None:
         others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))

@@ -36,6 +36,22 @@ class TensorFile(abc.ABC):
         """The files that hold these tensors, sorted."""
 
 
+class NoTensors(TensorFile):
+    """No file at all: where configurations are all that is wanted."""
+
+    def __init__(self) -> None:
+        self.shapes, self.metadata = {}, {}
+
+    def dtype(self, name: str) -> torch.dtype:
+        raise KeyError(name)
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def files(self, names: Iterable[str]) -> list[Path]:
+        return []
+
+
 class Safetensors(TensorFile):
     """One .safetensors file. Its header is checked before anything else (see `header.py`)."""
 

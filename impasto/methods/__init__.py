@@ -3,5 +3,6 @@
 from impasto.core.registry import Registry
 
 METHODS = Registry("method", {
+    "full": "impasto.methods.full:Full",
     "lora": "impasto.methods.weights:LoRA",
 })

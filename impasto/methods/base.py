@@ -29,6 +29,8 @@ class Method(abc.ABC):
     """One way of fine-tuning, on one base."""
 
     Options: ClassVar[type[MethodOptions]]
+    #: whether the base's own weights are trained: what is left behind is then a whole base, not an adapter
+    in_place: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -50,8 +52,8 @@ class Method(abc.ABC):
         """Names of the base's components in which something trains ("unet", "text_encoder"), prepared or not."""
 
     @abc.abstractmethod
-    def adapter(self) -> Adapter:
-        """What has been learned so far, detached, on the CPU."""
+    def adapter(self) -> Adapter | None:
+        """What has been learned so far, detached, on the CPU; None for a method that trains in place."""
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""

@@ -4,4 +4,6 @@ from impasto.core.registry import Registry
 
 OBJECTIVES = Registry("objective", {
     "denoise": "impasto.objectives.denoise:Denoise",
+    "reconstruct": "impasto.objectives.reconstruct:Reconstruct",
+    "classify": "impasto.objectives.classify:Classify",
 })

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import pydantic
-from torch import Tensor
+from torch import Tensor, nn
 
 from impasto.core.rng import Draws
 from impasto.families.base import Base
@@ -22,9 +23,11 @@ class ObjectiveOptions(pydantic.BaseModel):
 
 
 class Objective(abc.ABC):
-    """Turns a batch into one loss per sample. Holds options only, no state."""
+    """Turns a batch into one loss per sample."""
 
     Options: ClassVar[type[ObjectiveOptions]]
+    #: what of a batch it looks at
+    reads: ClassVar[frozenset[str]] = frozenset({"pictures", "captions"})
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -32,3 +35,13 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def loss(self, base: Base, batch: Batch, draws: Draws) -> Tensor:
         """Per-sample losses, (B,), fp32, not yet weighted by `batch.weight`."""
+
+    def prepare(self, base: Base, labels: Sequence[int], seed: int) -> dict[str, nn.Module]:
+        """Weights of the objective's own that train beside the method's and are thrown away, by name: most have none.
+
+        `labels`: how many values each label of the data has, none for pictures with captions alone.
+        """
+        return {}
+
+    def finish(self, base: Base, batches: Iterable[Batch]) -> None:  # noqa: B027 - most need none
+        """Measure on some batches what belongs into an artifact beside weights, before it is saved."""

@@ -13,7 +13,7 @@ from impasto.families.base import Geometry, TextStates
 
 @dataclass
 class Batch:
-    """B pictures of one shape. Of `moments` and `pixels` one is given; of `text` and `captions` likewise.
+    """B pictures of one shape. Of `moments` and `pixels` one is given at most; of `text` and `captions` likewise.
 
     Which one, the frontier rule decides: what nothing trainable and nothing random precedes comes cached.
     """
@@ -25,6 +25,7 @@ class Batch:
     pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
     text: TextStates | None = None
     captions: Sequence[str] | None = None
+    labels: Tensor | None = None  # (B, K) what is known of the pictures, -1 where nothing is
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], the loss's weight by cell
     geometry: Geometry | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
@@ -37,5 +38,6 @@ class Batch:
         return replace(
             self, weight=self.weight.to(device), moments=moved(self.moments), pixels=moved(self.pixels),
             text=None if self.text is None else {name: state.to(device) for name, state in self.text.items()},
-            mask=moved(self.mask), geometry=None if self.geometry is None else self.geometry.to(device),
+            labels=moved(self.labels), mask=moved(self.mask),
+            geometry=None if self.geometry is None else self.geometry.to(device),
             extras={name: tensor.to(device) for name, tensor in self.extras.items()})

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 
 from impasto.core.errors import MissingExtra, UserError
+from impasto.training.muon import Muon
 from impasto.training.recipe import TrainOptions
 
 
 def make_optimizer(groups: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW (fused where it can be: lowest peak memory) or bitsandbytes' 8-bit AdamW over parameter groups.
+    """AdamW (fused where it can be: lowest peak memory), bitsandbytes' 8-bit AdamW, or Muon over parameter groups.
 
     A group's "lr" of None means train.learning_rate. Each group keeps its rate as "base_lr".
     """
     for group in groups:
         group["lr"] = group["base_lr"] = group.get("lr") or options.learning_rate
+    if options.optimizer == "muon":
+        return Muon(groups, betas=options.betas, weight_decay=options.weight_decay, eps=options.eps)
     settings: dict[str, Any] = dict(betas=options.betas, weight_decay=options.weight_decay, eps=options.eps)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu", "mps"), **settings)

@@ -34,7 +34,9 @@ class Section(pydantic.BaseModel):
 class BaseOptions(Section):
     """`[base]`: the checkpoint to fine-tune."""
 
-    path: str = Field(description="A single file, a diffusers folder, or a hub id.")
+    path: str = Field(description="mini (the embedded base), a single file, a diffusers folder, or a hub id.")
+    init: Literal["weights", "random"] = Field("weights", description="random: path gives the networks' shapes alone, "
+                                               "and their weights begin as their libraries have it.")
     family: str | None = Field(None, description="The family, where the file's own word is not enough.")
     vae: str | None = Field(None, description="Another VAE: a file or a folder.")
     clip_skip: int = Field(0, ge=0, le=11, description="Text encoder layers left out at the end; 0 is the "
@@ -52,7 +54,9 @@ class TrainOptions(Section):
                             "come on top.")
     accumulation: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
     learning_rate: float = Field(1e-4, gt=0, description="1e-4: LoRA in diffusers, kohya and OneTrainer alike.")
-    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="AdamW, or bitsandbytes' 8-bit AdamW.")
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw", description="AdamW, bitsandbytes' 8-bit AdamW, or Muon (Jordan et al. 2024), which is the better one "
+        "where whole networks are trained from random weights.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's (diffusers, OneTrainer).")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's (diffusers, OneTrainer: 0.01).")
     eps: float = Field(1e-8, gt=0, description="AdamW's.")
@@ -64,6 +68,8 @@ class TrainOptions(Section):
         "auto", description="Of frozen weights and of the computation. auto: bf16 on a GPU that has it, fp16 "
         "with loss scaling on one that has not, fp32 on a CPU. Trained weights are always fp32.")
     checkpointing: bool = Field(False, description="Gradient checkpointing: less memory, about a third more time.")
+    ema: float = Field(0.0, ge=0, lt=1, description="Decay of an exponential moving average of the trained weights, "
+                       "which previews and artifacts then show; 0: none (SD 1.x was trained with 0.9999).")
     compile: bool = Field(False, description="torch.compile the denoiser: slow first step, faster ones after.")
     deterministic: bool = Field(False, description="Deterministic kernels, for bit-equal runs on CUDA.")
     device: str = Field("auto", description="auto, cuda, mps, cpu, or one such as cuda:1.")
@@ -96,7 +102,8 @@ class OutputOptions(Section):
     dir: str = Field("runs/run", description="The run's directory; the same recipe there goes on where it stopped.")
     name: str | None = Field(None, description="Of the artifact; default: the directory's name.")
     format: Literal["auto", "kohya", "diffusers", "peft"] = Field(
-        "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it.")
+        "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it; for "
+        "full it is diffusers, a folder with the whole base.")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Of the artifact (kohya: fp16).")
     save_every: int = Field(0, ge=0, description="Steps between artifacts that other programs can use at once; "
                             "0: only at the end.")
@@ -141,6 +148,16 @@ class Recipe(Section):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return [value] if isinstance(value, dict) else value
+
+    @pydantic.model_validator(mode="after")
+    def _one_artifact(self) -> Recipe:
+        whole = [method.kind for method in self.method if METHODS.get(method.kind).in_place]
+        if whole and len(self.method) > 1:
+            raise ValueError(f"{whole[0]} leaves a whole base behind and cannot be joined with other methods")
+        if whole and self.output.format not in ("auto", "diffusers"):
+            raise ValueError(f"{whole[0]} leaves a whole base behind: output.format is diffusers, not "
+                             f"{self.output.format}")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """Every key with its value, JSON-able: for manifests and metadata."""

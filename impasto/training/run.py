@@ -59,10 +59,10 @@ class Run:
             yield cls(folder, name, report)
 
     # --- the artifact ------------------------------------------------------------------------------------
-    def artifact(self, step: int | None = None) -> Path:
-        """Where the adapter goes: after optimizer step `step`, or at the end."""
+    def artifact(self, step: int | None = None, *, folder: bool = False) -> Path:
+        """Where the adapter goes, or a whole base (a folder): after optimizer step `step`, or at the end."""
         tail = "" if step is None else f"-{step:06d}"
-        return self.folder / f"{self.name}{tail}.safetensors"
+        return self.folder / f"{self.name}{tail}{'' if folder else '.safetensors'}"
 
     # --- the recipe --------------------------------------------------------------------------------------
     def check_recipe(self, plain: dict[str, Any], free: set[str]) -> None:

@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import final
 
 import torch
+from torch import nn
 
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import Draws, seed_for
 from impasto.data.source import prepare_source
 from impasto.families.load import load_base
+from impasto.families.save import save_folder
 from impasto.formats.adapters import save_adapter
 from impasto.methods import METHODS
 from impasto.methods.base import Method
 from impasto.objectives import OBJECTIVES
+from impasto.training.ema import Ema
 from impasto.training.environment import DTYPES, Precision, choose_device, describe, differences, settle
 from impasto.training.journal import Journal
 from impasto.training.metadata import metadata
@@ -34,6 +37,9 @@ from impasto.training.recipe import Recipe
 from impasto.training.run import Run, State, pack_optimizer, unpack_optimizer
 from impasto.training.step import step as step_losses
 from impasto.training.stop import StopWish
+
+#: steps whose batches an objective may measure before an artifact is saved
+MEASURED_STEPS = 16
 
 #: keys that may change between two sittings of a run: they do not touch the weights
 FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device"}
@@ -74,18 +80,23 @@ class Trainer:
         with report.phase("loading the base"):
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
-                                  device=self.device, dtype=self.precision.dtype, report=report)
+                                  device=self.device, dtype=self.precision.dtype, report=report,
+                                  init_seed=self.options.seed if recipe.base.init == "random" else None)
         self.fingerprint = self.base.fingerprint()
         self.objective = OBJECTIVES.get(recipe.objective.kind)(recipe.objective)
         self.methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]
         trains = frozenset[str]().union(*(method.trains(self.base) for method in self.methods))
         self.source = prepare_source(
             self.base, recipe.data, recipe.prior, trains=trains, batch_size=self.options.batch_size,
-            accumulation=self.options.accumulation, seed=self.options.seed, device=self.device, report=report)
+            accumulation=self.options.accumulation, seed=self.options.seed, device=self.device,
+            reads=self.objective.reads, report=report)
         for line in self.source.describe():
             report.note(line)
         groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
+        self.own = self.objective.prepare(self.base, self.source.label_sizes, self.options.seed)
+        groups += [{"params": list(module.parameters()), "lr": None, "name": name} for name, module in self.own.items()]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.ema = Ema(self.parameters, self.options.ema)
         self.optimizer = make_optimizer(groups, self.options, self.device)
         self.scaler = self.precision.scaler()
         self.previews = Previews(recipe, run.folder / "previews")
@@ -113,13 +124,14 @@ class Trainer:
                 loss = self._accumulate(step)
                 norm = self._update(step)
                 step += 1
+                self.ema.update(step)
                 advance(1, journal.step(step, loss, norm, self.optimizer, self.pictures, time.monotonic() - clock))
                 self._keep(step, stopping=wish.asked is not None)
             mean = journal.mean_loss
         finished = step >= self.total
         if finished:
-            self._save_artifact(self.run.artifact(), step)
-        return Outcome(self.run.artifact() if finished else None, step, first, mean, time.monotonic() - started,
+            self._save_artifact(self._artifact(), step)
+        return Outcome(self._artifact() if finished else None, step, first, mean, time.monotonic() - started,
                        None if finished else wish.asked)
 
     def _accumulate(self, step: int) -> float:
@@ -174,14 +186,14 @@ class Trainer:
         output = self.recipe.output
         every = output.save_every or output.save_every_epochs * self.source.epoch_steps
         if every and step % every == 0 and step < self.total:
-            self._save_artifact(self.run.artifact(step), step)
+            self._save_artifact(self._artifact(step), step)
         if self.previews.due(step, self.total):
             self._preview(step)
         if stopping or step == self.total or step % output.checkpoint_every == 0:
             tensors, values = pack_optimizer(self.optimizer)
-            for i, method in enumerate(self.methods):
-                for name, module in method.modules().items():
-                    tensors.update({f"method.{i}.{name}.{key}": t for key, t in module.state_dict().items()})
+            for prefix, module in self._trained().items():
+                tensors.update({f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()})
+            tensors.update(self.ema.state())
             state = State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict()})
             manifest = {"total": self.total, "data": self.source.fingerprint, "base": self.fingerprint,
                         "environment": describe(self.device)}
@@ -190,13 +202,33 @@ class Trainer:
     def _preview(self, step: int) -> None:
         if self.previews.due(step, self.total):
             with self.report.phase(f"preview at step {step}"):
-                self.previews.make(self.base, self.methods, self.precision, step)
+                with self.ema.shown():
+                    self.previews.make(self.base, self.methods, self.precision, step)
+
+    def _trained(self) -> dict[str, nn.Module]:
+        """Everything that trains, under its name in a checkpoint."""
+        methods = {f"method.{i}.{name}": module for i, method in enumerate(self.methods)
+                   for name, module in method.modules().items()}
+        return methods | {f"objective.{name}": module for name, module in self.own.items()}
+
+    def _artifact(self, step: int | None = None) -> Path:
+        """Where the artifact of a step goes, or the last one."""
+        return self.run.artifact(step, folder=any(method.in_place for method in self.methods))
 
     def _save_artifact(self, path: Path, step: int) -> None:
-        """What has been learned so far, in a file that other programs read."""
-        adapter = functools.reduce(operator.add, (method.adapter() for method in self.methods))
-        adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
+        """What has been learned so far, in a file or folder that other programs read."""
         output = self.recipe.output
+        with self.ema.shown():
+            measured = (batch.to(self.device) for later in range(MEASURED_STEPS)
+                        for batches in self.source.micro_batches(step + later) for batch in batches)
+            self.objective.finish(self.base, measured)
+            adapters = [adapter for method in self.methods if (adapter := method.adapter()) is not None]
+            if not adapters:
+                if not path.exists():  # else it was saved before a kill, or the run is complete
+                    save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=metadata(self.recipe, step))
+                return
+        adapter = functools.reduce(operator.add, adapters)
+        adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
         save_adapter(adapter, path, format="kohya" if output.format == "auto" else output.format,
                      dtype=DTYPES[output.dtype], metadata=metadata(self.recipe, step))
 
@@ -214,11 +246,10 @@ class Trainer:
                             fix="put it back, or choose another output.dir")
         for line in differences(manifest["environment"], describe(self.device)):
             self.report.warn(f"{line}: the last bits of what follows may differ from an uninterrupted run")
-        for i, method in enumerate(self.methods):
-            for name, module in method.modules().items():
-                prefix = f"method.{i}.{name}."
-                module.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in state.tensors.items()
-                                        if key.startswith(prefix)})
+        for prefix, module in self._trained().items():
+            module.load_state_dict({key.removeprefix(f"{prefix}."): tensor for key, tensor in state.tensors.items()
+                                    if key.startswith(f"{prefix}.")})
+        self.ema.load(state.tensors)
         unpack_optimizer(self.optimizer, state.tensors, state.values["optimizer"])
         self.scaler.load_state_dict(state.values["scaler"])
         self.run.rewind_log(state.step)

@@ -71,6 +71,12 @@ class FakeBase(Base):
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def set_latent_scale(self, scale: float) -> None:
+        raise NotImplementedError
+
+    def save_tools(self, folder: Path) -> dict[str, list[str]]:
+        return {}
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from impasto.core.errors import UserError
 from impasto.core.files import Remembered, digest
 from impasto.data import dataset
-from impasto.data.dataset import Picture, decode, list_folder, read, refuse, survey
+from impasto.data.dataset import Picture, decode, list_folder, refuse, survey
 from tests.data.fakes import noise_picture, smooth, write_picture
 
 
@@ -209,13 +209,13 @@ def test_one_bad_picture_is_one_line(tmp_path: Path) -> None:
 def test_a_picture_that_changes_while_in_use_is_refused(tmp_path: Path) -> None:
     path = write_picture(tmp_path / "a.png", key=1)
     picture = Picture(path, "a.png", digest(path), (64, 64))
-    assert np.array_equal(np.asarray(read(picture)), np.asarray(noise_picture(1)))
+    assert np.array_equal(np.asarray(picture.read()), np.asarray(noise_picture(1)))
     write_picture(path, key=2)
     with pytest.raises(UserError, match="has changed"):
-        read(picture)
+        picture.read()
     path.unlink()
     with pytest.raises(UserError, match="cannot be read any more"):
-        read(picture)
+        picture.read()
 
 
 # --- what is remembered ------------------------------------------------------------------------------------

@@ -21,4 +21,17 @@ TWO = ("text_encoder", "text_encoder_2")
 def test_the_rule(trains: set, latents: bool, text: bool, needs: set, flip: bool) -> None:
     rule = frontier(frozenset(trains), TWO, DataOptions(folder="x", flip=flip))
     assert (rule.latents, rule.text, rule.needs) == (latents, text, needs)
+    assert (rule.pixels, rule.captions) == (not latents, not text)
     assert rule.flips == ((False, True) if flip else (False,))
+
+
+@pytest.mark.parametrize(("reads", "trains", "found"), [
+    ({"pictures"}, {"vae"}, (False, True, False, False)),
+    ({"pictures"}, {"unet"}, (True, False, False, False)),
+    ({"captions"}, {"text_encoder"}, (False, False, False, True)),
+    ({"captions"}, {"unet"}, (False, False, True, False)),
+])
+def test_what_the_objective_does_not_look_at_is_neither_cached_nor_read(reads: set, trains: set, found: tuple) -> None:
+    rule = frontier(trains, TWO, DataOptions(folder="x"), reads)
+    assert (rule.latents, rule.pixels, rule.text, rule.captions) == found
+    assert rule.needs <= trains | set(TWO)

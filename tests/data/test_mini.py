@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from impasto.data.buckets import cut
-from impasto.data.dataset import read
 from impasto.data.options import DataOptions, PriorOptions
 from impasto.data.source import Source, prepare_source
 from impasto.families.base import Base
@@ -51,7 +50,7 @@ def test_batches_hold_what_the_base_makes_of_the_pictures(base: Base, photos: Pa
         assert batch.moments is not None and batch.text is not None
         chosen = [items[name] for name in batch.names]
         for row, item in enumerate(chosen):
-            pixels = cut(read(item.picture), item.placement)
+            pixels = cut(item.picture.read(), item.placement)
             with torch.no_grad():
                 assert batch.moments[row].equal(base.encode_images(pixels[None])[0])
         with torch.no_grad():

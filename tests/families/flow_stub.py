@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -120,6 +121,12 @@ class FlowStub(Base):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return self.components["vae"].decoder(latents / 1.5305 + 0.0609)  # pyright: ignore
+
+    def set_latent_scale(self, scale: float) -> None:
+        raise NotImplementedError
+
+    def save_tools(self, folder: Path) -> dict[str, list[str]]:
+        return {}
 
     def condition(self, text: TextStates, geometry: Geometry | None = None,
                   extras: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,39 @@
+"""A whole base as a diffusers folder: what full fine-tuning leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from impasto.core.files import atomic_folder, write_json
+from impasto.families.base import Base
+from impasto.families.networks import config_of
+from impasto.formats.configs import CONFIGS, FamilyConfig
+
+
+def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
+                metadata: dict[str, str] | None = None) -> None:
+    """Write the base as a folder that diffusers' `from_pretrained` opens, weights in `dtype`; all of it or nothing.
+
+    Raises `UserError` where it cannot be written.
+    """
+    table: FamilyConfig = CONFIGS.get(base.family)
+    index: dict[str, object] = {
+        "_class_name": table.pipelines[""], "_diffusers_version": "0.39.0", "requires_safety_checker": False,
+        **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")},
+        "scheduler": ["diffusers", base.scheduler.get("_class_name", table.scheduler["_class_name"])]}
+    with atomic_folder(path) as folder:
+        for name, network in base.components.items():
+            stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+            (folder / name).mkdir()
+            write_json(folder / name / "config.json", config_of(name, network))
+            tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in
+                       network.state_dict().items() if not key.endswith("position_ids")}
+            save_file(tensors, folder / name / f"{stem}.safetensors", {"format": "pt", **(metadata or {})})
+            index[name] = ["transformers" if name.startswith("text") else "diffusers", table.parts[name].classes[0]]
+        index |= base.save_tools(folder)
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", base.scheduler or dict(table.scheduler))
+        write_json(folder / "model_index.json", index)

@@ -1,0 +1,54 @@
+"""The exponential moving average of trained weights: smoother than any of the states that it averages.
+
+Kept beside the weights in fp32, part of every checkpoint; previews and artifacts show it. Early in a run the decay
+is lower, (1 + step) / (10 + step), so that the random start is forgotten (diffusers' EMAModel, TensorFlow's practice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averages of some parameters. A decay of 0 averages nothing and costs nothing."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.averages = [p.detach().clone() for p in parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the weights after optimizer step `step` (from 1)."""
+        if self.decay:
+            share = 1 - min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], share)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The averages in the parameters' place for the length of the block."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for average, parameter in zip(self.averages, self.parameters, strict=False):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by name."""
+        return {f"ema.{i}": average for i, average in enumerate(self.averages)}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        for i, average in enumerate(self.averages):
+            average.copy_(tensors[f"ema.{i}"])
