@@ -21,6 +21,7 @@ from impasto.cli.options import Json
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.formats.header import Header, read_header
+from impasto.mini import BASE, check_weights
 
 if TYPE_CHECKING:
     from impasto.deltas.adapter import Adapter
@@ -33,7 +34,8 @@ Findings = dict[str, Any]
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter, checkpoint or picture, or a run's folder.")],
+    path: Annotated[Path, typer.Argument(
+        metavar="FILE", help="An adapter, checkpoint or picture, a run's folder, or mini, the embedded base.")],
     hashes: Annotated[bool, typer.Option("--hashes", help="Hash a checkpoint too: it takes some seconds.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -48,6 +50,9 @@ def inspect(
 
 def look(path: Path, report: Reporter, *, hashes: bool = False) -> Findings:
     """What is at `path`, JSON-able. `hashes`: of large files too. Raises `UserError` for what is nothing of ours."""
+    if str(path) == "mini":
+        check_weights()
+        path = BASE
     found: Findings = {"file": str(path)}
     if path.is_dir():
         return found | (run(path) if (path / "recipe.toml").is_file() else known(path))

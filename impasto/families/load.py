@@ -26,7 +26,8 @@ _UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*", 
 def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | None = None,
               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False,
               report: Reporter = SILENT, clip_skip: int = 0, init_seed: int | None = None) -> Base:
-    """The base at `path`: a checkpoint file, a diffusers folder, or a hub id ("owner/name") in the local cache.
+    """The base at `path`: a checkpoint file, a diffusers folder, a hub id ("owner/name") in the local cache,
+    or "mini", the embedded one.
 
     `family`: an error unless the checkpoint is of it. `vae`: another VAE's file or folder. `dtype`: of the
     weights (the VAE's are fp32 always). `download`: fetch a hub id that is not in the cache. Tensors that no

@@ -61,11 +61,33 @@ def _vector(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: d
 
 
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """U Vᵀ of a matrix U S Vᵀ, roughly: singular values in about 0.7 … 1.2 (Newton–Schulz, quintic)."""
-    a, b, c = _COEFFICIENTS
+    """U Vᵀ of a matrix U S Vᵀ, roughly: singular values in about 0.7 … 1.2.
+
+    Newton–Schulz rounds X ← (a + b XXᵀ + c (XXᵀ)²) X. Each round's factor is a polynomial of the first XXᵀ, so that for
+    a long matrix the rounds go on those square ones, and it is multiplied twice in all.
+    """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
-    for _ in range(rounds):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.T
+    factor = _polynomial(gram)
+    if x.shape[1] < 2 * x.shape[0]:
+        for _ in range(rounds - 1):
+            x = factor @ x
+            factor = _polynomial(x @ x.T)
+    else:
+        product = factor
+        for _ in range(rounds - 1):
+            gram = factor @ gram @ factor
+            factor = _polynomial(gram)
+            product = factor @ product
+        factor = product
+    x = factor @ x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """a + b G + c G² of a square matrix."""
+    a, b, c = _COEFFICIENTS
+    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal().add_(a)
+    return factor

@@ -18,6 +18,18 @@ def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     assert (inside - torch.diag(torch.diagonal(inside))).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(5, 30), (7, 8), (6, 6)])
+def test_the_rounds_are_those_of_the_paper(shape: tuple[int, int]) -> None:
+    a, b, c = 3.4445, -4.7750, 2.0315  # as Jordan et al. write them down
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    torch.testing.assert_close(orthogonal(matrix), x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(orthogonal(matrix.float()).double(), x, rtol=1e-3, atol=1e-4)
+
+
 def test_vectors_go_as_in_adamw() -> None:
     start = torch.linspace(-1, 1, 7)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
