@@ -113,6 +113,14 @@ def disk_error(error: OSError, path: Path) -> UserError:
                      fix="choose another place or change the permissions")
 
 
+def require_space(path: Path | str, wanted: int, what: str) -> None:
+    """Raise a `UserError` if fewer than `wanted` bytes are free where `path` is or will be."""
+    free = shutil.disk_usage(nearest_folder(Path(path))).free
+    if free < wanted:
+        raise UserError(f"{what} takes {wanted / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free", where=path,
+                        fix="free some space and run the same command again; nothing was half-written")
+
+
 def nearest_folder(path: Path) -> Path:
     """The closest ancestor of `path` that exists."""
     path = Path(path).absolute()

@@ -110,6 +110,7 @@ class OutputOptions(Section):
     save_every_epochs: int = Field(0, ge=0, description="The same in epochs.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints to resume from.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, the newest ones.")
+    keep_every: int = Field(0, ge=0, description="Steps between checkpoints that are kept for good; 0: none.")
 
 
 def _method(section: Any) -> MethodOptions:

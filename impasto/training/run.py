@@ -20,16 +20,19 @@ from typing import Any
 
 import tomli_w
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from impasto.core.errors import UserError
-from impasto.core.files import atomic_folder, atomic_write, digest, locked, write_json
+from impasto.core.files import atomic_folder, atomic_write, digest, locked, require_space, write_json
 from impasto.core.progress import SILENT, Reporter
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
+
+#: bytes that must stay free beside what is written
+SPARE = 2**24
 
 
 @dataclass
@@ -90,16 +93,26 @@ class Run:
         folders = [p for p in (self.folder / "checkpoints").glob("*") if p.is_dir() and p.name.isdigit()]
         return sorted(folders, key=lambda p: int(p.name), reverse=True)
 
-    def save(self, state: State, manifest: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint of `state`, then forget all but the newest `keep` ones."""
+    def save(self, state: State, manifest: dict[str, Any], keep: int, keep_every: int = 0) -> None:
+        """Write a checkpoint of `state` and read it back, then forget all but the newest `keep` ones.
+
+        Checkpoints of every `keep_every` steps stay for good.
+        """
         target = self.folder / "checkpoints" / f"{state.step:06d}"
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+        require_space(target, size + SPARE, f"the checkpoint of step {state.step}")
         if target.exists():  # one that did not verify: a valid one would have been resumed from
             shutil.rmtree(target)
         with atomic_folder(target) as folder:
             _save_tensors(state.tensors, folder / STATE)
+            if not _holds(folder / STATE, state.tensors):
+                raise UserError("was written and reads back as something else", where=target,
+                                fix="the disk is failing: choose another output.dir; the checkpoint before is kept")
             write_json(folder / MANIFEST, {**manifest, "step": state.step, "values": state.values,
                                            "files": {STATE: digest(folder / STATE)}})
         for old in self.checkpoints()[keep:]:
+            if keep_every and int(old.name) % keep_every == 0:
+                continue
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> tuple[State, dict[str, Any]] | None:
@@ -143,6 +156,20 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         full = "No space left" in str(error) or "os error 28" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+
+
+def _holds(path: Path, tensors: dict[str, Tensor]) -> bool:
+    """Whether the file holds just these tensors, bit by bit."""
+    with safe_open(path, "pt") as file:
+        return set(file.keys()) == tensors.keys() and all(
+            _same_bits(file.get_tensor(name), tensor.detach().cpu()) for name, tensor in tensors.items())
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal in type, shape and every bit: NaN too."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
 def _verified(folder: Path) -> dict[str, Any] | None:

@@ -37,6 +37,7 @@ from impasto.training.recipe import Recipe
 from impasto.training.run import Run, State, pack_optimizer, unpack_optimizer
 from impasto.training.step import step as step_losses
 from impasto.training.stop import StopWish
+from impasto.training.verdicts import Verdicts
 
 #: steps whose batches an objective may measure before an artifact is saved
 MEASURED_STEPS = 16
@@ -98,6 +99,7 @@ class Trainer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.ema = Ema(self.parameters, self.options.ema)
         self.optimizer = make_optimizer(groups, self.options, self.device)
+        self.verdicts = Verdicts(self._trained())
         self.scaler = self.precision.scaler()
         self.previews = Previews(recipe, run.folder / "previews")
         if self.options.checkpointing:
@@ -130,6 +132,8 @@ class Trainer:
             mean = journal.mean_loss
         finished = step >= self.total
         if finished:
+            if step > first:
+                self.verdicts.end()
             self._save_artifact(self._artifact(), step)
         return Outcome(self._artifact() if finished else None, step, first, mean, time.monotonic() - started,
                        None if finished else wish.asked)
@@ -157,6 +161,7 @@ class Trainer:
     def _update(self, step: int) -> float:
         """The optimizer's step; the gradients' norm before clipping."""
         self.scaler.unscale_(self.optimizer)
+        self.verdicts.gradients(step)
         for method in self.methods:
             if not method.active(step):
                 for parameter in (p for module in method.modules().values() for p in module.parameters()):
@@ -194,10 +199,11 @@ class Trainer:
             for prefix, module in self._trained().items():
                 tensors.update({f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()})
             tensors.update(self.ema.state())
-            state = State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict()})
+            state = State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict(),
+                                          "beginning": self.verdicts.beginning})
             manifest = {"total": self.total, "data": self.source.fingerprint, "base": self.fingerprint,
                         "environment": describe(self.device)}
-            self.run.save(state, manifest, output.keep)
+            self.run.save(state, manifest, output.keep, output.keep_every)
 
     def _preview(self, step: int) -> None:
         if self.previews.due(step, self.total):
@@ -236,6 +242,7 @@ class Trainer:
         """Load the newest checkpoint, if there is one; the number of steps it holds."""
         found = self.run.latest()
         if found is None:
+            self.verdicts.begin()
             return 0
         state, manifest = found
         if manifest["data"] != self.source.fingerprint:
@@ -250,6 +257,7 @@ class Trainer:
             module.load_state_dict({key.removeprefix(f"{prefix}."): tensor for key, tensor in state.tensors.items()
                                     if key.startswith(f"{prefix}.")})
         self.ema.load(state.tensors)
+        self.verdicts.begin(state.values.get("beginning"))
         unpack_optimizer(self.optimizer, state.tensors, state.values["optimizer"])
         self.scaler.load_state_dict(state.values["scaler"])
         self.run.rewind_log(state.step)
