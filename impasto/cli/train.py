@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from impasto.cli.console import RichReporter, duration, emit
 from impasto.cli.options import Json
+
+if TYPE_CHECKING:
+    from impasto.training.recipe import Recipe
 
 
 def train(
@@ -16,6 +19,9 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(
         metavar="SECTION.KEY=VALUE", help="Settings that the recipe leaves out or has otherwise: "
         "base.path=v1-5.safetensors data.folder=photos train.steps=800")] = None,
+    verify: Annotated[bool, typer.Option(
+        "--verify-resume", help="Prove in a few steps, in a temporary folder, that a stopped run goes on "
+        "exactly.")] = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune from a recipe.
@@ -26,6 +32,9 @@ def train(
     from impasto.training.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or [])
+    if verify:
+        prove(checked, as_json)
+        return
     from impasto.training.trainer import train as run
 
     outcome = run(checked, RichReporter())
@@ -41,3 +50,21 @@ def train(
         print(f"stopped after step {outcome.step}, saved; the same command goes on from there")
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + outcome.stopped_by)
+
+
+def prove(recipe: Recipe, as_json: bool) -> None:
+    """Run the proof of exact resume, and say how it went; exit code 1 if it failed."""
+    from impasto.training.proof import STEPS, STOP, verify_resume
+
+    proof = verify_resume(recipe, RichReporter())
+    if as_json:
+        emit({"exact": proof.exact, "tensors": proof.tensors, "differing": proof.differing})
+    elif proof.exact:
+        print(f"exact: {STEPS} steps, stopped after {STOP}; all {proof.tensors} tensors of weights and optimizer are "
+              "equal to the bit")
+    else:
+        worst = max(proof.differing, key=lambda name: proof.differing[name])
+        print(f"not exact: {len(proof.differing)} of {proof.tensors} tensors differ, {worst} by "
+              f"{proof.differing[worst]:.2g}; on CUDA, train.deterministic=true makes kernels add in a fixed order")
+    if not proof.exact:
+        raise typer.Exit(1)

@@ -107,9 +107,7 @@ class Source:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of contents, captions and cuts, in order: equal where a run may go on."""
-        return key_of(self.data.flip, self.data.background,
-                      [[(item.picture.digest, item.caption, item.placement) for item in items]
-                       for items, _ in self._streams])
+        return data_fingerprint(self.data, [items for items, _ in self._streams])
 
     # --- batches -----------------------------------------------------------------------------------------
     def micro_batches(self, step: int) -> list[list[Batch]]:
@@ -181,6 +179,12 @@ class Source:
         length = self.epoch_steps
         return [*lines, *self.notes, "; ".join(encoded),
                 f"an epoch is {length} step{'s' if length > 1 else ''}"]
+
+
+def data_fingerprint(data: DataOptions, streams: Sequence[Sequence[Item]]) -> str:
+    """`Source.fingerprint` of pictures, and of class pictures if there are any."""
+    return key_of(data.flip, data.background,
+                  [[(item.picture.digest, item.caption, item.placement) for item in items] for items in streams])
 
 
 def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]]) -> list[str]:

@@ -14,8 +14,10 @@ PLACES = [("base", "path"), ("base", "vae"), ("data", "folder"), ("data", "cache
           ("output", "dir")]
 
 
-def metadata(recipe: Recipe, step: int) -> dict[str, str]:
-    """kohya's `ss_*` keys that other programs show, and the recipe itself under `impasto.recipe`."""
+def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
+             environment: dict[str, str]) -> dict[str, str]:
+    """kohya's `ss_*` keys that other programs show, and under `impasto.` all that `impasto reproduce` needs: the
+    recipe, fingerprints of the base's components and of the data, and what last bits depend on."""
     train = recipe.train
     return {
         "ss_learning_rate": str(train.learning_rate),
@@ -34,6 +36,9 @@ def metadata(recipe: Recipe, step: int) -> dict[str, str]:
         "impasto.version": impasto.__version__,
         "impasto.step": str(step),
         "impasto.recipe": json.dumps(_shareable(recipe.plain())),
+        "impasto.base": json.dumps(base),
+        "impasto.data": data,
+        "impasto.environment": json.dumps(environment),
     }
 
 

@@ -110,6 +110,8 @@ class OutputOptions(Section):
     save_every_epochs: int = Field(0, ge=0, description="The same in epochs.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints to resume from.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, the newest ones.")
+    metadata: Literal["full", "none"] = Field("full", description="What the artifact tells of how it was made: recipe, "
+                                              "fingerprints and versions, or nothing.")
     keep_every: int = Field(0, ge=0, description="Steps between checkpoints that are kept for good; 0: none.")
 
 

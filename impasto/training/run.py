@@ -74,7 +74,7 @@ class Run:
         `plain` is `Recipe.plain()`; it is kept as recipe.toml, which `impasto train` takes as it is.
         """
         path = self.folder / "recipe.toml"
-        now = _flat(_without_none(plain))
+        now = _flat(without_none(plain))
         if path.exists() and self.checkpoints():
             before = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
@@ -85,7 +85,7 @@ class Run:
                 raise UserError(f"holds a run with another recipe ({told}{more})", where=self.folder,
                                 fix="choose another output.dir, or put the recipe back")
         with atomic_write(path) as file:
-            tomli_w.dump(_without_none(plain), file)
+            tomli_w.dump(without_none(plain), file)
 
     # --- checkpoints -------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:
@@ -182,11 +182,11 @@ def _verified(folder: Path) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
-def _without_none(tree: Any) -> Any:
+def without_none(tree: Any) -> Any:
     """TOML has no null: a key that is not set is absent."""
     if isinstance(tree, dict):
-        return {key: _without_none(value) for key, value in tree.items() if value is not None}
-    return [_without_none(item) for item in tree] if isinstance(tree, list) else tree
+        return {key: without_none(value) for key, value in tree.items() if value is not None}
+    return [without_none(item) for item in tree] if isinstance(tree, list) else tree
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -34,6 +34,7 @@ from impasto.training.metadata import metadata
 from impasto.training.optimizers import make_optimizer, rate_factor, set_rates
 from impasto.training.previews import Previews
 from impasto.training.recipe import Recipe
+from impasto.training.requests import Requests
 from impasto.training.run import Run, State, pack_optimizer, unpack_optimizer
 from impasto.training.step import step as step_losses
 from impasto.training.stop import StopWish
@@ -58,14 +59,17 @@ class Outcome:
     stopped_by: signal.Signals | None = None
 
 
-def train(recipe: Recipe, report: Reporter = SILENT) -> Outcome:
-    """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`."""
+def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None) -> Outcome:
+    """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`.
+
+    After step `stop_after` it stops as if it had been asked to.
+    """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
     folder = Path(recipe.output.dir)
     with Run.open(folder, recipe.output.name or folder.absolute().name, report) as run:
         run.check_recipe(recipe.plain(), FREE_KEYS)
-        return Trainer(recipe, run, report).train()
+        return Trainer(recipe, run, report).train(stop_after)
 
 
 @final
@@ -111,14 +115,15 @@ class Trainer:
         self.pictures = self.options.batch_size * self.options.accumulation
 
     # --- the loop ----------------------------------------------------------------------------------------
-    def train(self) -> Outcome:
+    def train(self, stop_after: int | None = None) -> Outcome:
         """Take the steps that are left, then save the artifact."""
         started, first = time.monotonic(), self._resume()
         step = first
-        with StopWish.listening() as wish, Journal(self.run, self.device, first) as journal, \
+        with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
+                Journal(self.run, self.device, first) as journal, \
                 self.report.phase("training", self.total, "steps") as advance:
             advance(first)
-            if first < self.total:
+            if first < self.total and self.previews.due(first, self.total):
                 self._preview(first)
             while step < self.total and not wish.asked:
                 clock = time.monotonic()
@@ -128,7 +133,10 @@ class Trainer:
                 step += 1
                 self.ema.update(step)
                 advance(1, journal.step(step, loss, norm, self.optimizer, self.pictures, time.monotonic() - clock))
-                self._keep(step, stopping=wish.asked is not None)
+                asked = requests.take()
+                if "stop" in asked or step == stop_after:
+                    wish.asked = wish.asked or signal.SIGTERM
+                self._keep(step, asked, stopping=wish.asked is not None)
             mean = journal.mean_loss
         finished = step >= self.total
         if finished:
@@ -183,18 +191,18 @@ class Trainer:
                         fix=f"{advice}; the last good state is {kept[0] if kept else 'the start'}")
 
     # --- what is kept ------------------------------------------------------------------------------------
-    def _keep(self, step: int, *, stopping: bool) -> None:
-        """Artifact, preview and checkpoint, in this order, where they are due after `step`.
+    def _keep(self, step: int, asked: frozenset[str], *, stopping: bool) -> None:
+        """Artifact, preview and checkpoint, in this order, where they are due or asked for after `step`.
 
         The checkpoint comes last: whatever a kill takes away before it is made again after the resume.
         """
         output = self.recipe.output
         every = output.save_every or output.save_every_epochs * self.source.epoch_steps
-        if every and step % every == 0 and step < self.total:
+        if step < self.total and ("save" in asked or (every and step % every == 0)):
             self._save_artifact(self._artifact(step), step)
-        if self.previews.due(step, self.total):
+        if "preview" in asked or self.previews.due(step, self.total):
             self._preview(step)
-        if stopping or step == self.total or step % output.checkpoint_every == 0:
+        if stopping or "save" in asked or step == self.total or step % output.checkpoint_every == 0:
             tensors, values = pack_optimizer(self.optimizer)
             for prefix, module in self._trained().items():
                 tensors.update({f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()})
@@ -206,10 +214,8 @@ class Trainer:
             self.run.save(state, manifest, output.keep, output.keep_every)
 
     def _preview(self, step: int) -> None:
-        if self.previews.due(step, self.total):
-            with self.report.phase(f"preview at step {step}"):
-                with self.ema.shown():
-                    self.previews.make(self.base, self.methods, self.precision, step)
+        with self.report.phase(f"preview at step {step}"), self.ema.shown():
+            self.previews.make(self.base, self.methods, self.precision, step)
 
     def _trained(self) -> dict[str, nn.Module]:
         """Everything that trains, under its name in a checkpoint."""
@@ -231,12 +237,19 @@ class Trainer:
             adapters = [adapter for method in self.methods if (adapter := method.adapter()) is not None]
             if not adapters:
                 if not path.exists():  # else it was saved before a kill, or the run is complete
-                    save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=metadata(self.recipe, step))
+                    save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=self._metadata(step))
                 return
         adapter = functools.reduce(operator.add, adapters)
         adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
         save_adapter(adapter, path, format="kohya" if output.format == "auto" else output.format,
-                     dtype=DTYPES[output.dtype], metadata=metadata(self.recipe, step))
+                     dtype=DTYPES[output.dtype], metadata=self._metadata(step))
+
+    def _metadata(self, step: int) -> dict[str, str]:
+        """What the artifact of a step tells of how it was made."""
+        if self.recipe.output.metadata == "none":
+            return {}
+        return metadata(self.recipe, step, base=self.fingerprint, data=self.source.fingerprint,
+                        environment=describe(self.device))
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one; the number of steps it holds."""

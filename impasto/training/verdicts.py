@@ -39,15 +39,15 @@ class Verdicts:
         self.waiting = {name for name in self.waiting if not _has_gradient(self.layers[name])}
         if self.waiting and step == PATIENCE - 1:
             raise UserError(f"nothing reaches {_told(self.waiting)}: no gradient in the first {PATIENCE} steps",
-                            where="training", fix="leave it out of what is trained (targets, parts or exclude), or look "
-                            "at what bypasses it (base.clip_skip)")
+                            where="training", fix="leave it out of what is trained (targets, parts or exclude), or "
+                            "look at what bypasses it (base.clip_skip)")
 
     def end(self) -> None:
         """Raise `UserError` if a layer is what it was at the beginning."""
         same = {name for name, layer in self.layers.items() if _marks(layer) == self.beginning.get(name)}
         if same:
             raise UserError(f"{_told(same)} did not change in the whole run", where="training",
-                            fix="its learning rate may be far too low, or its gradients zero; nothing of it was learned")
+                            fix="nothing of it was learned: its learning rate may be far too low")
 
 
 def _layers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

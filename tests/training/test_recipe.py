@@ -117,7 +117,7 @@ OPTIONS = {
     "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
              "learning_rate optimizer precision schedule seed steps warmup weight_decay",
     "sample": "every guidance negative prompts scheduler seed size steps",
-    "output": "checkpoint_every dir dtype format keep keep_every name save_every save_every_epochs",
+    "output": "checkpoint_every dir dtype format keep keep_every metadata name save_every save_every_epochs",
 }
 
 

@@ -1,0 +1,104 @@
+"""From an artifact back to the recipe that made it, and what is not the same here and now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from impasto.core.errors import UserError
+from impasto.core.progress import SILENT
+from impasto.data.dataset import list_folder
+from impasto.data.source import collect, data_fingerprint, located
+from impasto.families.fingerprint import fingerprint
+from impasto.families.load import locate
+from impasto.formats.checkpoint import open_checkpoint
+from impasto.formats.header import read_header
+from impasto.training.environment import choose_device, describe, differences
+from impasto.training.recipe import Recipe, apply_override, make_recipe
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A recipe that was rebuilt, and what is to be known before it is run."""
+
+    recipe: Recipe
+    step: int  # of the artifact
+    differs: list[str]  # lines: what is other than when the artifact was made
+    unknown: list[str]  # lines: what could not be compared
+
+
+def reproduce(artifact: Path, settings: Sequence[str] = ()) -> Reproduction:
+    """The recipe in an artifact's metadata, with `section.key=value` settings, compared with this machine.
+
+    Artifacts hold the last parts of paths alone: say where base and pictures are by settings, or run it where
+    they lie. Raises `UserError` for a file without such metadata.
+    """
+    told = read_header(_file(artifact)).metadata
+    try:
+        tree: dict[str, Any] = json.loads(told["impasto.recipe"])
+        base, environment = json.loads(told["impasto.base"]), json.loads(told["impasto.environment"])
+        data, step = told["impasto.data"], int(told["impasto.step"])
+    except (KeyError, ValueError, TypeError):
+        raise UserError("does not tell how it was made", where=artifact,
+                        fix="only artifacts of this program do, and those with output.metadata=none don't") from None
+    for setting in settings:
+        apply_override(tree, setting)
+    recipe = make_recipe(tree, where=artifact)
+    found = Reproduction(recipe, step, [], [])
+    total = recipe.train.steps
+    if total is not None and step != total:
+        found.differs.append(f"the artifact is of step {step}, and the recipe goes to {total}")
+    _compare_base(recipe, base, found)
+    _compare_data(recipe, data, found)
+    found.differs.extend(differences(environment, describe(choose_device("auto"))))
+    return found
+
+
+def _file(artifact: Path) -> Path:
+    """The file that holds an artifact's metadata: itself, or the first one of a folder."""
+    if artifact.is_dir():
+        files = sorted(artifact.rglob("*.safetensors"))
+        if not files:
+            raise UserError("is a folder without weights", where=artifact)
+        return files[0]
+    return artifact
+
+
+def _compare_base(recipe: Recipe, before: dict[str, str], found: Reproduction) -> None:
+    if recipe.base.init == "random":
+        return
+    try:
+        checkpoint = open_checkpoint(locate(recipe.base.path))
+        vae = open_checkpoint(locate(recipe.base.vae)) if recipe.base.vae else checkpoint
+    except UserError as error:
+        found.unknown.append(f"the base: {error.what}; say where it is: base.path=…")
+        return
+    for name, digest in before.items():
+        source = vae if name == "vae" else checkpoint
+        if name not in source.components:
+            found.differs.append(f"the base has no {name}")
+        elif fingerprint(source, name) != digest:
+            found.differs.append(f"the base's {name} is another one")
+
+
+def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
+    data, prior = recipe.data, recipe.prior
+    if data is None or data.source != "folder":
+        return
+    if prior is not None and prior.folder is None:
+        found.unknown.append("the class pictures: they are drawn by the run itself")
+        return
+    try:
+        streams = [collect(list_folder(located(str(data.folder))), data, SILENT)]
+        if prior is not None:
+            own = data.model_copy(update={"caption": prior.caption})
+            streams.append(collect(list_folder(located(str(prior.folder))), own, SILENT, weight=prior.weight))
+    except UserError as error:
+        found.unknown.append(f"the pictures: {error.what}; say where they are: data.folder=…")
+        return
+    if data_fingerprint(data, streams) != before:
+        found.differs.append("the pictures, their captions or their cuts are others")
+
