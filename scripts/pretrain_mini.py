@@ -12,6 +12,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from impasto.cli.console import RichReporter
 from impasto.mini import BASE, WEIGHTS
 from impasto.training.recipe import load_recipe
@@ -23,6 +26,9 @@ RUNS: list[tuple[str, str, list[str]]] = [
     ("mini/pretrain_vae", "mini-vae-64", ["data.resolution=64", "data.pictures=40000", "train.steps=1500",
                                           "train.batch_size=4", "train.learning_rate=4e-3"]),
     ("mini/pretrain_vae", "mini-vae", ["base.init=weights", "base.path={runs}/mini-vae-64/mini-vae-64"]),
+    # whose decoder goes on learning, while latents stay as they are
+    ("mini/pretrain_vae", "mini-vae-decoder", ["base.init=weights", "base.path={runs}/mini-vae/mini-vae",
+                                               "method.parts=['vae-decoder']", "train.learning_rate=2e-3"]),
     ("mini/pretrain_text", "mini-text", []),
     ("mini/pretrain", "mini", ["base.path={runs}/mini-text/mini-text", "base.vae={runs}/mini-vae/mini-vae/vae"]),
 ]
@@ -43,6 +49,16 @@ def main() -> None:
     if chosen.install:
         for file in (*WEIGHTS, "vae/config.json"):  # the VAE's config holds its measured scale
             shutil.copyfile(made / file, BASE / file)
+        install_decoder(chosen.runs / "mini-vae-decoder" / "mini-vae-decoder" / "vae")
+
+
+def install_decoder(vae: Path) -> None:
+    """Put a VAE with the same encoder and a better decoder into the package, in half precision."""
+    file = "diffusion_pytorch_model.safetensors"
+    ours = load_file(BASE / "vae" / file)
+    theirs = {name: tensor.half() for name, tensor in load_file(vae / file).items()}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith(("encoder.", "quant_conv.")))
+    save_file(theirs, BASE / "vae" / file, {"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -52,7 +52,12 @@ class Reconstruct(Objective):
         return loss
 
     def finish(self, base: Base, batches: Iterable[Batch]) -> None:
-        """Scale the latents to a standard deviation of 1, as measured (Rombach et al. 2022, appendix G)."""
+        """Scale the latents to a standard deviation of 1, as measured (Rombach et al. 2022, appendix G).
+
+        Where the encoder is not trained, its latents keep the scale that others know.
+        """
+        if not any(p.requires_grad for p in base.layer("vae.encoder").parameters()):
+            return
         total, squares, count = 0.0, 0.0, 0
         with torch.no_grad():
             for batch in batches:

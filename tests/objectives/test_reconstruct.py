@@ -45,6 +45,9 @@ def test_the_loss_is_its_formula(weights: tuple[float, float, float]) -> None:
 
 def test_latents_are_scaled_to_a_deviation_of_one() -> None:
     base = random_sd1()
+    Reconstruct(ReconstructOptions()).finish(base, [])  # its encoder does not train: nothing is measured
+    assert base.config("vae").scaling_factor == 0.18215
+    base.components["vae"].requires_grad_(True)
     Reconstruct(ReconstructOptions()).finish(base, [batch(6), batch(6)])
     moments = base.encode_images(batch(6).pixels)
     many = torch.cat([base.latents(moments, torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(i)))
