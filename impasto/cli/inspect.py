@@ -35,7 +35,7 @@ Findings = dict[str, Any]
 
 def inspect(
     path: Annotated[Path, typer.Argument(
-        metavar="FILE", help="An adapter, checkpoint or picture, a run's folder, or mini, the embedded base.")],
+        metavar="FILE", help="An adapter, checkpoint or picture, or a run's folder.")],
     hashes: Annotated[bool, typer.Option("--hashes", help="Hash a checkpoint too: it takes some seconds.")] = False,
     as_json: Json = False,
 ) -> None:
