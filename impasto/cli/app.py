@@ -25,6 +25,8 @@ from impasto.core.errors import UserError, nearest
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("impasto.cli.train:train", "Fine-tune from a recipe."),
     "generate": ("impasto.cli.generate:generate", "Draw pictures from prompts, with adapters if you like."),
+    "import-recipe": ("impasto.cli.import_recipe:import_recipe",
+                      "Turn another trainer's settings into a recipe, and say what could not be carried over."),
     "inspect": ("impasto.cli.inspect:inspect", "Say what a file is and what is in it, without running any of it."),
     "reproduce": ("impasto.cli.reproduce:reproduce", "The recipe that made a file, and what differs now."),
     "doctor": ("impasto.cli.doctor:doctor", "Look at this machine: devices, precision, packages, disk."),

@@ -22,6 +22,8 @@ def train(
     verify: Annotated[bool, typer.Option(
         "--verify-resume", help="Prove in a few steps, in a temporary folder, that a stopped run goes on "
         "exactly.")] = False,
+    explain: Annotated[bool, typer.Option(
+        "--explain", help="Train nothing: say each setting, where it comes from, and why.")] = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune from a recipe.
@@ -29,6 +31,10 @@ def train(
     The run lives in output.dir: previews, log, checkpoints, and at the end the adapter. Ctrl-C (or SIGTERM)
     saves first; the same command goes on exactly where it stopped, also after a crash.
     """
+    if explain:
+        from impasto.cli.explanation import show
+
+        return show(recipe, settings or [], as_json=as_json)
     from impasto.training.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or [])

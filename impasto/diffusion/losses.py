@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from impasto.diffusion.kinds import DeltaSchedule, Kind, Weighting
 from impasto.diffusion.process import Prediction, Process, per_sample
-
-Kind = Literal["mse", "l1", "huber", "smooth_l1"]
-DeltaSchedule = Literal["constant", "exponential", "snr"]
-Weighting = Literal["none", "min_snr", "debiased", "p2"]
 
 #: The signal-to-noise ratio of Stable Diffusion's last step. Under zero terminal SNR no weight takes a step
 #: to be noisier: min-SNR's v form would weigh the last step zero, the very one that the rescaling is for.

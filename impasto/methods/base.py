@@ -6,13 +6,15 @@ A run holds a list of methods. A method never touches the loop; the loop never a
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
-from torch import Tensor, nn
 
-from impasto.deltas.adapter import Adapter
-from impasto.families.base import Base
+if TYPE_CHECKING:  # a recipe is checked without torch: what options need is imported here, the rest where it is used
+    from torch import Tensor, nn
+
+    from impasto.deltas.adapter import Adapter
+    from impasto.families.base import Base
 
 
 class MethodOptions(pydantic.BaseModel):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from impasto.core.errors import UserError
-from impasto.families.base import Base
 from impasto.methods.base import Method, MethodOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from impasto.families.base import Base
 
 Part = Literal["unet", "text-encoder", "vae", "vae-decoder"]
 
@@ -58,7 +60,7 @@ class Full(Method):
         groups = []
         for path, module in self.parts.items():
             for parameter in module.parameters():  # diffusers warns of `Module.to`
-                parameter.data = parameter.data.to(torch.float32)
+                parameter.data = parameter.data.float()
             module.requires_grad_(True).train()
             own = rate if path in base.text_encoder_names and rate is not None else self.options.learning_rate
             groups.append({"params": list(module.parameters()), "lr": own, "name": f"full {path}"})

@@ -9,21 +9,22 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from impasto.core.errors import UserError
-from impasto.core.rng import generator
-from impasto.deltas.adapter import Adapter
-from impasto.deltas.attach import Attachment, attach
-from impasto.deltas.delta import Delta
-from impasto.deltas.layers import check_layer, shape_of, weight_of
-from impasto.deltas.lowrank import LowRank
-from impasto.families.base import Base
 from impasto.methods.base import Method, MethodOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from impasto.deltas.adapter import Adapter
+    from impasto.deltas.attach import Attachment
+    from impasto.deltas.delta import Delta
+    from impasto.deltas.lowrank import LowRank
+    from impasto.families.base import Base
 
 
 class LayerOptions(MethodOptions):
@@ -72,6 +73,8 @@ class LayerMethod(Method):
 
     def choose(self, base: Base) -> dict[str, Choice]:
         """The layers to train, by path. Raises `UserError` for a pattern without effect, or a rank that cannot be."""
+        from impasto.deltas.layers import check_layer, shape_of
+
         targets = list(dict.fromkeys(path for word in self.options.targets for path in base.targets(word)))
         left_out = {path for word in self.options.exclude for path in _matches(base, word, targets, "exclude")}
         ranks = _by_pattern(base, self.options.ranks, targets, "ranks")
@@ -99,6 +102,12 @@ class LayerMethod(Method):
 
     def prepare(self, base: Base, seed: int) -> list[dict[str, Any]]:
         """Attach a new delta to each chosen layer; one parameter group for each component of the base."""
+        import torch
+
+        from impasto.core.rng import generator
+        from impasto.deltas.attach import attach
+        from impasto.deltas.layers import weight_of
+
         groups: dict[str, list[nn.Parameter]] = {}
         self.family = base.family
         for path, choice in self.choose(base).items():
@@ -125,6 +134,8 @@ class LayerMethod(Method):
         return frozenset(path.partition(".")[0] for path in self.choose(base))
 
     def adapter(self) -> Adapter:
+        from impasto.deltas.adapter import Adapter
+
         return Adapter({path: (delta.snapshot(),) for path, delta in self.deltas.items()}, family=self.family)
 
 
@@ -142,6 +153,9 @@ class LoRA(LayerMethod):
     options: Options
 
     def make(self, choice: Choice, generator: torch.Generator) -> LowRank:
+        from impasto.deltas.layers import shape_of
+        from impasto.deltas.lowrank import LowRank
+
         delta = LowRank(shape_of(choice.layer), choice.rank, choice.alpha, rslora=self.options.rslora,
                         dropout=self.options.dropout)
         delta.initialise(generator)

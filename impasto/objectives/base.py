@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
-from torch import Tensor, nn
 
-from impasto.core.rng import Draws
-from impasto.families.base import Base
-from impasto.objectives.batch import Batch
+if TYPE_CHECKING:  # as in methods/base.py: options load no torch
+    from torch import Tensor, nn
+
+    from impasto.core.rng import Draws
+    from impasto.families.base import Base
+    from impasto.objectives.batch import Batch
 
 
 class ObjectiveOptions(pydantic.BaseModel):

@@ -5,26 +5,30 @@ Ho et al. 2020, eq. 14, in latent space (Rombach et al. 2022, eq. 2), for whatev
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from impasto.core.rng import Draws
-from impasto.diffusion import densities, losses, noise
-from impasto.families.base import Base
+from impasto.diffusion.kinds import DeltaSchedule, Kind, Weighting
 from impasto.objectives.base import Objective, ObjectiveOptions
-from impasto.objectives.batch import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from impasto.core.rng import Draws
+    from impasto.diffusion import densities
+    from impasto.families.base import Base
+    from impasto.objectives.batch import Batch
 
 
 class DenoiseOptions(ObjectiveOptions):
     """`[objective] kind = "denoise"`."""
 
     kind: Literal["denoise"] = "denoise"
-    loss: losses.Kind = Field("mse", description="What is taken of each element's difference.")
+    loss: Kind = Field("mse", description="What is taken of each element's difference.")
     huber_c: float = Field(0.1, gt=0, description="Where huber and smooth_l1 turn straight (sd-scripts: 0.1).")
-    huber_schedule: losses.DeltaSchedule = Field("snr", description="How it moves with noise (sd-scripts: snr).")
-    weighting: losses.Weighting = Field("none", description="Of a sample's loss by its noise level. min_snr helps full "
+    huber_schedule: DeltaSchedule = Field("snr", description="How it moves with noise (sd-scripts: snr).")
+    weighting: Weighting = Field("none", description="Of a sample's loss by its noise level. min_snr helps full "
                                         "fine-tuning on large sets and does little on small ones (diffusers).")
     gamma: float | None = Field(None, gt=0, description="Of min_snr (default 5, Hang et al. 2023) and p2 (default 1, "
                                 "Choi et al. 2022).")
@@ -50,6 +54,8 @@ class DenoiseOptions(ObjectiveOptions):
 
     def density(self) -> densities.Density:
         """The density of times that these keys describe."""
+        from impasto.diffusion import densities
+
         density: densities.Density = {
             "uniform": densities.Uniform(),
             "logit_normal": densities.LogitNormal(self.times_mean, self.times_std),
@@ -66,6 +72,8 @@ class Denoise(Objective):
 
     def loss(self, base: Base, batch: Batch, draws: Draws) -> Tensor:
         """Per-sample losses (B,), fp32, each a mean over latent cells (by `batch.mask`, where there is one)."""
+        from impasto.diffusion import losses, noise
+
         options: DenoiseOptions = self.options
         latents = self.latents(base, batch, draws)
         text = batch.text if batch.text is not None else base.encode_text(batch.captions or [])

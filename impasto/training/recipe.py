@@ -175,14 +175,19 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises `UserError` for a missing file, bad TOML, an unknown key (naming the nearest) or a value out of range.
     """
-    path = find_recipe(name)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"is not valid TOML ({error})", where=path, fix="the README has a short recipe") from None
+    path, tree = read_tree(name)
     for override in overrides:
         apply_override(tree, override)
     return make_recipe(tree, where=path)
+
+
+def read_tree(name: str) -> tuple[Path, dict[str, Any]]:
+    """Where the recipe of that name lies, and what is in it, not yet checked. Raises `UserError` as `load_recipe`."""
+    path = find_recipe(name)
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"is not valid TOML ({error})", where=path, fix="the README has a short recipe") from None
 
 
 def find_recipe(name: str) -> Path:

@@ -1,0 +1,136 @@
+"""What kohya's keys say together of pictures: folders, whose names are repeats and captions, sizes, prompts."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from impasto.training.foreign.document import can_be_seen, lines_of
+from impasto.training.foreign.engine import Work
+from impasto.training.foreign.table import number, text, whole
+
+THEIRS = "kohya's own default, where the file says nothing"
+
+#: a file of prompts is not larger, bytes
+PROMPTS = 1_000_000
+
+
+def put(work: Work, to: str, becomes: Any, *keys: str, why: str = "") -> None:
+    """`work.put` out of those keys that are there; where none is, it is kohya's default."""
+    there = [key for key in keys if work.get(key) is not None]
+    work.put(to, becomes, *there, why=why or ("" if there else THEIRS))
+
+
+def pictures(work: Work) -> None:
+    """The folder, its captions and its class pictures, as far as the folder can be seen from here."""
+    if work.get("image_dir"):
+        work.spare("train_data_dir", "reg_data_dir", "in_json", why="the dataset config goes before it")
+    else:
+        _folder(work, "data", "train_data_dir", "")
+        _folder(work, "prior", "reg_data_dir", "reg.")
+    if not work.get("train_data_dir") and not work.get("image_dir"):
+        work.fill("data.folder", "photos", "no folder of pictures is named")
+    _caption(work, "data", "class_tokens", "image_dir")
+    _caption(work, "prior", "reg.class_tokens", "reg.image_dir")
+    if work.get("reg.image_dir") or work.get("reg_data_dir"):
+        work.told.notes.append("kohya fills half of its batches with class pictures; here they come on top of "
+                               "train.batch_size: a step sees twice as many of your own")
+    else:
+        work.spare("prior_loss_weight", why="there are no class pictures")
+    if work.becomes("data.caption") is None and not (work.get("caption_extension") or work.get("caption_extention")):
+        work.told.notes.append("kohya reads .caption files where caption_extension is not given; Impasto reads .txt")
+
+
+def _folder(work: Work, section: str, key: str, prefix: str) -> None:
+    """One of kohya's folders of folders: if there is a single one in it, that is ours."""
+    if not work.get(key):
+        return
+    found = numbered(str(work.get(key)))
+    if len(found) == 1:
+        (folder, repeats, words), = found
+        work.put(f"{section}.folder", str(folder), key, why="the only folder of pictures in it")
+        implied = {f"{prefix}num_repeats": repeats, f"{prefix}class_tokens": words, f"{prefix}image_dir": str(folder)}
+        work.settings |= implied
+        work.waiting |= {name: value for name, value in implied.items() if not name.endswith("image_dir")}
+        return
+    names = ", ".join(folder.name for folder, _, _ in found)
+    work.told.notes.append(
+        f"kohya takes repeats and captions from the names of folders in {work.get(key)} "
+        f"({names or 'as in 10_sks dog: 10 times, caption sks dog'}); here all pictures come equally often, once in "
+        f"an epoch: give {section}.caption or .txt captions")
+
+
+def numbered(folder: str) -> list[tuple[Path, int, str]]:
+    """kohya's folders of pictures in one: "10_sks dog" is 10 times, with the caption "sks dog"."""
+    try:
+        names = sorted(path for path in Path(folder).iterdir() if path.is_dir())
+    except (OSError, ValueError):
+        return []
+    matched = [(path, re.fullmatch(r"(\d{1,9})(?:_(.*))?", path.name)) for path in names]
+    return [(path, int(match[1]), match[2] or "") for path, match in matched if match and int(match[1])]
+
+
+def _caption(work: Work, section: str, key: str, folder_key: str) -> None:
+    """Class tokens are kohya's caption of pictures without a file: here a caption is for all of them."""
+    if not work.get(key):
+        return
+    folder = Path(str(work.get(folder_key, "")))
+    if not can_be_seen(folder, folder=True):
+        work.lose(key, f"kohya's caption of pictures without a caption file; whether {folder} has such files cannot be "
+                  f"seen from here: if it has none, give {section}.caption", f"{section}.caption")
+    elif any(path.suffix in (".txt", ".caption") for path in folder.iterdir()):
+        work.lose(key, "kohya's caption of pictures without a caption file, and here are caption files",
+                  f"{section}.caption")
+    elif words := work.read(key, text, ""):
+        work.put(f"{section}.caption", words, key)
+
+
+def sizes(work: Work) -> None:
+    """Resolution and buckets, which kohya has off unless they are asked for."""
+    side = 512
+    sides = work.read("resolution", _sides, [])
+    if sides:
+        square = len(set(sides)) == 1
+        side = sides[0] if square else max(round(math.sqrt(math.prod(sides)) / 64), 1) * 64
+        work.put("data.resolution", side, "resolution", why="" if square else "a square of about that area")
+    buckets = work.on("enable_bucket")
+    put(work, "data.buckets", buckets, "enable_bucket")
+    if not buckets or work.on("bucket_no_upscale"):
+        also = [] if buckets else ["bucket_reso_steps", "bucket_no_upscale"]
+        work.spare("min_bucket_reso", "max_bucket_reso", *also,
+                   why="it has no effect with " + ("bucket_no_upscale" if buckets else "buckets off"))
+        return
+    for key, theirs, ours in (("min_bucket_reso", 256, "bucket_min"), ("max_bucket_reso", 1024, "bucket_max")):
+        if work.get(key) is not None or side != 512:
+            put(work, f"data.{ours}", work.read(key, whole, theirs), key)
+
+
+def _sides(value: Any) -> list[int]:
+    """512, "512", "512,768" or [512, 768]."""
+    sides = [whole(each) for each in (value if isinstance(value, list) else str(value).split(","))]
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError("is no size")
+    return sides
+
+
+def prompts(work: Work, path: Path) -> None:
+    """Prompts out of a text file of kohya's, one a line, the negative and the rest behind " --"."""
+    key = "sample_prompts"
+    lines = lines_of(path, PROMPTS) if path.suffix == ".txt" else []
+    found = [line.split(" --") for line in lines if not line.startswith("#")]
+    if not found:
+        return work.lose(key, "is no text file that can be seen from here: write its prompts into the recipe",
+                         "sample.prompts")
+    work.put("sample.prompts", [each[0].strip() for each in found], key)
+    options = {option for each in found for option in each[1:]}
+    for letter, to, turn in (("n", "negative", text), ("s", "steps", whole), ("l", "guidance", number)):
+        values = {option[2:].strip() for option in options if option.startswith(f"{letter} ")}
+        try:
+            if len(values) == 1:
+                work.put(f"sample.{to}", turn(values.pop()), why=f"--{letter} in {path.name}")
+        except ValueError:
+            values = {"", " "}
+        if len(values) > 1:
+            work.told.notes.append(f"{path.name} has several --{letter}; all previews here have one sample.{to}")

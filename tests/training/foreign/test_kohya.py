@@ -1,0 +1,442 @@
+"""Made-up settings of kohya's scripts, key by key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from impasto.core.errors import UserError
+from impasto.training.foreign import import_recipe
+from impasto.training.foreign.engine import Imported
+from impasto.training.foreign.kohya import CONVOLUTIONS, TRANSFORMERS
+from tests.training.foreign.importing import became, checked, fate, imported, reason
+
+CONFIG = """
+[model_arguments]
+pretrained_model_name_or_path = "models/v1-5.safetensors"
+vae = "models/vae.pt"
+v2 = false
+clip_skip = 2
+max_token_length = 225
+
+[dataset_arguments]
+train_data_dir = "pictures"
+reg_data_dir = "classes"
+resolution = "768,768"
+enable_bucket = true
+min_bucket_reso = 320
+bucket_reso_steps = 32
+flip_aug = true
+color_aug = true
+caption_extension = ".txt"
+shuffle_caption = true
+keep_tokens = 2
+caption_dropout_rate = 0.05
+caption_dropout_every_n_epochs = 0
+prior_loss_weight = 0.7
+
+[training_arguments]
+output_dir = "out"
+output_name = "dog"
+save_precision = "bf16"
+save_every_n_epochs = 2
+save_last_n_epochs = 3
+train_batch_size = 4
+gradient_accumulation_steps = 2
+max_train_epochs = 10
+max_train_steps = 5000
+learning_rate = 1e-4
+unet_lr = 2e-4
+text_encoder_lr = 1e-5
+lr_scheduler = "cosine"
+lr_warmup_steps = 100
+optimizer_type = "AdamW8bit"
+optimizer_args = ["weight_decay=0.05", "betas=0.9,0.99", "fused=True"]
+max_grad_norm = 0.5
+mixed_precision = "bf16"
+gradient_checkpointing = true
+torch_compile = true
+xformers = true
+cache_latents = true
+seed = 1234
+min_snr_gamma = 5.0
+noise_offset = 0.0357
+ip_noise_gamma = 0.1
+multires_noise_iterations = 6
+multires_noise_discount = 0.2
+loss_type = "huber"
+huber_c = 0.2
+huber_schedule = "exponential"
+min_timestep = 100
+max_timestep = 900
+sample_every_n_steps = 50
+sample_sampler = "euler_a"
+log_with = "wandb"
+wandb_api_key = "hunter2"
+
+[network]
+network_module = "networks.lora"
+network_dim = 32
+network_alpha = 8
+network_dropout = 0.1
+network_args = ["conv_dim=4", "conv_alpha=2", "block_dims=4,4"]
+sparkle = true
+"""
+
+WANTED = {
+    "base.path": "models/v1-5.safetensors", "base.vae": "models/vae.pt", "base.clip_skip": 1,
+    "data.folder": "pictures", "data.resolution": 768, "data.buckets": True, "data.bucket_min": 320,
+    "data.bucket_max": 1024, "data.bucket_step": 32, "data.flip": True, "data.caption_dropout": 0.05,
+    "prior.folder": "classes", "prior.weight": 0.7,
+    "method.kind": "lora", "method.rank": 32, "method.alpha": 8.0, "method.dropout": 0.1,
+    "method.targets": ["all", "text-encoder"], "method.ranks": {CONVOLUTIONS: 4}, "method.alphas": {CONVOLUTIONS: 2.0},
+    "method.text_encoder_learning_rate": 1e-5,
+    "objective.weighting": "min_snr", "objective.gamma": 5.0, "objective.noise_offset": 0.0357,
+    "objective.input_perturbation": 0.1, "objective.pyramid_discount": 0.2, "objective.loss": "huber",
+    "objective.huber_c": 0.2, "objective.huber_schedule": "exponential", "objective.times_range": [0.1, 0.9],
+    "train.batch_size": 4, "train.accumulation": 2, "train.epochs": 10, "train.learning_rate": 2e-4,
+    "train.schedule": "cosine", "train.warmup": 100, "train.optimizer": "adamw8bit", "train.weight_decay": 0.05,
+    "train.betas": [0.9, 0.99], "train.clip": 0.5, "train.precision": "bf16", "train.checkpointing": True,
+    "train.compile": True, "train.seed": 1234,
+    "sample.every": 50, "sample.scheduler": "euler_a",
+    "output.dir": "out/dog", "output.name": "dog", "output.dtype": "bf16", "output.save_every_epochs": 2,
+}
+FATES = {
+    "lost": ["shuffle_caption", "keep_tokens", "color_aug", "save_last_n_epochs", "log_with", "wandb_api_key",
+             "optimizer_args.fused", "network_args.block_dims"],
+    "needless": ["max_token_length", "xformers", "cache_latents", "max_train_steps", "learning_rate"],
+    "without effect": ["v2", "caption_extension", "caption_dropout_every_n_epochs"],
+    "unknown": ["sparkle"],
+}
+
+
+def line(folder: Path, arguments: str, script: str = "train_network.py") -> Imported:
+    """What becomes of a command line; the base is the same in all."""
+    return imported(folder, f"python {script} --pretrained_model_name_or_path=a.ckpt {arguments}")
+
+
+def test_a_whole_config_key_by_key(tmp_path: Path) -> None:
+    found = imported(tmp_path, CONFIG, "config.toml")
+    assert became(found) == WANTED
+    for expected, keys in FATES.items():
+        for key in keys:
+            assert fate(found, key) == expected, key
+    assert "hunter2" not in found.toml() + str(found.plain())
+    assert {left.key: left.instead for left in found.lost}["optimizer_args.fused"] == "adamw8bit"
+
+
+def test_what_the_file_does_not_say_is_kohyas_default(tmp_path: Path) -> None:
+    found = line(tmp_path, "--train_data_dir=p --resolution=512")
+    assert became(found) == {
+        "base.path": "a.ckpt", "data.folder": "p", "data.resolution": 512, "data.buckets": False, "method.kind": "lora",
+        "method.rank": 4, "method.alpha": 1.0, "method.targets": [*TRANSFORMERS, "text-encoder"], "train.steps": 1600,
+        "train.learning_rate": 2e-6}
+    assert all(each.why for each in found.carried if not each.key)
+
+
+@pytest.mark.parametrize(("arguments", "targets", "rates"), [
+    ("--learning_rate=1e-4", [*TRANSFORMERS, "text-encoder"], (1e-4, None)),
+    ("--unet_lr=1e-4 --text_encoder_lr=5e-5", [*TRANSFORMERS, "text-encoder"], (1e-4, 5e-5)),
+    ("--learning_rate=1e-4 --text_encoder_lr=5e-5", [*TRANSFORMERS, "text-encoder"], (1e-4, 5e-5)),
+    ("--learning_rate=1e-4 --unet_lr=3e-4", [*TRANSFORMERS, "text-encoder"], (3e-4, 1e-4)),
+    ("--unet_lr=1e-4 --text_encoder_lr 5e-5 4e-5", [*TRANSFORMERS, "text-encoder"], (1e-4, 5e-5)),
+    ("--learning_rate=1e-4 --network_train_unet_only", TRANSFORMERS, (1e-4, None)),
+    ("--unet_lr=1e-4 --text_encoder_lr=5e-5 --network_train_unet_only", TRANSFORMERS, (1e-4, None)),
+    ("--learning_rate=1e-4 --text_encoder_lr=0", TRANSFORMERS, (1e-4, None)),
+    ("--text_encoder_lr=5e-5 --unet_lr=0", ["text-encoder"], (5e-5, None)),
+    ("--learning_rate=1e-4 --network_train_text_encoder_only", ["text-encoder"], (1e-4, None)),
+])
+def test_who_trains_at_which_rate(arguments: str, targets: list[str], rates: tuple, tmp_path: Path) -> None:
+    keys = became(line(tmp_path, arguments))
+    assert keys["method.targets"] == targets
+    assert (keys["train.learning_rate"], keys.get("method.text_encoder_learning_rate")) == rates
+
+
+def test_two_rates_of_text_encoders_are_told_of(tmp_path: Path) -> None:
+    assert any("one rate here" in note for note in line(tmp_path, "--text_encoder_lr 5e-5 4e-5").notes)
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    ("--max_train_steps=800 --lr_warmup_steps=50", {"train.steps": 800, "train.warmup": 50}),
+    ("--max_train_steps=800 --lr_warmup_steps=0.1", {"train.steps": 800, "train.warmup": 80}),
+    ("--max_train_steps=800 --lr_warmup_steps=5%", {"train.steps": 800, "train.warmup": 40}),
+    ("--lr_warmup_steps=0.05", {"train.steps": 1600, "train.warmup": 80}),
+    ("--max_train_epochs=8 --max_train_steps=800", {"train.epochs": 8}),
+    ("--max_train_epochs=8 --dataset_repeats=5 --save_every_n_epochs=1",
+     {"train.epochs": 40, "output.save_every_epochs": 5}),
+    ("--max_train_steps=80 --dataset_repeats=5 --save_every_n_epochs=1", {"train.steps": 80,
+                                                                         "output.save_every_epochs": 1}),
+    ("--lr_scheduler=constant_with_warmup --lr_warmup_steps=7", {"train.schedule": "constant", "train.warmup": 7}),
+    ("--lr_scheduler=cosine_with_restarts", {"train.schedule": "cosine"}),
+    ("--lr_scheduler=polynomial", {"train.schedule": "linear"}),
+])
+def test_how_long(arguments: str, wanted: dict[str, Any], tmp_path: Path) -> None:
+    keys = became(line(tmp_path, arguments))
+    about = ("train.steps", "train.epochs", "train.warmup", "train.schedule", "output.save_every_epochs")
+    assert {key: keys[key] for key in about if key in keys} == {"train.steps": 1600} | wanted or \
+        {key: keys[key] for key in about if key in keys} == wanted
+
+
+@pytest.mark.parametrize(("arguments", "key", "ours"), [
+    ("--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=3", "lr_scheduler", "train.schedule"),
+    ("--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=3", "lr_scheduler_num_cycles", "train.schedule"),
+    ("--lr_scheduler=polynomial --lr_scheduler_power=2", "lr_scheduler", "train.schedule"),
+    ("--lr_scheduler=adafactor:1e-4", "lr_scheduler", "train.schedule"),
+    ("--max_train_epochs=8 --lr_warmup_steps=0.1", "lr_warmup_steps", "train.warmup"),
+    ("--optimizer_type=Frobnicate", "optimizer_type", "train.optimizer"),
+    ("--save_model_as=ckpt", "save_model_as", "output.format"),
+    ("--sample_every_n_epochs=1", "sample_every_n_epochs", "sample.every"),
+    ("--sample_prompts=nowhere.txt", "sample_prompts", "sample.prompts"),
+    ("--full_bf16", "full_bf16", "train.precision"),
+    ("--train_batch_size=two", "train_batch_size", "train.batch_size"),
+    ("--network_dim=", "", ""), ("--network_dim=big", "network_dim", "method.rank"),
+    ("--seed=-1", "seed", "train.seed"),
+    ("--resolution=1,2,3", "resolution", "data.resolution"),
+    ("--network_module=networks.oft", "network_module", "method.kind"),
+    ("--network_module=lycoris.kohya --network_args algo=ia3", "network_args.algo", "method.kind"),
+    ("--network_args preset=mine", "network_args.preset", "method.targets"),
+    ("--max_grad_norm=-1", "max_grad_norm", "train.clip"),
+    ("--network_train_unet_only=maybe", "network_train_unet_only", "method.targets"),
+])
+def test_what_is_not_carried_names_what_stands_in_its_place(arguments, key, ours, tmp_path: Path) -> None:
+    found = line(tmp_path, arguments)
+    if key:
+        left = next(left for left in found.lost if left.key == key)
+        assert left.here == ours and left.why
+
+
+@pytest.mark.parametrize("optimizer", ["Prodigy", "DAdaptAdam", "Adafactor", "prodigyopt.Prodigy"])
+def test_the_rate_of_an_optimizer_that_finds_it_is_no_rate_for_another(optimizer: str, tmp_path: Path, monkeypatch
+                                                                       ) -> None:
+    monkeypatch.setattr("impasto.training.foreign.kohya_method.accepts", lambda key, value: False)
+    found = line(tmp_path, f"--optimizer_type={optimizer} --learning_rate=1 --unet_lr=1 --optimizer_args d_coef=2")
+    assert "train.learning_rate" not in became(found) and "train.optimizer" not in became(found)
+    assert {left.key: left.instead for left in found.lost} == {
+        "optimizer_type": "adamw", "optimizer_args.d_coef": "adamw", "learning_rate": 1e-4, "unet_lr": 1e-4}
+
+
+def test_another_optimizers_rate_is_carried(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("impasto.training.foreign.kohya_method.accepts", lambda key, value: False)
+    found = line(tmp_path, "--optimizer_type=Adafactor --learning_rate=4e-7 --optimizer_args relative_step=False")
+    assert became(found)["train.learning_rate"] == 4e-7
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    ("--use_8bit_adam", {"train.optimizer": "adamw8bit"}),
+    ("--optimizer_type=PagedAdamW8bit", {"train.optimizer": "adamw8bit"}),
+    ("--optimizer_type=AdamW --optimizer_args weight_decay=0 eps=1e-6 betas=(0.8,0.9)",
+     {"train.optimizer": "adamw", "train.weight_decay": 0.0, "train.eps": 1e-6, "train.betas": [0.8, 0.9]}),
+    ("--resolution=512,768", {"data.resolution": 640}),
+    ("--resolution=1024 --enable_bucket", {"data.bucket_min": 256, "data.bucket_max": 1024}),
+    ("--resolution=512 --enable_bucket", {"data.bucket_min": None, "data.bucket_max": None, "data.buckets": True}),
+    ("--resolution=1024 --enable_bucket --bucket_no_upscale --max_bucket_reso=2048",
+     {"data.upscale": "never", "data.bucket_max": None}),
+    ("--resolution=512 --max_bucket_reso=2048", {"data.buckets": False, "data.bucket_max": None}),
+    ("--clip_skip=1", {"base.clip_skip": 0}),
+    ("--debiased_estimation_loss", {"objective.weighting": "debiased"}),
+    ("--multires_noise_iterations=6", {"objective.pyramid_discount": 0.3}),
+    ("--multires_noise_discount=0.2", {"objective.pyramid_discount": None}),
+    ("--max_timestep=500", {"objective.times_range": [0.0, 0.5]}),
+    ("--mixed_precision=no", {"train.precision": "fp32"}),
+    ("--output_dir=D:/out/", {"output.dir": "D:/out/"}),
+    ("--output_dir=D:/out/ --output_name=dog", {"output.dir": "D:/out/dog"}),
+    ("--output_dir=D:\\out\\ --output_name=dog", {"output.dir": "D:\\out\\dog"}),
+    ("--no_metadata", {"output.metadata": "none"}),
+    ("--save_model_as=safetensors", {"output.format": None}),
+    ("--network_args conv_dim=4 --network_dim=4 --network_alpha=1", {"method.targets": ["all", "text-encoder"],
+                                                                     "method.ranks": None, "method.alphas": None}),
+    ("--network_module=lycoris.kohya --network_dim=16 --network_alpha=8 --network_args algo=locon",
+     {"method.targets": ["all", "text-encoder"], "method.ranks": None, "method.alphas": None}),
+    ("--network_module=lycoris.kohya --network_args preset=attn-mlp conv_dim=8", {
+        "method.targets": [*TRANSFORMERS, "text-encoder"], "method.ranks": None}),
+])
+def test_values_that_mean_something_else(arguments: str, wanted: dict[str, Any], tmp_path: Path) -> None:
+    keys = became(line(tmp_path, arguments))
+    assert {key: keys.get(key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(("script", "arguments", "wanted"), [
+    ("train_db.py", "", {"method.parts": ["unet", "text-encoder"]}),
+    ("train_db.py", "--stop_text_encoder_training=-1", {"method.parts": ["unet"]}),
+    ("train_db.py", "--learning_rate=1e-6 --learning_rate_te=5e-7", {"train.learning_rate": 1e-6,
+                                                                     "method.text_encoder_learning_rate": 5e-7}),
+    ("fine_tune.py", "", {"method.parts": ["unet"]}),
+    ("fine_tune.py", "--train_text_encoder", {"method.parts": ["unet", "text-encoder"]}),
+    ("fine_tune.py", "--save_model_as=diffusers_safetensors", {"output.format": "diffusers"}),
+    ("sdxl_train.py", "--learning_rate=1e-5 --train_text_encoder --learning_rate_te1=5e-6",
+     {"method.parts": ["unet", "text-encoder"], "method.text_encoder_learning_rate": 5e-6}),
+])
+def test_full_fine_tuning(script: str, arguments: str, wanted: dict[str, Any], tmp_path: Path) -> None:
+    keys = became(line(tmp_path, arguments, script))
+    assert keys["method.kind"] == "full" and {key: keys.get(key) for key in wanted} == wanted
+
+
+def test_a_text_encoder_that_stops_is_told_of(tmp_path: Path) -> None:
+    found = line(tmp_path, "--stop_text_encoder_training=500", "train_db.py")
+    assert "trains to the end" in reason(found, "stop_text_encoder_training")
+
+
+def test_a_family_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("impasto.training.foreign.kohya_rules.FAMILIES", {"sd1": ""})
+    found = line(tmp_path, "", "sdxl_train_network.py")
+    assert any("is for sdxl, which this version of Impasto does not load" in note for note in found.notes)
+    assert not any("does not load" in note for note in line(tmp_path, "").notes)
+
+
+@pytest.mark.parametrize(("keys", "kind"), [
+    ('network_dim = 8', "lora"), ('train_text_encoder = true', "full"), ('stop_text_encoder_training = -1', "full"),
+    ('seed = 1', "lora")])
+def test_the_method_is_told_by_the_keys(keys: str, kind: str, tmp_path: Path) -> None:
+    found = imported(tmp_path, f'pretrained_model_name_or_path = "a.ckpt"\nmax_train_steps = 5\n{keys}\n', "c.toml")
+    assert became(found)["method.kind"] == kind
+
+
+def test_textual_inversion_without_a_script(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"c\.toml: is for textual inversion"):
+        imported(tmp_path, 'pretrained_model_name_or_path = "a"\ntoken_string = "sks"\n', "c.toml")
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+
+def folders(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "a.png").touch()
+    return root
+
+
+def test_the_only_folder_gives_repeats_and_caption(tmp_path: Path) -> None:
+    data, classes = folders(tmp_path / "data", "10_sks dog"), folders(tmp_path / "reg", "1_dog", "notes")
+    found = line(tmp_path, f'--train_data_dir="{data}" --reg_data_dir="{classes}" --max_train_epochs=3 '
+                           "--caption_extension=.txt")
+    keys = became(found)
+    assert keys["data.folder"] == str(data / "10_sks dog") and keys["data.caption"] == "sks dog"
+    assert keys["prior.folder"] == str(classes / "1_dog") and keys["prior.caption"] == "dog"
+    assert keys["train.epochs"] == 30 and any("on top of" in note for note in found.notes)
+
+
+def test_captions_beside_the_pictures_go_before_the_folders_name(tmp_path: Path) -> None:
+    data = folders(tmp_path / "data", "10_sks dog")
+    (data / "10_sks dog" / "a.txt").write_text("a dog")
+    found = line(tmp_path, f'--train_data_dir="{data}" --max_train_steps=100')
+    assert "data.caption" not in became(found) and "here are caption files" in reason(found, "class_tokens")
+    assert became(found)["train.steps"] == 100 and fate(found, "num_repeats") == "needless"
+
+
+@pytest.mark.parametrize("names", [(), ("10_a", "5_b"), ("none",)])
+def test_several_folders_are_told_of(names: tuple[str, ...], tmp_path: Path) -> None:
+    data = folders(tmp_path / "data", *names)
+    found = line(tmp_path, f'--train_data_dir="{data}" --max_train_epochs=3')
+    assert became(found)["data.folder"] == str(data) and became(found)["train.epochs"] == 3
+    assert any("10_" in note and "equally often" in note for note in found.notes)
+
+
+def test_prompts_of_previews(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("# mine\na dog --n ugly --w 512 --s 30 --l 7\n\na cat --n ugly --s 20 --d 1\n")
+    found = line(tmp_path, f'--sample_prompts="{tmp_path / "p.txt"}"')
+    keys = became(found)
+    assert keys["sample.prompts"] == ["a dog", "a cat"] and keys["sample.negative"] == "ugly"
+    assert keys["sample.guidance"] == 7.0 and "sample.steps" not in keys
+    assert any("several --s" in note for note in found.notes)
+
+
+DATASET = """
+[general]
+shuffle_caption = true
+caption_extension = '.txt'
+keep_tokens = 1
+enable_bucket = true
+
+[[datasets]]
+resolution = [512, 512]
+batch_size = 4
+keep_tokens = 2
+
+  [[datasets.subsets]]
+  image_dir = 'one'
+  class_tokens = 'sks dog'
+  num_repeats = 10
+
+  [[datasets.subsets]]
+  image_dir = 'two'
+  keep_tokens = 3
+  num_repeats = 10
+
+  [[datasets.subsets]]
+  is_reg = true
+  image_dir = 'classes'
+  class_tokens = 'dog'
+  flip_aug = true
+
+[[datasets]]
+resolution = 768
+
+  [[datasets.subsets]]
+  image_dir = 'three'
+  num_repeats = 10
+"""
+
+
+def check_dataset(found: Imported) -> None:
+    keys = became(found)
+    assert keys["data.folder"] == "one" and keys["data.resolution"] == 512 and keys["data.buckets"] is True
+    assert keys["train.batch_size"] == 4 and keys["prior.folder"] == "classes"
+    other = {left.key: left.value for left in found.lost if left.key.startswith("datasets.")}
+    assert other == {"datasets.0.subsets.1.image_dir": "two", "datasets.0.subsets.1.keep_tokens": 3,
+                     "datasets.1.subsets.0.image_dir": "three", "datasets.1.subsets.0.resolution": 768,
+                     "datasets.1.subsets.0.keep_tokens": 1}
+    lost = {left.key: left.value for left in found.lost}
+    assert lost["keep_tokens"] == 2 and lost["shuffle_caption"] is True and lost["reg.flip_aug"] is True
+    assert "give data.caption" in reason(found, "class_tokens")
+    assert "give prior.caption" in reason(found, "reg.class_tokens")
+
+
+def test_a_dataset_config_alone(tmp_path: Path) -> None:
+    found = imported(tmp_path, DATASET, "dataset.toml")
+    check_dataset(found)
+    assert list(found.to_fill_in) == ["base.path"] and found.tree["base"]["path"]
+
+
+@pytest.mark.parametrize("way", ["beside", "given"])
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_config_with_its_dataset_config(way: str, suffix: str, tmp_path: Path) -> None:
+    import tomllib
+
+    (tmp_path / "config.toml").write_text(
+        'pretrained_model_name_or_path = "a.ckpt"\nmax_train_epochs = 2\ntrain_batch_size = 9\n'
+        f'train_data_dir = "ignored"\ndataset_config = "/elsewhere/dataset.{suffix}"\n')
+    dataset = tmp_path / f"dataset.{suffix}" if way == "beside" else tmp_path / "given" / f"dataset.{suffix}"
+    dataset.parent.mkdir(exist_ok=True)
+    dataset.write_text(DATASET if suffix == "toml" else json.dumps(tomllib.loads(DATASET)))
+    paths = [tmp_path / "config.toml", *([dataset] if way == "given" else [])]
+    found = checked(tmp_path, import_recipe(paths))
+    check_dataset(found)
+    assert became(found)["base.path"] == "a.ckpt" and became(found)["train.epochs"] == 20
+    assert fate(found, "train_data_dir") == "needless" and found.files == [str(tmp_path / "config.toml"), str(dataset)]
+
+
+def test_a_command_with_its_config_the_command_goes_first(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('pretrained_model_name_or_path = "a.ckpt"\nseed = 1\nnetwork_dim = 8\n')
+    found = imported(tmp_path, "accelerate launch sdxl_train_network.py --config_file=config --seed=2", "run.sh")
+    assert became(found)["train.seed"] == 2 and became(found)["method.rank"] == 8
+
+
+def test_files_that_cannot_be_seen_are_told_of(tmp_path: Path) -> None:
+    found = line(tmp_path, "--dataset_config=nowhere.toml --config_file=nowhere")
+    assert "give it as a second one" in reason(found, "dataset_config") + reason(found, "config_file")
+    assert fate(found, "config_file") == "lost" and "data.folder" in found.to_fill_in
+
+
+@pytest.mark.parametrize("text", ["datasets = 3", 'datasets = ["a"]', "datasets = [{subsets = [1]}]",
+                                  "general = 1\ndatasets = [{subsets = [{}]}]"])
+def test_a_broken_dataset_config_is_one_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not as kohya's scripts have them"):
+        imported(tmp_path, text, "dataset.toml")
+
+
+def test_an_empty_dataset_config(tmp_path: Path) -> None:
+    assert set(imported(tmp_path, "datasets = []", "dataset.toml").to_fill_in) == {"base.path", "data.folder"}
