@@ -41,6 +41,8 @@ class Method(abc.ABC):
     def prepare(self, base: Base, seed: int) -> list[dict[str, Any]]:
         """Put the trainable weights in place. Returns torch parameter groups ("params", "lr" or None, "name").
 
+        A group's "paths", one for each of its params, say where in the base these are ("unet.down_blocks.0…"), so that
+        `train.rates` finds them; without them the group's name stands for all.
         Called once, after every weight of the base has been frozen. Initial values are a function of `seed`
         and of the layer's path. Raises `UserError` for options that do not fit the base.
         """
@@ -67,3 +69,9 @@ class Method(abc.ABC):
     def active(self, step: int) -> bool:
         """Whether this method still trains at optimizer step `step`."""
         return True
+
+
+def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -> dict[str, Any]:
+    """A parameter group of all that a module at `path` holds."""
+    named = dict(module.named_parameters(prefix=path))
+    return {"params": list(named.values()), "paths": list(named), "lr": lr, "name": name}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from impasto.core.errors import UserError
-from impasto.methods.base import Method, MethodOptions
+from impasto.methods.base import Method, MethodOptions, group_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +63,7 @@ class Full(Method):
                 parameter.data = parameter.data.float()
             module.requires_grad_(True).train()
             own = rate if path in base.text_encoder_names and rate is not None else self.options.learning_rate
-            groups.append({"params": list(module.parameters()), "lr": own, "name": f"full {path}"})
+            groups.append(group_of(module, path, f"full {path}", own))
         return groups
 
     def modules(self) -> dict[str, nn.Module]:

@@ -108,12 +108,12 @@ class LayerMethod(Method):
         from impasto.deltas.attach import attach
         from impasto.deltas.layers import weight_of
 
-        groups: dict[str, list[nn.Parameter]] = {}
+        groups: dict[str, dict[str, nn.Parameter]] = {}
         self.family = base.family
         for path, choice in self.choose(base).items():
             with torch.device(weight_of(choice.layer).device):
                 delta = self.deltas[path] = self.make(choice, generator(seed, "init", path))
-            groups.setdefault(path.partition(".")[0], []).extend(delta.parameters())
+            groups.setdefault(path.partition(".")[0], {}).update(delta.named_parameters(prefix=path))
         rates = {name: self.options.learning_rate for name in groups}
         if (rate := self.options.text_encoder_learning_rate) is not None:
             encoders = groups.keys() & set(base.text_encoder_names)
@@ -123,8 +123,8 @@ class LayerMethod(Method):
                                 fix="add \"text-encoder\" to targets, or leave the rate out")
             rates |= dict.fromkeys(encoders, rate)
         self.attachment: Attachment = attach(base.components, self.deltas)
-        return [{"params": params, "lr": rates[name], "name": f"{self.options.kind} {name}"}
-                for name, params in groups.items()]
+        return [{"params": list(named.values()), "paths": list(named), "lr": rates[name],
+                 "name": f"{self.options.kind} {name}"} for name, named in groups.items()]
 
     def modules(self) -> dict[str, nn.Module]:
         """The deltas, by layer path."""

@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from impasto.training.optimizers import effective_rate
 from impasto.training.run import Run
 
 
@@ -43,7 +44,7 @@ class Journal:
              seconds: float) -> str:
         """Record optimizer step `step` (from 1); a short text for the live line."""
         self.recent.append(loss)
-        rate = optimizer.param_groups[0]["lr"]
+        rate = effective_rate(optimizer)
         memory = self.memory()
         self.run.log(step=step, loss=loss, learning_rate=rate, gradient_norm=norm, seconds=round(seconds, 4),
                      pictures_per_second=round(pictures / seconds, 3), memory=memory)

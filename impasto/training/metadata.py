@@ -23,7 +23,7 @@ def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
         "ss_learning_rate": str(train.learning_rate),
         "ss_lr_scheduler": train.schedule,
         "ss_lr_warmup_steps": str(train.warmup),
-        "ss_optimizer": train.optimizer,
+        "ss_optimizer": train.optimizer + _arguments(train.optimizer_options),
         "ss_batch_size_per_device": str(train.batch_size),
         "ss_gradient_accumulation_steps": str(train.accumulation),
         "ss_steps": str(step),
@@ -40,6 +40,11 @@ def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
         "impasto.data": data,
         "impasto.environment": json.dumps(environment),
     }
+
+
+def _arguments(options: dict[str, Any]) -> str:
+    """(name=value, …) behind an optimizer's name, as kohya has it."""
+    return f"({','.join(f'{key}={value}' for key, value in options.items())})" if options else ""
 
 
 def _shareable(plain: dict[str, Any]) -> dict[str, Any]:

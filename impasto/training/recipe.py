@@ -6,6 +6,7 @@ known one. Methods and objectives bring their own keys: their sections are check
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from impasto.methods import METHODS
 from impasto.methods.base import MethodOptions
 from impasto.objectives import OBJECTIVES
 from impasto.objectives.base import ObjectiveOptions
+from impasto.training.optimizers import OPTIMIZERS, SHARED
 
 #: the recipes that ship with the package, by name
 READY = Path(__file__).parent.parent / "recipes"
@@ -44,6 +46,13 @@ class BaseOptions(Section):
     download: bool = Field(False, description="Whether a hub id may be fetched from the internet.")
 
 
+def _optimizer(name: str) -> str:
+    """A name that is known, or an import path."""
+    if name not in OPTIMIZERS and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError(f"is no optimizer; {nearest(name, OPTIMIZERS)}")
+    return name
+
+
 class TrainOptions(Section):
     """`[train]`: the loop."""
 
@@ -53,16 +62,27 @@ class TrainOptions(Section):
     batch_size: int = Field(1, ge=1, description="Pictures in a micro-batch (diffusers, kohya: 1). Class pictures "
                             "come on top.")
     accumulation: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
-    learning_rate: float = Field(1e-4, gt=0, description="1e-4: LoRA in diffusers, kohya and OneTrainer alike.")
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
-        "adamw", description="AdamW, bitsandbytes' 8-bit AdamW, or Muon (Jordan et al. 2024), which is the better one "
-        "where whole networks are trained from random weights.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's (diffusers, OneTrainer).")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's (diffusers, OneTrainer: 0.01).")
-    eps: float = Field(1e-8, gt=0, description="AdamW's.")
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="How the rate falls to zero after the warm-up: not, as a half cosine, linearly.")
-    warmup: int = Field(0, ge=0, description="Steps in which the rate rises linearly from zero (diffusers: 0-500).")
+    learning_rate: float = Field(1e-4, gt=0, description="1e-4: LoRA in diffusers, kohya and OneTrainer alike. Where "
+                                 "left out, the optimizer's own, in the table below.")
+    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Other rates for weights whose path matches a regular expression, such as "
+        "'unet[.]mid_block' = 2e-5; the first that matches counts, before the methods' own rates.")
+    optimizer: Annotated[str, pydantic.AfterValidator(_optimizer)] = Field(
+        "adamw", description="One of the table below, or any class by its import path, as in torch.optim:RAdam.")
+    optimizer_options: dict[str, Any] = Field({}, description="A table that is passed on to the optimizer's class.")
+    betas: tuple[float, float] | None = Field(None, description="Default: the optimizer's own (AdamW's are [0.9, "
+                                              "0.999] in diffusers and OneTrainer).")
+    weight_decay: float | None = Field(None, ge=0, description="Likewise (AdamW: 0.01, diffusers, OneTrainer).")
+    eps: float | None = Field(None, gt=0, description="Likewise (AdamW: 1e-8).")
+    schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial", "rex", "one_cycle"] = Field(
+        "constant", description="How the rate falls to zero after the warm-up: not (constant), as half a cosine, as "
+        "several, linearly, as a power, by REX (Chen et al. 2021), or by one_cycle, which rises through three tenths "
+        "of the steps, or through the warm-up (Smith 2018, torch's).")
+    restarts: int | None = Field(None, ge=1, description="Cosines in the run, for cosine_with_restarts (default 3; "
+                                 "transformers' num_cycles).")
+    power: float | None = Field(None, gt=0, description="Of polynomial (default 2; diffusers' is 1, which is linear).")
+    warmup: int | float = Field(0, ge=0, description="Steps in which the rate rises linearly from zero (diffusers: "
+                                "0-500); a share of all steps if less than 1.")
     clip: float = Field(1.0, ge=0, description="Largest global gradient norm (diffusers, OneTrainer: 1); 0: none.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Of frozen weights and of the computation. auto: bf16 on a GPU that has it, fp16 "
@@ -79,6 +99,29 @@ class TrainOptions(Section):
     def _one_length(self) -> TrainOptions:
         if self.steps and self.epochs:
             raise ValueError("give steps or epochs, not both")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_schedule(self) -> TrainOptions:
+        if isinstance(self.warmup, float) and self.warmup >= 1:
+            raise ValueError(f"a warmup of {self.warmup} is neither a whole number of steps nor a share below 1")
+        for key, schedule in (("restarts", "cosine_with_restarts"), ("power", "polynomial")):
+            if getattr(self, key) is not None and self.schedule != schedule:
+                raise ValueError(f"{key} belongs to schedule = \"{schedule}\", not {self.schedule}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _own_defaults(self) -> TrainOptions:
+        """What is left out is what the optimizer recommends, so that a recipe says all that it means."""
+        if (entry := OPTIMIZERS.get(self.optimizer)) is None:
+            return self
+        for key in SHARED:
+            if key not in self.model_fields_set:
+                object.__setattr__(self, key, entry.settings.get(key))  # assignment would validate
+            elif getattr(self, key) is not None and key not in entry.settings:
+                raise ValueError(f"{self.optimizer} has no {key}")
+        if "learning_rate" not in self.model_fields_set:
+            object.__setattr__(self, "learning_rate", entry.rate)
         return self
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from impasto.methods import METHODS
 from impasto.objectives import OBJECTIVES
+from impasto.training.optimizers import OPTIMIZERS, SHARED
 from impasto.training.recipe import BaseOptions, DataOptions, OutputOptions, PriorOptions, SampleOptions, TrainOptions
 
 SECTIONS: list[tuple[str, str, type[pydantic.BaseModel]]] = [
@@ -32,6 +33,9 @@ def reference() -> str:
     for name, what, model in SECTIONS:
         title = f"[{name}" if "]" in name else f"[{name}]"
         lines += ["", f"## `{title}` {what}", "", "| key | default | |", "|---|---|---|", *_rows(model)]
+        if model is TrainOptions:
+            lines += ["", "| `optimizer` | extra | `learning_rate` | `betas` | `weight_decay` | `eps` | |",
+                      "|---|---|---|---|---|---|---|", *_optimizers()]
     return "\n".join(lines) + "\n"
 
 
@@ -41,6 +45,12 @@ def _rows(model: type[pydantic.BaseModel]) -> Iterator[str]:
             default = "needed" if field.default is PydanticUndefined and field.default_factory is None else \
                 f"`{json.dumps(field.get_default(call_default_factory=True))}`"
             yield f"| `{name}` | {'' if default == '`null`' else default} | {field.description} |"
+
+
+def _optimizers() -> Iterator[str]:
+    for name, entry in OPTIMIZERS.items():
+        shared = (json.dumps(entry.settings[key]) if key in entry.settings else "" for key in SHARED)
+        yield f"| `{name}` | {entry.extra} | {' | '.join([f'{entry.rate:g}', *shared])} | {entry.about} |"
 
 
 if __name__ == "__main__":

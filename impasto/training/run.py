@@ -13,7 +13,7 @@ import errno
 import json
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,17 @@ class Run:
         return self.folder / f"{self.name}{tail}{'' if folder else '.safetensors'}"
 
     # --- the recipe --------------------------------------------------------------------------------------
-    def check_recipe(self, plain: dict[str, Any], free: set[str]) -> None:
+    def check_recipe(self, plain: dict[str, Any], free: set[str],
+                     renewed: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> None:
         """Refuse to go on with another recipe, naming the keys; those in `free` do not change the weights.
 
-        `plain` is `Recipe.plain()`; it is kept as recipe.toml, which `impasto train` takes as it is.
+        `plain` is `Recipe.plain()`; it is kept as recipe.toml, which `impasto train` takes as it is. `renewed` reads
+        the kept one as this version of the program does: keys that came since have their defaults.
         """
         path = self.folder / "recipe.toml"
         now = _flat(without_none(plain))
         if path.exists() and self.checkpoints():
-            before = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+            before = _flat(without_none(renewed(tomllib.loads(path.read_text(encoding="utf-8")))))
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
                              and key not in free and key.split(".")[0] not in free)
             if changed:
@@ -191,46 +193,8 @@ def without_none(tree: Any) -> Any:
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dictionary or list as dotted keys."""
-    if isinstance(tree, dict) and tree:
+    if isinstance(tree, dict):  # an empty table has no keys
         return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{prefix}{i}.").items()}
     return {prefix.rstrip("."): tree}
-
-
-# --- optimizer state without pickles -------------------------------------------------------------------------
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's per-parameter state as named tensors, and the values that are no tensors.
-
-    Names are "optimizer.{parameter}/{key}", with more parts where an entry is a dictionary (bitsandbytes).
-    """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{name}/{key}", inner)
-        elif isinstance(value, Tensor):
-            tensors[f"optimizer.{name}"] = value.clone()  # 8-bit states share their tables
-        else:
-            values[name] = value
-
-    for index, entry in optimizer.state_dict()["state"].items():
-        walk(str(index), entry)
-    return tensors, values
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Put back what `pack_optimizer` took; parameter groups stay as they were built."""
-    state: dict[int, dict[str, Any]] = {}
-    packed = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-    for name, value in {**packed, **values}.items():
-        index, *path, key = name.split("/")
-        entry = state.setdefault(int(index), {})
-        for part in path:
-            entry = entry.setdefault(part, {})
-        entry[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

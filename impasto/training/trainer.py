@@ -12,7 +12,7 @@ import operator
 import signal
 import time
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -25,17 +25,19 @@ from impasto.families.load import load_base
 from impasto.families.save import save_folder
 from impasto.formats.adapters import save_adapter
 from impasto.methods import METHODS
-from impasto.methods.base import Method
+from impasto.methods.base import Method, group_of
 from impasto.objectives import OBJECTIVES
-from impasto.training.ema import Ema
 from impasto.training.environment import DTYPES, Precision, choose_device, describe, differences, settle
 from impasto.training.journal import Journal
 from impasto.training.metadata import metadata
-from impasto.training.optimizers import make_optimizer, rate_factor, set_rates
+from impasto.training.optimizer_state import pack_optimizer, unpack_optimizer
+from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.previews import Previews
-from impasto.training.recipe import Recipe
+from impasto.training.rates import rate_factor, set_rates, split_by_path
+from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.requests import Requests
-from impasto.training.run import Run, State, pack_optimizer, unpack_optimizer
+from impasto.training.run import Run, State
+from impasto.training.shown import Shown
 from impasto.training.step import step as step_losses
 from impasto.training.stop import StopWish
 from impasto.training.verdicts import Verdicts
@@ -68,8 +70,16 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
     folder = Path(recipe.output.dir)
     with Run.open(folder, recipe.output.name or folder.absolute().name, report) as run:
-        run.check_recipe(recipe.plain(), FREE_KEYS)
+        run.check_recipe(recipe.plain(), FREE_KEYS, renewed)
         return Trainer(recipe, run, report).train(stop_after)
+
+
+def renewed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A kept recipe as this version reads it; as it is, where this version has no such keys any more."""
+    try:
+        return make_recipe(tree).plain()
+    except UserError:
+        return tree
 
 
 @final
@@ -82,6 +92,7 @@ class Trainer:
         settle(self.options.deterministic)
         self.device = choose_device(self.options.device)
         self.precision = Precision.choose(self.options.precision, self.device)
+        choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
         with report.phase("loading the base"):
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
@@ -99,10 +110,12 @@ class Trainer:
             report.note(line)
         groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
         self.own = self.objective.prepare(self.base, self.source.label_sizes, self.options.seed)
-        groups += [{"params": list(module.parameters()), "lr": None, "name": name} for name, module in self.own.items()]
+        groups += [group_of(module, f"objective.{name}", name) for name, module in self.own.items()]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.ema = Ema(self.parameters, self.options.ema)
-        self.optimizer = make_optimizer(groups, self.options, self.device)
+        self.optimizer = make_optimizer(split_by_path(groups, self.options.rates), self.options, self.device)
+        for line in remarks(self.options, self.optimizer):
+            report.warn(line)
+        self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         self.verdicts = Verdicts(self._trained())
         self.scaler = self.precision.scaler()
         self.previews = Previews(recipe, run.folder / "previews")
@@ -131,7 +144,7 @@ class Trainer:
                 loss = self._accumulate(step)
                 norm = self._update(step)
                 step += 1
-                self.ema.update(step)
+                self.shown.update(step)
                 advance(1, journal.step(step, loss, norm, self.optimizer, self.pictures, time.monotonic() - clock))
                 asked = requests.take()
                 if "stop" in asked or step == stop_after:
@@ -206,7 +219,7 @@ class Trainer:
             tensors, values = pack_optimizer(self.optimizer)
             for prefix, module in self._trained().items():
                 tensors.update({f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()})
-            tensors.update(self.ema.state())
+            tensors.update(self.shown.state())
             state = State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict(),
                                           "beginning": self.verdicts.beginning})
             manifest = {"total": self.total, "data": self.source.fingerprint, "base": self.fingerprint,
@@ -214,7 +227,7 @@ class Trainer:
             self.run.save(state, manifest, output.keep, output.keep_every)
 
     def _preview(self, step: int) -> None:
-        with self.report.phase(f"preview at step {step}"), self.ema.shown():
+        with self.report.phase(f"preview at step {step}"), self.shown.weights():
             self.previews.make(self.base, self.methods, self.precision, step)
 
     def _trained(self) -> dict[str, nn.Module]:
@@ -230,7 +243,7 @@ class Trainer:
     def _save_artifact(self, path: Path, step: int) -> None:
         """What has been learned so far, in a file or folder that other programs read."""
         output = self.recipe.output
-        with self.ema.shown():
+        with self.shown.weights():
             measured = (batch.to(self.device) for later in range(MEASURED_STEPS)
                         for batches in self.source.micro_batches(step + later) for batch in batches)
             self.objective.finish(self.base, measured)
@@ -269,7 +282,7 @@ class Trainer:
         for prefix, module in self._trained().items():
             module.load_state_dict({key.removeprefix(f"{prefix}."): tensor for key, tensor in state.tensors.items()
                                     if key.startswith(f"{prefix}.")})
-        self.ema.load(state.tensors)
+        self.shown.load(state.tensors)
         self.verdicts.begin(state.values.get("beginning"))
         unpack_optimizer(self.optimizer, state.tensors, state.values["optimizer"])
         self.scaler.load_state_dict(state.values["scaler"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from impasto.core.errors import UserError
-from impasto.training.recipe import READY, Recipe, load_recipe, make_recipe
+from impasto.training.recipe import READY, Recipe, TrainOptions, load_recipe, make_recipe
 
 MINIMAL = {"base": {"path": "x.safetensors"}, "method": {"kind": "lora"}}
 
@@ -57,6 +58,35 @@ def test_unknown_kinds_name_the_known_ones() -> None:
 def test_steps_and_epochs_exclude_each_other() -> None:
     with pytest.raises(UserError, match="steps or epochs"):
         make_recipe({**MINIMAL, "train": {"steps": 1, "epochs": 1}})
+
+
+def test_what_is_left_out_is_what_the_optimizer_recommends() -> None:
+    def train(**keys: Any) -> TrainOptions:
+        return make_recipe({**MINIMAL, "train": keys}).train
+
+    adamw, lion, prodigy = train(), train(optimizer="lion"), train(optimizer="prodigy", weight_decay=0.1)
+    assert (adamw.learning_rate, adamw.betas, adamw.weight_decay, adamw.eps) == (1e-4, (0.9, 0.999), 0.01, 1e-8)
+    assert (lion.betas, lion.eps) == ((0.9, 0.99), None) and lion.learning_rate < 1e-4
+    assert (prodigy.learning_rate, prodigy.weight_decay) == (1.0, 0.1)
+    assert train(optimizer="prodigy", learning_rate=0.5).learning_rate == 0.5
+    adamw.steps = 3  # assignment validates again
+    assert adamw.learning_rate == 1e-4 and make_recipe({**MINIMAL, "train": lion.model_dump()}).train == lion
+    with pytest.raises(UserError, match="train: sgd has no betas"):
+        train(optimizer="sgd", betas=[0.9, 0.99])
+
+
+@pytest.mark.parametrize(("keys", "line"), [
+    ({"optimizer": "adamv"}, "train.optimizer: is no optimizer; did you mean 'adamw'"),
+    ({"optimizer": "torch.optim:"}, "is no optimizer"),
+    ({"warmup": 1.5}, "neither a whole number of steps nor a share"),
+    ({"restarts": 2}, "restarts belongs to schedule = \"cosine_with_restarts\""),
+    ({"schedule": "linear", "power": 2}, "power belongs to schedule = \"polynomial\""),
+    ({"rates": {"unet": -1}}, "train.rates.unet"),
+])
+def test_what_the_loop_cannot_do_is_one_line(keys: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line) as raised:
+        make_recipe({**MINIMAL, "train": keys})
+    assert "\n" not in str(raised.value)
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -115,7 +145,8 @@ def test_every_key_says_what_it_is() -> None:
 OPTIONS = {
     "base": "clip_skip download family init path vae",
     "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
-             "learning_rate optimizer precision schedule seed steps warmup weight_decay",
+             "learning_rate optimizer optimizer_options power precision rates restarts schedule seed steps warmup "
+             "weight_decay",
     "sample": "every guidance negative prompts scheduler seed size steps",
     "output": "checkpoint_every dir dtype format keep keep_every metadata name save_every save_every_epochs",
 }
