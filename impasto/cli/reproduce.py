@@ -20,7 +20,10 @@ def reproduce(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Rebuild the recipe from an artifact's metadata, and name what differs now: base, pictures, versions."""
+    """The recipe that made a file, and what differs now.
+
+    It is rebuilt from the file's metadata, and compared with what is here: base, pictures, versions.
+    """
     import tomli_w
 
     from impasto.core.files import atomic_write

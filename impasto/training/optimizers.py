@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from impasto.core.errors import MissingExtra, UserError, nearest
-from impasto.training.optimizer_state import check_resume
 
 if TYPE_CHECKING:
+    import torch
+
     from impasto.training.recipe import TrainOptions
 
 #: keys of [train] that are arguments of many optimizers
@@ -122,6 +121,8 @@ def choose(options: TrainOptions, device: torch.device) -> tuple[type[torch.opti
     if "lr" in taken:
         settings["lr"] = options.learning_rate
     if entry is None:
+        from impasto.training.optimizer_state import check_resume
+
         check_resume(lambda parameters: _built(cls, [{"params": parameters}], settings, name), name, device)
     return cls, settings
 
@@ -148,6 +149,8 @@ def effective_rate(optimizer: torch.optim.Optimizer) -> float:
 
 def _load(path: str, extra: str) -> type[torch.optim.Optimizer]:
     """The class at "package.module:Class"; a missing library is named, with the extra that brings it."""
+    import torch  # not above: a recipe, which knows the names, is checked without it
+
     module, _, attribute = path.partition(":")
     package = module.partition(".")[0]
     try:
