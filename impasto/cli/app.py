@@ -25,6 +25,7 @@ from impasto.core.errors import UserError, nearest
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("impasto.cli.train:train", "Fine-tune from a recipe."),
     "generate": ("impasto.cli.generate:generate", "Draw pictures from prompts, with adapters if you like."),
+    "dataset": ("impasto.cli.dataset:dataset", "Look at pictures and captions before a run."),
     "import-recipe": ("impasto.cli.import_recipe:import_recipe",
                       "Turn another trainer's settings into a recipe, and say what could not be carried over."),
     "inspect": ("impasto.cli.inspect:inspect", "Say what a file is and what is in it, without running any of it."),
@@ -49,7 +50,17 @@ class Verb(TyperCommand):
             raise typer.Exit(130) from None
 
 
-class Program(TyperGroup):
+class Verbs(TyperGroup):
+    """Verbs under a name; a wrong one is told with the nearest."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            ctx.fail(f"there is no verb {args[0]!r}; {nearest(args[0], known)}")
+        return super().resolve_command(ctx, args)
+
+
+class Program(Verbs):
     """The verbs of `VERBS`, each imported when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -59,14 +70,12 @@ class Program(TyperGroup):
         if cmd_name not in VERBS:
             return None
         module, _, name = VERBS[cmd_name][0].partition(":")
+        verb = getattr(importlib.import_module(module), name)
+        if isinstance(verb, typer.Typer):  # has verbs of its own
+            return typer.main.get_command(verb)
         lone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        lone.command(cmd_name, cls=Verb, context_settings=SETTINGS)(getattr(importlib.import_module(module), name))
+        lone.command(cmd_name, cls=Verb, context_settings=SETTINGS)(verb)
         return typer.main.get_command(lone)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in VERBS and not args[0].startswith("-"):
-            ctx.fail(f"there is no verb {args[0]!r}; {nearest(args[0], VERBS)}")
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Verbs"):

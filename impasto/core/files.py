@@ -138,6 +138,11 @@ def digest(path: Path | str) -> str:
     return hasher.hexdigest()
 
 
+def key_of(*facts: object) -> str:
+    """blake2b-160 of the facts' written form, in hex."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=20).hexdigest()
+
+
 class Remembered:
     """A small store of facts about files, forgotten when the file's size, time or inode changes.
 

@@ -6,14 +6,17 @@ Sizes are (height, width) in pixels throughout.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
+from impasto.core.errors import UserError
 from impasto.data.dataset import Size
 from impasto.data.options import DataOptions
+
+if TYPE_CHECKING:  # geometry asks for no torch
+    from torch import Tensor
 
 #: no picture is enlarged more than this: what it would teach is blur
 MOST_ENLARGED = 4.0
@@ -37,6 +40,12 @@ class Placement:
     def cropped(self) -> float:
         """The fraction of the picture's area that is cut off."""
         return cropped_fraction(self.original, self.bucket)
+
+    @property
+    def window(self) -> tuple[float, float, float, float]:
+        """What is kept of the picture: left, top, right and bottom edge, as fractions of its width and height."""
+        (top, left), (height, width), (tall, wide) = self.crop, self.bucket, self.resized
+        return left / wide, top / tall, (left + width) / wide, (top + height) / tall
 
     def flipped(self) -> Placement:
         """Of the mirrored picture: the window's left edge is now what its right edge was."""
@@ -98,8 +107,31 @@ def _own_bucket(size: Size, options: DataOptions) -> list[Size]:
     return [(height, width)] if height and width else []
 
 
+def too_small(size: Size, options: DataOptions) -> str:
+    """Why a picture that has no place has none."""
+    why = "smaller than the smallest bucket" if options.upscale == "never" else \
+        f"it would have to be enlarged more than {MOST_ENLARGED:g} times"
+    return f"is too small ({size[1]}x{size[0]} pixels): {why}"
+
+
+def check_sizes(options: DataOptions, cell: int) -> None:
+    """Raise a `UserError` for sizes that a base whose latent cells have sides of `cell` pixels cannot have."""
+    sides = {"bucket_step": options.bucket_step} | ({} if options.buckets else {"resolution": options.resolution})
+    for key, side in sides.items():
+        if side % cell:
+            raise UserError(f"{side} is not a multiple of {cell} pixels, the side of this base's latent cells",
+                            where=f"data.{key}",
+                            fix=f"use {max(side // cell, 1) * cell} or {-(-side // cell) * cell}")
+    if not bucket_sizes(options):
+        raise UserError(f"no bucket has sides that are multiples of {options.bucket_step} from {options.shortest} "
+                        f"to {options.longest} and an area up to {options.resolution}x{options.resolution}",
+                        where="data", fix="lower data.bucket_min or data.bucket_step")
+
+
 def cut(image: Image.Image, placement: Placement, flip: bool = False) -> Tensor:
     """The picture as its bucket shows it: (3, H, W), fp32 in [-1, 1]. Lanczos, centre crop, then mirrored."""
+    import torch
+
     height, width = placement.resized
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from impasto.core.errors import UserError
-from impasto.core.files import atomic_write, cache_dir
+from impasto.core.files import atomic_write, cache_dir, key_of
 from impasto.core.progress import Reporter
 from impasto.data.buckets import Placement, cut
 from impasto.data.dataset import Picture
@@ -27,11 +27,6 @@ from impasto.families.base import Base, TextStates
 
 #: raise it when the way from a file to an entry changes: decoding, scaling, cutting
 RECIPE = 1
-
-
-def key_of(*facts: object) -> str:
-    """blake2b-160 of the facts' written form, in hex."""
-    return hashlib.blake2b(repr(facts).encode(), digest_size=20).hexdigest()
 
 
 class Cache:

@@ -5,6 +5,7 @@ Everything that is wrong with them is told at once, before any long work begins.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -13,7 +14,7 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from impasto.core.errors import UserError
-from impasto.core.files import Remembered
+from impasto.core.files import Remembered, cache_dir, key_of
 from impasto.core.progress import SILENT, Reporter
 
 #: what is read as a picture, by suffix in lower case
@@ -136,27 +137,44 @@ def list_folder(folder: Path) -> Listing:
     return listing
 
 
-def decode(data: bytes, background: str = "white") -> Image.Image:
-    """The picture in a file's bytes: RGB, 8 bits, upright by EXIF orientation, the first frame of several.
+def located(folder: str) -> Path:
+    """The folder of that name, or that of drawn pictures ("mini:mascot")."""
+    if not folder.startswith("mini:"):
+        return Path(folder)
+    from impasto.mini.lessons import lesson_folder  # drawing asks for torch
 
-    Transparent pixels show `background`. Raises `ValueError` that says why not.
-    """
+    return lesson_folder(folder)
+
+
+@contextlib.contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """The picture in a file's bytes, not decompressed yet. What goes wrong in the block is a `ValueError`: why not."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > PIXEL_CAP:
                 raise Image.DecompressionBombError
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+            yield image
     except Image.DecompressionBombError:
         raise ValueError(f"is larger than {PIXEL_CAP // 10**6} megapixels, make it smaller") from None
     except Image.UnidentifiedImageError:
         raise ValueError("is not a picture" if data else "is an empty file") from None
     except DECODE_ERRORS as error:
         raise ValueError(f"is damaged ({error})" if str(error) else "is damaged") from error
-    return _to_rgb(upright, background)
 
 
-def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+def decode(data: bytes, background: str = "white") -> Image.Image:
+    """The picture in a file's bytes: RGB, 8 bits, upright by EXIF orientation, the first frame of several.
+
+    Transparent pixels show `background`. Raises `ValueError` that says why not.
+    """
+    with opened(data) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    return to_rgb(upright, background)
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """A decoded picture in RGB of 8 bits, `background` under what is transparent. Raises `ValueError`."""
     if image.mode == "F":
         raise ValueError("holds floating-point numbers, save it with 8 bits a channel")
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them at 255
@@ -200,6 +218,11 @@ def survey(listing: Listing, remembered: Remembered, report: Reporter = SILENT,
             pool.shutdown(wait=True, cancel_futures=True)
             remembered.save()
     return pictures, problems
+
+
+def memory_of(folder: Path) -> Remembered:
+    """What is remembered of a folder's pictures, in the user's cache directory."""
+    return Remembered(cache_dir() / "pictures" / f"{key_of(str(folder.absolute()))}.json")
 
 
 Facts = tuple[str, int, int]  # digest, upright height and width

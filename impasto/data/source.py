@@ -7,21 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor
 
-from impasto.core.errors import UserError
-from impasto.core.files import Remembered, cache_dir
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
 from impasto.data import cache as caching
-from impasto.data.buckets import MOST_ENLARGED, Placement, bucket_sizes, cut, place
+from impasto.data.buckets import Placement, bucket_sizes, check_sizes, cut, place, too_small
 from impasto.data.cache import Cache, key_of
 from impasto.data.captions import captions
-from impasto.data.dataset import Listing, Picture, Problem, list_folder, refuse, survey
+from impasto.data.dataset import Listing, Picture, Problem, list_folder, located, memory_of, refuse, survey
 from impasto.data.drawn import Drawn
 from impasto.data.frontier import READS, Frontier, frontier
 from impasto.data.options import DataOptions, PriorOptions
@@ -29,7 +26,6 @@ from impasto.data.order import Order
 from impasto.data.prior import draw_prior
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.mini.labels import LABEL_SIZES
-from impasto.mini.lessons import lesson_folder
 from impasto.objectives.batch import Batch
 
 
@@ -254,31 +250,12 @@ def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *,
                   LABEL_SIZES if data.source == "world" else (), notes)
 
 
-def located(folder: str) -> Path:
-    """The folder of that name, or that of drawn pictures ("mini:mascot")."""
-    return lesson_folder(folder) if folder.startswith("mini:") else Path(folder)
-
-
 def draw_world(data: DataOptions, seed: int) -> list[Item]:
     """The drawn world's pictures, each made when it is read: none of them is ever a file."""
     assert data.pictures is not None
     whole = (data.resolution, data.resolution)
     return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole), 1.0, labels=picture.labels)
             for picture in (Drawn.number(i, data.resolution, seed, data.doodles) for i in range(data.pictures))]
-
-
-def check_sizes(data: DataOptions, cell: int) -> None:
-    """Raise a `UserError` for sizes that this base's latent cells (pixels a side) cannot have."""
-    sides = {"bucket_step": data.bucket_step} | ({} if data.buckets else {"resolution": data.resolution})
-    for key, side in sides.items():
-        if side % cell:
-            raise UserError(f"{side} is not a multiple of {cell} pixels, the side of this base's latent cells",
-                            where=f"data.{key}",
-                            fix=f"use {max(side // cell, 1) * cell} or {-(-side // cell) * cell}")
-    if not bucket_sizes(data):
-        raise UserError(f"no bucket has sides that are multiples of {data.bucket_step} from {data.shortest} "
-                        f"to {data.longest} and an area up to {data.resolution}x{data.resolution}",
-                        where="data", fix="lower data.bucket_min or data.bucket_step")
 
 
 def unused(listing: Listing, data: DataOptions) -> list[str]:
@@ -294,26 +271,18 @@ def unused(listing: Listing, data: DataOptions) -> list[str]:
 def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = "pictures",
             weight: float = 1.0) -> list[Item]:
     """All pictures of a folder with captions and cuts, or one `UserError` with all that is wrong."""
-    store = cache_dir() / "pictures" / f"{key_of(str(listing.folder.absolute()))}.json"
-    pictures, problems = survey(listing, Remembered(store), report, title)
+    pictures, problems = survey(listing, memory_of(listing.folder), report, title)
     texts, caption_problems = captions(listing, data)
     buckets = bucket_sizes(data)
     items = []
     for picture in pictures:
         placement = place(picture.size, data, buckets)
         if placement is None:
-            problems.append(Problem(picture.name, _too_small(picture, data)))
+            problems.append(Problem(picture.name, too_small(picture.size, data)))
         elif picture.name in texts:
             items.append(Item(picture, texts[picture.name], placement, weight))
     refuse([*problems, *caption_problems], listing.folder)
     return items
-
-
-def _too_small(picture: Picture, data: DataOptions) -> str:
-    height, width = picture.size
-    why = "smaller than the smallest bucket" if data.upscale == "never" else \
-        f"it would have to be enlarged more than {MOST_ENLARGED:g} times"
-    return f"is too small ({width}x{height} pixels): {why}"
 
 
 class Encoding:

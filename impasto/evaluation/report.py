@@ -79,21 +79,21 @@ def write_report(report: Report, path: Path) -> Path:
 def page(report: Report) -> str:
     """The whole page as HTML."""
     sections = [
-        _figures(report.figures),
-        _section("What it was shown", "Pictures that it learned from.", _grid(report.training)),
-        _section("Before and after", "The same prompt and the same seed, without and with what was learned.",
-                 _pairs(report.before_after, "large", LARGE)),
-        _section("On the way", _told_of_the_way(report), _strip(report.strip)
-                 + _curve(report.losses, [step for step, _ in report.strip])),
-        _section("What it knew before", "Prompts that have nothing to do with the training pictures. The more alike "
-                 "the two pictures are, the less was forgotten.", _pairs(report.forgotten, "small", SMALL)),
-        _section("Now with your own pictures", "A click selects a whole command.", _commands(report.commands)),
-        _section("How to read this", "", _notes(report.notes)),
+        figures(report.figures),
+        section("What it was shown", "Pictures that it learned from.", _grid(report.training)),
+        section("Before and after", "The same prompt and the same seed, without and with what was learned.",
+                _pairs(report.before_after, "large", LARGE)),
+        section("On the way", _told_of_the_way(report), _strip(report.strip)
+                + _curve(report.losses, [step for step, _ in report.strip])),
+        section("What it knew before", "Prompts that have nothing to do with the training pictures. The more alike "
+                "the two pictures are, the less was forgotten.", _pairs(report.forgotten, "small", SMALL)),
+        section("Now with your own pictures", "A click selects a whole command.", _commands(report.commands)),
+        section("How to read this", "", _notes(report.notes)),
     ]
     face = report.before_after[0] if report.before_after else None
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=escape(report.title), lead=escape(report.lead), icon=_icon(face[2]) if face else "data:,",
-        paint=_paint([picture for _, pictures in report.training.rows for picture in pictures]),
+        title=escape(report.title), lead=escape(report.lead), icon=icon(face[2]) if face else "data:,",
+        paint=paint([picture for _, pictures in report.training.rows for picture in pictures]),
         face=f'<figure class="face">{_picture(face[2], f"after: {face[0]}", LARGE)}</figure>' if face else "",
         sections="\n".join(filter(None, sections)))
 
@@ -101,7 +101,7 @@ def page(report: Report) -> str:
 # --- sections ----------------------------------------------------------------------------------------------------
 
 
-def _section(title: str, text: str, content: str) -> str:
+def section(title: str, text: str, content: str) -> str:
     """A heading, a line of text and the content; nothing where there is no content."""
     told = f"<p>{escape(text)}</p>\n" if text else ""
     return f"<section>\n<h2>{escape(title)}</h2>\n{told}{content}\n</section>" if content else ""
@@ -114,11 +114,12 @@ def _told_of_the_way(report: Report) -> str:
     return f"{drawn}; and how far each step was off." if report.losses else f"{drawn}."
 
 
-def _figures(figures: Sequence[Figure]) -> str:
+def figures(shown: Sequence[Figure]) -> str:
+    """Numbers as tiles."""
     verdicts = {True: '<span class="good" aria-hidden="true">✓</span><span class="unseen"> (good)</span>',
                 False: '<span class="poor" aria-hidden="true">✗</span><span class="unseen"> (poor)</span>', None: ""}
     tiles = []
-    for figure in figures:
+    for figure in shown:
         note = f'<dd class="note">{escape(figure.note)}</dd>' if figure.note else ""
         tiles.append(f'<div><dt>{escape(figure.name)}</dt>'
                      f'<dd class="value">{escape(figure.value)}{verdicts[figure.good]}</dd>{note}</div>')
@@ -295,11 +296,12 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _icon(picture: Image.Image) -> str:
+def icon(picture: Image.Image) -> str:
+    """The picture as the page's icon, a `data:` address."""
     return data_uri(_plain(picture).resize((32, 32), Image.Resampling.LANCZOS))
 
 
-def _paint(pictures: Sequence[Image.Image], colours: int = 7) -> str:
+def paint(pictures: Sequence[Image.Image], colours: int = 7) -> str:
     """Dabs of the pictures' own colours, for the head of the page."""
     if not pictures:
         return ""

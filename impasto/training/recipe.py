@@ -210,6 +210,16 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
 
+class DataSections(Section):
+    """The sections of a recipe that tell of its pictures; the others are not looked at."""
+
+    model_config = pydantic.ConfigDict(extra="ignore")
+
+    data: DataOptions | None = None
+    prior: PriorOptions | None = None
+    train: TrainOptions = TrainOptions.model_validate({})
+
+
 # --- reading -----------------------------------------------------------------------------------------------
 
 
@@ -222,6 +232,33 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(tree, override)
     return make_recipe(tree, where=path)
+
+
+def load_data_sections(name: str, overrides: Sequence[str] = ()) -> DataSections:
+    """What a recipe, or a folder of pictures, tells of the pictures; whatever else the recipe holds or lacks.
+
+    Asks for no torch, as methods and objectives do. Raises `UserError` as `load_recipe` does.
+    """
+    where: object = name
+    if Path(name).is_dir() or name.startswith("mini:"):
+        tree: dict[str, Any] = {"data": {"folder": name}}
+        for override in overrides:
+            apply_override(tree, override)
+    else:
+        try:
+            where = find_recipe(name)
+        except UserError as error:
+            raise UserError(f"no such folder, {error.what}", where=error.where, fix=error.fix) from None
+        tree = read_tree(name)[1]
+        for override in overrides:
+            apply_override(tree, override)
+    for section in tree:
+        if section not in Recipe.model_fields:
+            raise UserError(f"unknown key {section!r}", where=where, fix=nearest(section, Recipe.model_fields))
+    try:
+        return DataSections.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise _first_problem(error, tree, where) from None
 
 
 def read_tree(name: str) -> tuple[Path, dict[str, Any]]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from impasto.cli import app
 from impasto.cli.options import Json
@@ -90,20 +91,32 @@ def test_wrong_use_is_exit_2_and_says_what(arguments, told, capsys) -> None:
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("verb", app.VERBS)
-def test_each_verb_is_there_and_says_the_same_of_itself_in_both_places(verb, capsys) -> None:
+def verbs_of(verb: str) -> dict[str, tuple[object, str]]:
+    """The words that call a verb, or each verb under it: its function, and its line in the list."""
     where, line = app.VERBS[verb]
     module, name = where.split(":")
-    function = getattr(importlib.import_module(module), name)
-    assert (inspect.getdoc(function) or "").splitlines()[0] == line
-    assert "as_json" in inspect.signature(function).parameters  # every verb has --json
-    with pytest.raises(SystemExit) as ended:
-        app.main([verb, "--help"])
-    assert ended.value.code == 0
-    assert "--json" in capsys.readouterr().out
+    found = getattr(importlib.import_module(module), name)
+    if not isinstance(found, typer.Typer):
+        return {verb: (found, line)}
+    assert found.registered_callback is not None
+    assert inspect.getdoc(found.registered_callback.callback) == line
+    return {f"{verb} {command.name}": (command.callback, (inspect.getdoc(command.callback) or "").splitlines()[0])
+            for command in found.registered_commands}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], *([verb, "--help"] for verb in app.VERBS)])
+@pytest.mark.parametrize("verb", app.VERBS)
+def test_each_verb_is_there_and_says_the_same_of_itself_in_both_places(verb, capsys) -> None:
+    for words, (function, line) in verbs_of(verb).items():
+        assert (inspect.getdoc(function) or "").splitlines()[0] == line
+        assert "as_json" in inspect.signature(function).parameters  # every verb has --json
+        with pytest.raises(SystemExit) as ended:
+            app.main([*words.split(), "--help"])
+        assert ended.value.code == 0
+        assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], *([verb, "--help"] for verb in app.VERBS),
+                                       ["dataset", "check", "--help"]])
 def test_help_imports_nothing_heavy(arguments) -> None:
     code = (f"import sys\nfrom impasto.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
             f"print(sorted({HEAVY}), file=sys.stderr)")

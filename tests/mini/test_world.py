@@ -108,8 +108,11 @@ def test_labels_are_the_answers() -> None:
 def test_a_lesson_is_a_folder_of_pictures_with_captions(name: str) -> None:
     folder = lesson_folder(name)
     pictures = sorted(folder.glob("*.png"))
-    assert 5 <= len(pictures) <= 8
-    assert all("sks" in p.with_suffix(".txt").read_text() for p in pictures)
+    captions = [p.with_suffix(".txt").read_text() for p in pictures]
+    if name == "mini:prior":  # what the base knows already
+        assert len(pictures) == 64 and not any("sks" in text for text in captions)
+    else:
+        assert 5 <= len(pictures) <= 8 and all("sks" in text for text in captions)
     assert lesson_folder(name) == folder
 
 

@@ -226,7 +226,7 @@ def test_another_optimizers_rate_is_carried(tmp_path: Path, monkeypatch) -> None
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
     ("--use_8bit_adam", {"train.optimizer": "adamw8bit"}),
-    ("--optimizer_type=PagedAdamW8bit", {"train.optimizer": "adamw8bit"}),
+    ("--optimizer_type=PagedAdamW8bit", {"train.optimizer": "paged_adamw8bit"}),
     ("--optimizer_type=AdamW --optimizer_args weight_decay=0 eps=1e-6 betas=(0.8,0.9)",
      {"train.optimizer": "adamw", "train.weight_decay": 0.0, "train.eps": 1e-6, "train.betas": [0.8, 0.9]}),
     ("--resolution=512,768", {"data.resolution": 640}),

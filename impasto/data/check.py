@@ -1,0 +1,222 @@
+"""What the facts about a folder mean for training: what a run would refuse, what is likely to hurt, what to know.
+
+Facts in, verdict out: nothing here reads a file.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from impasto.data.dataset import Size
+from impasto.data.findings import Alike, Finding, Level, all_findings, are, number, orientation, sharpness
+from impasto.data.inventory import Inventory
+from impasto.data.similar import alike, distance
+from impasto.data.wording import Tags, tag_statistics
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A folder with all that was found."""
+
+    inventory: Inventory
+    findings: list[Finding]  # refused ones first, then warnings, then notes
+    groups: list[Alike]
+    tags: Tags | None
+    unused: dict[str, list[str]]  # picture -> why it cannot be used
+
+    @property
+    def fit(self) -> bool:
+        """Whether a run would take the folder as it is."""
+        return not any(finding.level is Level.REFUSED for finding in self.findings)
+
+    @property
+    def used(self) -> list[str]:
+        """The pictures that can be used, in order."""
+        return [name for name in self.inventory.listing.pictures if name not in self.unused]
+
+    def count(self, level: Level) -> int:
+        """How many findings are of a level."""
+        return sum(finding.level is level for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run would begin, in a line, and what to do, the most important first."""
+
+    fit: bool
+    line: str
+    advice: list[str]
+
+
+def check(inventory: Inventory, *, near: bool = True) -> Checked:
+    """All findings about one folder. `near`: pictures that look alike too, not exact copies alone."""
+    groups = exact_copies(inventory) + (near_duplicates(inventory) if near else [])
+    tags = None if inventory.data.caption is not None else tag_statistics(inventory.captions.values())
+    findings = all_findings(inventory, groups, tags)
+    pictures = set(inventory.listing.pictures)
+    unused: dict[str, list[str]] = {}
+    for finding in findings:
+        for name, reason in finding.names.items():
+            if finding.level is Level.REFUSED and name in pictures:
+                unused.setdefault(name, []).append(reason)
+    return Checked(inventory, findings, groups, tags, unused)
+
+
+def check_all(inventories: Sequence[Inventory], *, near: bool = True) -> list[Checked]:
+    """All folders of a run, and what they have in common."""
+    checked = [check(inventory, near=near) for inventory in inventories]
+    if len(checked) == 2:
+        own = {look.digest: name for name, look in inventories[0].looks.items()}
+        both = {name: f"is {own[look.digest]}" for name, look in inventories[1].looks.items() if look.digest in own}
+        if both:
+            place = sum(finding.level is Level.REFUSED for finding in checked[1].findings)
+            checked[1].findings.insert(place, Finding(
+                Level.WARNING, "in both", f"{are(both, 'picture')} among the pictures to learn from too",
+                "take them out of prior.folder: class pictures are to show others", both))
+    return checked
+
+
+def verdict(checked: Sequence[Checked]) -> Verdict:
+    """One line on all folders, and what to do."""
+    fit = all(folder.fit for folder in checked)
+    wanted = Level.WARNING if fit else Level.REFUSED
+    advice = list(dict.fromkeys(f"{finding.kind}: {finding.fix}" for folder in checked
+                                for finding in folder.findings if finding.level is wanted and finding.fix))
+    used = " and ".join(number(len(folder.used), folder.inventory.title.removesuffix("s")) for folder in checked)
+    if not fit:
+        bad = sum(len(folder.unused) for folder in checked)
+        files = sum(len(set(finding.names) - set(folder.inventory.listing.pictures)) for folder in checked
+                    for finding in folder.findings if finding.level is Level.REFUSED)
+        told = [number(bad, "picture")] * bool(bad) + [number(files, "other file")] * bool(files)
+        return Verdict(False, f"not fit to train yet: a run would refuse {' and '.join(told)}", advice)
+    warnings = sum(folder.count(Level.WARNING) for folder in checked)
+    seen = f", with {number(warnings, 'warning')}" if warnings else ", and nothing to warn of"
+    return Verdict(True, f"fit to train: {used}{seen}", advice)
+
+
+# --- copies ------------------------------------------------------------------------------------------------
+
+
+def exact_copies(inventory: Inventory) -> list[Alike]:
+    """Pictures whose files have the same bytes."""
+    by_digest: dict[str, list[str]] = {}
+    for name, look in inventory.looks.items():
+        by_digest.setdefault(look.digest, []).append(name)
+    return [Alike(names, [0] * len(names), True) for names in by_digest.values() if len(names) > 1]
+
+
+def near_duplicates(inventory: Inventory) -> list[Alike]:
+    """Pictures that look alike, of exact copies the first alone."""
+    by_digest: dict[str, str] = {}
+    for name, look in inventory.looks.items():
+        by_digest.setdefault(look.digest, name)
+    distinct = list(by_digest.values())
+    looks = [inventory.looks[name] for name in distinct]
+    hashes = [int(look.hash, 16) if look.hash else None for look in looks]
+    found = []
+    for group in alike(hashes, [bytes.fromhex(look.colours) for look in looks]):
+        first, *others = sorted(group, key=lambda i: (-looks[i].height * looks[i].width, i))
+        far = {i: distance(hashes[first] or 0, hashes[i] or 0) for i in others}
+        ordered = [first, *sorted(others, key=lambda i: (far[i], i))]
+        found.append(Alike([distinct[i] for i in ordered], [far.get(i, 0) for i in ordered], False))
+    return found
+
+
+# --- summaries ---------------------------------------------------------------------------------------------
+
+
+#: width to height of the shapes that pictures are counted as
+RATIOS = {"1:3": 1 / 3, "1:2": 1 / 2, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "4:5": 4 / 5, "1:1": 1.0,
+          "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2.0, "3:1": 3.0}
+#: shorter sides in pixels between which pictures are counted
+SIDES = (128, 256, 512, 768, 1024, 1536, 2048, 4096)
+_SIDE_NAMES = [f"under {SIDES[0]}", *(f"{low} to {high - 1}" for low, high in itertools.pairwise(SIDES)),
+               f"{SIDES[-1]} and more"]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes, shapes and cuts of all pictures of a folder that can be decoded."""
+
+    buckets: dict[Size, int]  # the fullest first
+    orientations: dict[str, int]
+    ratios: dict[str, int]  # the nearest of RATIOS, from tall to wide
+    sides: dict[str, int]  # shorter side in pixels, between SIDES, from small to large
+    smallest: Size | None
+    middle: Size | None  # by area
+    largest: Size | None
+    cropped_mean: float
+    cropped_most: tuple[float, str] | None
+    enlarged: int
+    enlarged_most: tuple[float, str] | None
+
+
+def shapes(checked: Checked) -> Shapes:
+    """How large the pictures are, and what becomes of them."""
+    placed = checked.inventory.placed
+    counts = Counter(p.bucket for p in placed.values())
+    sizes = sorted((look.size for look in checked.inventory.looks.values()), key=lambda size: (size[0] * size[1], size))
+    enlarged = [(p.scale, name) for name, p in placed.items() if p.scale > 1]
+    return Shapes(
+        buckets=dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))),
+        orientations=dict(Counter(map(orientation, sizes)).most_common()),
+        ratios=_histogram(RATIOS, map(_ratio, sizes)),
+        sides=_histogram(_SIDE_NAMES, (_SIDE_NAMES[bisect.bisect(SIDES, min(size))] for size in sizes)),
+        smallest=sizes[0] if sizes else None, middle=sizes[len(sizes) // 2] if sizes else None,
+        largest=sizes[-1] if sizes else None,
+        cropped_mean=statistics.fmean(p.cropped for p in placed.values()) if placed else 0.0,
+        cropped_most=max(((p.cropped, name) for name, p in placed.items()), default=None),
+        enlarged=len(enlarged), enlarged_most=max(enlarged, default=None))
+
+
+def _ratio(size: Size) -> str:
+    """The name of the nearest shape."""
+    height, width = size
+    return min(RATIOS, key=lambda name: abs(math.log(width / height / RATIOS[name])))
+
+
+def _histogram(order: Iterable[str], values: Iterable[str]) -> dict[str, int]:
+    """How often each value occurs, in that order, without those that do not."""
+    counts = Counter(values)
+    return {name: counts[name] for name in order if name in counts}
+
+
+# --- for machines ------------------------------------------------------------------------------------------
+
+
+def plain(checked: Checked) -> dict[str, Any]:
+    """Everything about a folder, each picture with all facts, JSON-able. Sizes are [height, width]."""
+    inventory = checked.inventory
+    found = shapes(checked)
+    return {
+        "title": inventory.title, "folder": str(inventory.listing.folder), "fit": checked.fit,
+        "data": inventory.data.model_dump(mode="json"), "batch_size": inventory.batch,
+        "pictures": len(inventory.listing.pictures), "used": len(checked.used),
+        "findings": [dataclasses.asdict(finding) for finding in checked.findings],
+        "shapes": dataclasses.asdict(found) | {"buckets": [{"bucket": list(size), "pictures": count}
+                                                           for size, count in found.buckets.items()]},
+        "alike": [dataclasses.asdict(group) for group in checked.groups],
+        "tags": None if checked.tags is None else dataclasses.asdict(checked.tags),
+        "files": {name: _plain_picture(checked, name) for name in inventory.listing.pictures},
+    }
+
+
+def _plain_picture(checked: Checked, name: str) -> dict[str, Any]:
+    inventory = checked.inventory
+    look, placement = inventory.looks.get(name), inventory.placements.get(name)
+    told: dict[str, Any] = {"used": name not in checked.unused, "why_not": checked.unused.get(name, []),
+                            "caption": inventory.captions.get(name), "chunks": inventory.chunks.get(name)}
+    if look is not None:
+        told |= dataclasses.asdict(look) | {"sharpness": round(sharpness(look), 5)}
+    if placement is not None:
+        told |= {"bucket": list(placement.bucket), "resized": list(placement.resized), "crop": list(placement.crop),
+                 "cropped": round(placement.cropped, 5), "scale": round(placement.scale, 5)}
+    return told

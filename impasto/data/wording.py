@@ -1,0 +1,127 @@
+"""What is odd about captions: words that came out wrong, marks that a caption does not have, and tags by number."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+#: tokens of a caption in one chunk between the marks of its beginning and end
+CHUNK = 75
+#: captions are taken as tags where at least half of them have so many parts, of so many words in the middle
+TAG_PARTS, TAG_WORDS = 3, 3
+#: kinds of oddity, and what is to be said of the captions that have it
+ODDITIES = {
+    "mojibake": "with letters that were garbled in a change of encoding",
+    "control": "with invisible control characters",
+    "cut": "apparently cut off in the middle",
+    "entity": "with characters written as in HTML (&amp;), which are learned as they stand",
+    "weight": "with weights or adapters as in prompts, such as (word:1.2), which are learned as words",
+    "bracket": "with brackets after a backslash, as prompts need them and captions do not",
+    "comma": "ending in a comma, or with nothing between two",
+    "twice": "naming a tag twice",
+}
+
+_ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{1,5}|#x[0-9a-fA-F]{1,4});")
+_WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
+_COMMA = re.compile(r"[,;]\s*$|,\s*,")
+#: words that no sentence ends with
+_OPEN_END = re.compile(r"(?:^|\s)(?:a|an|the|of|and|or|with|at|by|from|into|is|are|has|its|their|his|very|while)\s*$")
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Captions that are lists of tags."""
+
+    captions: int
+    counts: dict[str, int]  # how many captions each tag is in, the most frequent first
+    once: list[str]  # tags of one caption only, sorted
+    spellings: list[list[str]]  # tags that differ only in case, underscores or hyphens, the most frequent first
+
+
+def oddities(caption: str, tagged: bool = False) -> list[str]:
+    """Keys of `ODDITIES` that are so of a caption; `tagged`: captions here are tags."""
+    parts = split_tags(caption)
+    found = {
+        "mojibake": garbled(caption),
+        "control": any(not c.isprintable() and not c.isspace() and c not in "\u200c\u200d" for c in caption),
+        "cut": not tagged and len(caption.split()) > 3 and bool(_OPEN_END.search(caption)),
+        "entity": bool(_ENTITY.search(caption)),
+        "weight": bool(_WEIGHT.search(caption)),
+        "bracket": "\\(" in caption or "\\)" in caption,
+        "comma": bool(_COMMA.search(caption)),
+        "twice": tagged and len(set(parts)) < len(parts),
+    }
+    return [kind for kind, so in found.items() if so]
+
+
+def garbled(text: str) -> bool:
+    """Whether letters of it are UTF-8 that was read as Latin-1 or Windows-1252 ("cafÃ©"), or were lost (U+FFFD)."""
+    if "\ufffd" in text:
+        return True
+    for run in re.findall(r"[^\x00-\x7f]{2,}", text):
+        try:
+            b"".join(map(_byte, run)).decode("utf-8")
+            return True
+        except ValueError:  # an honest foreign word
+            continue
+    return False
+
+
+def _byte(character: str) -> bytes:
+    """The byte that Windows-1252 shows as that character; its five unused ones are Latin-1's."""
+    try:
+        return character.encode("cp1252")
+    except UnicodeEncodeError:
+        return character.encode("latin-1")
+
+
+def file_oddities(data: bytes) -> list[str]:
+    """What is unusual about a caption's file, though it is read all the same."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return ["UTF-16"]
+    lines = [line for line in data.decode("utf-8", "replace").removeprefix("\ufeff").splitlines() if line.strip()]
+    found = ["byte-order mark"] if data.startswith(codecs.BOM_UTF8) else []
+    return [*found, "several lines"] if len(lines) > 1 else found
+
+
+def split_tags(caption: str) -> list[str]:
+    """The parts between commas, without those that are empty."""
+    return [part.strip() for part in caption.split(",") if part.strip()]
+
+
+def tag_statistics(captions: Iterable[str]) -> Tags | None:
+    """How often each tag occurs; None where captions are sentences, or too few to tell."""
+    lists = [split_tags(caption) for caption in captions if caption.strip()]
+    listed = [parts for parts in lists if len(parts) >= TAG_PARTS and _middle_words(parts) <= TAG_WORDS]
+    if len(lists) < 2 or 2 * len(listed) < len(lists):
+        return None
+    counts = Counter(tag for parts in lists for tag in dict.fromkeys(parts))
+    ordered = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+    alike: dict[str, list[str]] = {}
+    for tag in ordered:
+        alike.setdefault(re.sub(r"[\s_-]+", " ", tag).casefold(), []).append(tag)
+    return Tags(len(lists), ordered, sorted(tag for tag, count in ordered.items() if count == 1),
+                [tags for tags in alike.values() if len(tags) > 1])
+
+
+def _middle_words(parts: Sequence[str]) -> int:
+    """The median number of words of a part."""
+    return sorted(len(re.split(r"[\s_]+", part)) for part in parts)[len(parts) // 2]
+
+
+def count_chunks(captions: Sequence[str]) -> list[int]:
+    """How many chunks of CLIP's encoder each caption takes, one at least.
+
+    A token is a byte or more, so that short captions need no tokenizer.
+    """
+    long = [caption for caption in captions if len(caption.lower().encode("utf-8", "replace")) > CHUNK]
+    if not long:
+        return [1] * len(captions)
+    from impasto.families.tokenizer import clip_tokenizer  # takes a moment
+
+    lengths = map(len, clip_tokenizer()(long, add_special_tokens=False, verbose=False).input_ids)
+    chunks = {caption: -(-length // CHUNK) for caption, length in zip(long, lengths, strict=True)}
+    return [max(chunks.get(caption, 1), 1) for caption in captions]
