@@ -28,10 +28,10 @@ from impasto.evaluation.report import Figure, data_uri, figures, icon, paint, se
 PAGE = Path(__file__).with_name("dataset.html")
 #: longest side in pixels at which a crop is kept
 SIDE = 256
-#: pictures of a folder that are shown at most, and groups of copies
-MOST, MOST_GROUPS = 240, 40
-#: names of a finding, tags and bars that are listed at most
-NAMES, BARS = 500, 16
+#: pictures of a folder that are shown at most, groups of copies, and pictures of a group
+MOST, MOST_GROUPS, MEMBERS = 240, 40, 8
+#: names of a finding, rare tags and bars that are listed at most
+NAMES, RARE, BARS = 500, 80, 16
 #: names that are shown without a click
 FOLDED = 3
 
@@ -54,8 +54,8 @@ def page(checked: Sequence[Checked], verdict: Verdict, report: Reporter = SILENT
     first: list[Image.Image] = []
     for folder in checked:
         shown = chosen(folder)
-        crops = draw_crops(folder, [*shown, *(name for group in folder.groups[:MOST_GROUPS] for name in group.names)],
-                           report)
+        crops = draw_crops(folder, [*shown, *(name for group in folder.groups[:MOST_GROUPS]
+                                            for name in group.names[:MEMBERS])], report)
         first = first or [crops[name] for name in shown if name in crops and name not in folder.unused]
         prefix = f"{folder.inventory.title.capitalize()}: " if len(checked) > 1 else ""
         parts += _folder(folder, shown, crops, prefix)
@@ -111,16 +111,16 @@ def marks(checked: Checked) -> dict[str, list[tuple[Level, str]]]:
 
 
 def chosen(checked: Checked, most: int = MOST) -> list[str]:
-    """The pictures to show: refused ones, those with warnings, then the others, evenly where there are too many."""
-    said = marks(checked)
-    worst = {name: found[0][0] for name, found in said.items()}
-    order = [Level.REFUSED, Level.WARNING]
-    told = [name for level in order for name in checked.inventory.listing.pictures if worst.get(name) is level]
-    others = [name for name in checked.inventory.listing.pictures if worst.get(name) not in order]
-    room = max(most - len(told), 0)
-    if len(others) > room:
-        others = [others[i * len(others) // room] for i in range(room)]
-    return [*told[:most], *others]
+    """The pictures to show: refused ones, those with warnings, then the others.
+
+    Where they are too many, a quarter of the room is for the others, taken evenly.
+    """
+    worst = {name: said[0][0] for name, said in marks(checked).items()}
+    pictures = checked.inventory.listing.pictures
+    told = [name for level in (Level.REFUSED, Level.WARNING) for name in pictures if worst.get(name) is level]
+    others = [name for name in pictures if worst.get(name) not in (Level.REFUSED, Level.WARNING)]
+    room = min(max(most - len(told), most // 4), len(others))
+    return [*told[:most - room], *(others[i * len(others) // room] for i in range(room))]
 
 
 def draw_crops(checked: Checked, names: Iterable[str], report: Reporter = SILENT) -> Crops:
@@ -217,11 +217,13 @@ def _groups(checked: Checked, crops: Crops) -> str:
     told = []
     for group in checked.groups[:MOST_GROUPS]:
         cards = []
-        for place, (name, bits) in enumerate(zip(group.names, group.distances, strict=True)):
+        for place, (name, bits) in enumerate(zip(group.names[:MEMBERS], group.distances[:MEMBERS], strict=True)):
             differs = "" if place == 0 else "the same" if group.exact else number(bits, "bit")
             cards.append(f'<figure>{_pane(name, crops)}<figcaption><div class="name">{escape(name)}</div>'
                          f"<div>{' · '.join(filter(None, (_size(looks[name].size), differs)))}</div>"
                          "</figcaption></figure>")
+        rest = len(group.names) - MEMBERS
+        cards += [f"<figure><figcaption>and {rest:,} more</figcaption></figure>"] * (rest > 0)
         told.append(f'<div class="group">{"".join(cards)}</div>')
     left = len(checked.groups) - MOST_GROUPS
     more = f"<p>And {number(left, 'group')} more.</p>" if left > 0 else ""
@@ -252,7 +254,7 @@ def _tags(checked: Checked) -> str:
     tags = checked.tags
     if tags is None:
         return ""
-    once = ", ".join(tags.once[:200]) + (", …" if len(tags.once) > 200 else "")
+    once = ", ".join(tags.once[:RARE]) + (", …" if len(tags.once) > RARE else "")
     most = dict(list(tags.counts.items())[:BARS])
     title = f"The most frequent of {number(len(tags.counts), 'tag')} in {number(tags.captions, 'caption')}"
     rare = f'<div><h3>In one caption only: {number(len(tags.once), "tag")}</h3><p class="rare">{escape(once)}</p></div>'

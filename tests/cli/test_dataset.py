@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,9 @@ def good(tmp_path: Path) -> Path:
 def bad(good: Path) -> Path:
     put(good / "torn.jpg", encoded(photo(7), "JPEG")[:500], "torn")
     put(good / "no words.png", photo(8))
+    code = "" if os.name == "nt" else "\x1b[31m"
     for i in range(12):
-        put(good / f"copy {i} \x1b[31m of a picture with a name that goes on and on and on.jpg",
+        put(good / f"copy {i} {code} of a picture with a name that goes on and on and on.jpg",
             (good / "000.jpg").read_bytes(), "one caption for all of them, so long that it fills a line and more")
     return good
 

@@ -210,6 +210,7 @@ def test_a_file_just_written_is_not_remembered(tmp_path: Path) -> None:
     assert memory.facts == {}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
 def test_what_cannot_be_opened_is_named_and_not_remembered(tmp_path: Path) -> None:
     put(tmp_path / "good.png", photo(0))
     (tmp_path / "link.png").symlink_to(tmp_path / "nothing")

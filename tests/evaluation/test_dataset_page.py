@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tests.data.photos import encoded, good_folder, photo, put
 from tests.evaluation.test_report import HOSTILE, Reader
 
 #: a name that a file may have, with as much of HTML as it can hold
-NAME = "<script>alert(1)<!script> & \"x\" ' <title>.png"
+NAME = "& ' x.png" if os.name == "nt" else "<script>alert(1)<!script> & \"x\" ' <title>.png"
 
 
 def look(folder: Path, prior: Path | None = None, **keys: Any) -> list[Checked]:
@@ -137,11 +138,18 @@ def test_of_many_pictures_some_are_shown_and_it_is_said(folder: Path, monkeypatc
     monkeypatch.setattr(dataset_page, "MOST", 6)
     checked = look(folder)
     assert len(chosen(checked[0], 6)) == 6 and {"small.png", "torn.jpg"} <= set(chosen(checked[0], 6))
-    assert len(chosen(checked[0], 1)) == 1
+    assert chosen(checked[0], 1) == ["small.png"] and chosen(checked[0], 4)[-1] == NAME  # a good one, too
     monkeypatch.setattr(dataset_page, "chosen", lambda folder: chosen(folder, 6))
     read = shown(checked)
     assert "6 of 11 are shown" in read.text
     assert sum(attributes.get("class") == "card" for _, attributes in read.elements) == 6
+
+
+def test_of_many_copies_some_are_shown(tmp_path: Path) -> None:
+    for i in range(12):
+        put(tmp_path / f"{i}.png", photo(1, (96, 96)), f"copy {i}")
+    read = shown(look(tmp_path))
+    assert "and 4 more" in read.text and sum(attributes.get("class") == "pane" for _, attributes in read.elements) == 20
 
 
 def test_two_folders_have_their_own_sections(folder: Path, tmp_path: Path) -> None:
