@@ -87,6 +87,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         yield part
         for file in sorted(part.rglob("*")):
             if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())  # safetensors' own mode hides the file from everyone else
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
         os.rename(part, path)

@@ -66,6 +66,15 @@ def test_atomic_folder_appears_whole_or_not(tmp_path: Path) -> None:
     assert (tmp_path / "f" / "a").read_text() == "a" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_what_a_library_hides_in_a_folder_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with files.atomic_folder(tmp_path / "f") as folder:
+        (folder / "x").mkdir()
+        (folder / "x" / "b").touch(mode=0o600)  # as safetensors' save_file does
+    assert (tmp_path / "f" / "x" / "b").stat().st_mode == (tmp_path / "a").stat().st_mode
+
+
 def test_digest_is_blake2b(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     (tmp_path / "x").write_bytes(data)
