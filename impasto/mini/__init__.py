@@ -7,6 +7,9 @@ from impasto.core.errors import UserError
 #: the embedded base, a diffusers folder
 BASE = Path(__file__).parent / "base"
 
+#: the weights of the reader of pictures
+READER = Path(__file__).parent / "reader.safetensors"
+
 #: what of it is large, and missing first where a package was put together badly
 WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
            "text_encoder/model.safetensors")
