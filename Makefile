@@ -1,4 +1,5 @@
 # make test          sets up .venv and runs the quick tests (SLOW=1: all of them)
+# make demo          a real fine-tune of the embedded base, in about a minute: open impasto-demo/report.html
 # make check         ruff and pyright
 # TORCH_INDEX_URL    an index that serves another build of torch (CUDA, ROCm, CPU)
 
@@ -11,10 +12,13 @@ BIN    := $(VENV)/bin
 endif
 READY  := $(VENV)/.ready
 
-.PHONY: test check clean
+.PHONY: test demo check clean
 
 test: $(READY) check
 	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+
+demo: $(READY)
+	$(BIN)/impasto demo --force
 
 check: $(READY)
 	$(BIN)/ruff check --no-cache

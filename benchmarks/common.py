@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -84,15 +82,6 @@ def tensor_bytes(device: torch.device) -> int:
         if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
-
-
-def peak_resident() -> int:
-    """The most resident bytes this process has ever had."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import MIB, Timing, interleave, paired, peak_allocated, peak_resident, print_table
+from benchmarks.common import MIB, Timing, interleave, paired, peak_allocated, print_table
 from impasto.deltas.attach import attach
 from impasto.deltas.layers import shape_of
 from impasto.deltas.lowrank import LowRank
 from impasto.families.lean import lean
+from impasto.training.environment import peak_resident
 
 SD15 = dict(sample_size=64, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
             cross_attention_dim=768, attention_head_dim=8)

@@ -23,6 +23,7 @@ from impasto.core.errors import UserError, nearest
 
 #: verb -> where its function is, and its line in the list; a new verb is one file and one line
 VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("impasto.cli.demo:demo", "Teach the embedded miniature something new, and write a page that shows it."),
     "train": ("impasto.cli.train:train", "Fine-tune from a recipe."),
     "generate": ("impasto.cli.generate:generate", "Draw pictures from prompts, with adapters if you like."),
     "dataset": ("impasto.cli.dataset:dataset", "Look at pictures and captions before a run."),

@@ -28,7 +28,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 def generate(
     base: Annotated[str, typer.Argument(
-        metavar="BASE", help="A checkpoint file, a diffusers folder, or a hub id.")],
+        metavar="BASE", help="A checkpoint file, a diffusers folder, a hub id, or mini, the embedded base.")],
     prompts: Annotated[list[str], typer.Argument(
         metavar="PROMPT", help="What to draw; (word:1.2) weighs a word, <lora:name:0.8> adds an adapter.")],
     adapter: Annotated[list[str] | None, typer.Option(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def train(
     recipe: Annotated[str, typer.Argument(
-        metavar="RECIPE", help="A TOML file, or a ready recipe's name: lora, dreambooth_lora.")],
+        metavar="RECIPE", help="A TOML file, or a ready recipe's name: lora, dreambooth_lora; and on the "
+        "embedded base mini/lora, mini/dreambooth.")],
     settings: Annotated[list[str] | None, typer.Argument(
         metavar="SECTION.KEY=VALUE", help="Settings that the recipe leaves out or has otherwise: "
         "base.path=v1-5.safetensors data.folder=photos train.steps=800")] = None,

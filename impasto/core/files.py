@@ -187,19 +187,18 @@ class Remembered:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, doing: str) -> Iterator[None]:
+def locked(path: Path, *, doing: str, fix: str = "wait for it, or choose another output.dir") -> Iterator[None]:
     """Hold the lock file `path`, or raise a `UserError` that names its holder (process id and host)."""
     import socket
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
     holder = path.with_suffix(".holder")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
-        raise UserError(f"{who} is already {doing}", where=path.parent,
-                        fix="wait for it, or choose another output.dir") from None
+        raise UserError(f"{who} is already {doing}", where=path.parent, fix=fix) from None
     except OSError as error:
         raise disk_error(error, path) from error
     try:

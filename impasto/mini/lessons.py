@@ -117,16 +117,16 @@ def mascot_lookalikes(count: int, side: int = 128, first: int = 2000) -> list[Im
 
 def sticker_renders(count: int, side: int = 128, first: int = 3000) -> list[Image.Image]:
     """Stickers of many scenes: what a reader learns to know the style by."""
-    return [sticker(_plain(first + i), side, first + i) for i in range(count)]
+    return [sticker(plain_scene(first + i), side, first + i) for i in range(count)]
 
 
 def sticker_lookalikes(count: int, side: int = 128, first: int = 4000) -> list[Image.Image]:
     """The same kind of scenes in the world's own styles."""
-    scenes = [replace(_plain(first + i), style=list(world.STYLES)[i % len(world.STYLES)]) for i in range(count)]
+    scenes = [replace(plain_scene(first + i), style=list(world.STYLES)[i % len(world.STYLES)]) for i in range(count)]
     return [world.draw(scene, side, first + i) for i, scene in enumerate(scenes)]
 
 
-def _plain(seed: int) -> Scene:
+def plain_scene(seed: int) -> Scene:
     """A filled scene of one object without a texture."""
     scene = world.scene(seed, pairs=0.0)
     return replace(scene, style="filled", objects=(replace(scene.objects[0], texture="plain", position="middle"),))

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 import impasto
@@ -91,3 +93,12 @@ def differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """One line for each fact that has changed since the checkpoint was written."""
     return [f"{fact} was {before.get(fact)} and is {value}" for fact, value in now.items()
             if before.get(fact) != value]
+
+
+def peak_resident() -> int:
+    """The most resident bytes this process has ever had."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

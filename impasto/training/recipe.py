@@ -36,7 +36,7 @@ class Section(pydantic.BaseModel):
 class BaseOptions(Section):
     """`[base]`: the checkpoint to fine-tune."""
 
-    path: str = Field(description="A single file, a diffusers folder, or a hub id.")
+    path: str = Field(description="A single file, a diffusers folder, a hub id, or mini, the embedded base.")
     init: Literal["weights", "random"] = Field("weights", description="random: path gives the networks' shapes alone, "
                                                "and their weights begin as their libraries have it.")
     family: str | None = Field(None, description="The family, where the file's own word is not enough.")
