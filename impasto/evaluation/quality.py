@@ -9,6 +9,7 @@ from PIL import Image
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
+from impasto.evaluation.reader import oriented
 from impasto.families.base import Base
 from impasto.families.pictures import Adapters, Shot, draw
 from impasto.families.sampling import SampleSettings
@@ -58,7 +59,7 @@ def ask(count: int, seed: int, *, held_out: bool = False, pairs: float = 0.2) ->
     for i in range(count):
         own = seed_for("asked", seed, held_out, i)
         scene = world.scene(own, pairs=pairs, held_out=held_out)
-        found.append(Asked(world.caption(scene, own), seed + i, answers(scene), scene))
+        found.append(Asked(world.caption(scene, own), seed + i, oriented(answers(scene)), scene))
     return found
 
 

@@ -134,11 +134,9 @@ class Reader(nn.Module):
 
 def _sensible(found: dict[str, str]) -> dict[str, str]:
     """Of all answers, those whose questions make sense beside the others."""
-    wanted = {"shape"}
-    if found["shape"] == NONE:
-        wanted |= {"background"}
-    elif found["shape"] != BROKEN:
-        wanted |= {"colour", "background", "relation"}
+    wanted = {"shape", "background"}
+    if found["shape"] not in (NONE, BROKEN):
+        wanted |= {"colour", "relation"}
         if found["relation"] != NONE:
             wanted |= {"second shape", "second colour"}
         else:
