@@ -31,6 +31,8 @@ VERBS: dict[str, tuple[str, str]] = {
                       "Turn another trainer's settings into a recipe, and say what could not be carried over."),
     "inspect": ("impasto.cli.inspect:inspect", "Say what a file is and what is in it, without running any of it."),
     "reproduce": ("impasto.cli.reproduce:reproduce", "The recipe that made a file, and what differs now."),
+    "push": ("impasto.cli.push:push",
+             "Share an adapter or a checkpoint on the Hugging Face hub, with its card and sample pictures."),
     "doctor": ("impasto.cli.doctor:doctor", "Look at this machine: devices, precision, packages, disk."),
 }
 

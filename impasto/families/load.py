@@ -66,6 +66,12 @@ def _vae(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `owner/name` names something on the hub: it can, and no such path is here."""
+    return bool(_HUB_ID.fullmatch(name)) and Path(name).suffix not in (".safetensors", ".ckpt", ".pt") and \
+        not Path(name).exists()
+
+
 def locate(path: str | Path, *, download: bool = False) -> Path:
     """The file or folder that `path` names: "mini" is the embedded base ("./mini" a folder of that name), and a hub
     id its snapshot in the local cache. Raises `UserError`."""
@@ -74,7 +80,7 @@ def locate(path: str | Path, *, download: bool = False) -> Path:
         return BASE
     if Path(path).exists():
         return Path(path)
-    if not _HUB_ID.fullmatch(name) or Path(name).suffix in (".safetensors", ".ckpt", ".pt"):
+    if not is_hub_id(name):
         raise UserError("no such file or folder", where=path)
     try:
         return Path(huggingface_hub.snapshot_download(

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: log.jsonl, TensorBoard, and the live line."""
+"""What a run says of itself while it trains: log.jsonl, TensorBoard, trackers, and the live line."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from impasto.training.optimizers import effective_rate
 from impasto.training.run import Run
+from impasto.training.trackers.tracking import Tracking
 
 
 class Journal:
     """Writes one entry a step; the mean loss is over the last 50."""
 
-    def __init__(self, run: Run, device: torch.device, first: int) -> None:
-        self.run, self.device = run, device
+    def __init__(self, run: Run, device: torch.device, first: int, tracking: Tracking) -> None:
+        self.run, self.device, self.tracking = run, device, tracking
+        self.finished = False  # all steps are taken
         self.recent: collections.deque[float] = collections.deque(maxlen=50)
         self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=first + 1)
         if first:
             run.log(event="resumed", step=first)
+        tracking.begin(first)
 
     def __enter__(self) -> Journal:
         return self
@@ -29,6 +32,7 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.board.close()
+        self.tracking.end("failed" if kind else "finished" if self.finished else "stopped")
 
     @property
     def mean_loss(self) -> float | None:
@@ -46,9 +50,11 @@ class Journal:
         self.recent.append(loss)
         rate = effective_rate(optimizer)
         memory = self.memory()
-        self.run.log(step=step, loss=loss, learning_rate=rate, gradient_norm=norm, seconds=round(seconds, 4),
-                     pictures_per_second=round(pictures / seconds, 3), memory=memory)
+        figures = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "seconds": round(seconds, 4),
+                   "pictures_per_second": round(pictures / seconds, 3), "memory": memory}
+        self.run.log(step=step, **figures)
         self.board.add_scalar("loss", loss, step)
         self.board.add_scalar("learning_rate", rate, step)
         self.board.add_scalar("gradient_norm", norm, step)
+        self.tracking.figures(step, {**figures, "mean_loss": self.mean_loss or 0.0})
         return f"loss {self.mean_loss:.4f} · {pictures / seconds:.2f} pictures/s · {memory / 2**30:.1f} GiB"

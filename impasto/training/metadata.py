@@ -7,11 +7,15 @@ from pathlib import PurePath
 from typing import Any
 
 import impasto
+from impasto.families.load import is_hub_id
 from impasto.training.recipe import Recipe
 
 #: keys that name places on the user's disk: only their last part goes into a file that may be shared
 PLACES = [("base", "path"), ("base", "vae"), ("data", "folder"), ("data", "cache"), ("prior", "folder"),
           ("output", "dir")]
+
+#: keys that say whom else to tell of a run: they are of the one who trains, not of what is trained
+TOLD = ["trackers", "track_every", "push_to", "push_private"]
 
 
 def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
@@ -35,7 +39,7 @@ def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
         "ss_resolution": str(recipe.data.resolution) if recipe.data else "",
         "impasto.version": impasto.__version__,
         "impasto.step": str(step),
-        "impasto.recipe": json.dumps(_shareable(recipe.plain())),
+        "impasto.recipe": json.dumps(shareable(recipe.plain())),
         "impasto.base": json.dumps(base),
         "impasto.data": data,
         "impasto.environment": json.dumps(environment),
@@ -47,9 +51,11 @@ def _arguments(options: dict[str, Any]) -> str:
     return f"({','.join(f'{key}={value}' for key, value in options.items())})" if options else ""
 
 
-def _shareable(plain: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with every place cut to its last part."""
+def shareable(plain: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with every place cut to its last part, a base's hub id apart, and without whom to tell of it."""
     for section, key in PLACES:
-        if plain.get(section) and plain[section].get(key):
-            plain[section][key] = PurePath(plain[section][key]).name
+        place = plain.get(section) and plain[section].get(key)
+        if place and not ((section, key) == ("base", "path") and is_hub_id(place)):
+            plain[section][key] = PurePath(place).name
+    plain["output"] = {key: value for key, value in plain["output"].items() if key not in TOLD}
     return plain

@@ -33,7 +33,8 @@ class Proof:
 def verify_resume(recipe: Recipe, report: Reporter = SILENT) -> Proof:
     """Train a recipe's first steps twice in a temporary directory, once with a stop, and compare the two ends.
 
-    Everything is as in the recipe but the number of steps, and that nothing is drawn on the way. Raises `UserError`.
+    Everything is as in the recipe but the number of steps, and that nothing is drawn on the way, or told to others.
+    Raises `UserError`.
     """
     with tempfile.TemporaryDirectory(prefix="impasto-proof-") as folder:
         def short(name: str) -> Recipe:
@@ -41,7 +42,8 @@ def verify_resume(recipe: Recipe, report: Reporter = SILENT) -> Proof:
             plain.train = plain.train.model_copy(update={"steps": STEPS, "epochs": None})
             plain.sample.every = 0
             plain.output = plain.output.model_copy(update={
-                "dir": str(Path(folder) / name), "save_every": 0, "save_every_epochs": 0, "checkpoint_every": STOP})
+                "dir": str(Path(folder) / name), "save_every": 0, "save_every_epochs": 0, "checkpoint_every": STOP,
+                "trackers": [], "push_to": None})
             return plain
 
         with report.phase("uninterrupted"):

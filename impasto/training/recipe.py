@@ -22,6 +22,8 @@ from impasto.methods.base import MethodOptions
 from impasto.objectives import OBJECTIVES
 from impasto.objectives.base import ObjectiveOptions
 from impasto.training.optimizers import OPTIMIZERS, SHARED
+from impasto.training.sharing.repository import repository
+from impasto.training.trackers import TRACKERS
 
 #: the recipes that ship with the package, by name
 READY = Path(__file__).parent.parent / "recipes"
@@ -139,6 +141,13 @@ class SampleOptions(Section):
     seed: int = Field(0, ge=0, description="Of the first prompt; the next ones count on.")
 
 
+def _tracker(name: str) -> str:
+    """A name that is known."""
+    if name not in TRACKERS:
+        raise ValueError(f"is no tracker; {nearest(name, TRACKERS)}")
+    return name
+
+
 class OutputOptions(Section):
     """`[output]`: where the run lives and what it leaves."""
 
@@ -156,6 +165,14 @@ class OutputOptions(Section):
     metadata: Literal["full", "none"] = Field("full", description="What the artifact tells of how it was made: recipe, "
                                               "fingerprints and versions, or nothing.")
     keep_every: int = Field(0, ge=0, description="Steps between checkpoints that are kept for good; 0: none.")
+    trackers: list[Annotated[str, pydantic.AfterValidator(_tracker)]] = Field(
+        [], description="Where else to follow the run, beside TensorBoard: [\"wandb\"], which needs the extra wandb "
+        "and goes by WANDB_PROJECT, WANDB_MODE=offline and the like.")
+    track_every: int = Field(1, ge=1, description="Steps between the figures that trackers get (kohya, diffusers: 1).")
+    push_to: Annotated[str, pydantic.AfterValidator(repository)] | None = Field(
+        None, description="owner/name of a Hugging Face repository that gets the artifact at the end, as by "
+        "impasto push.")
+    push_private: bool = Field(False, description="Whether that repository is made private.")
 
 
 def _method(section: Any) -> MethodOptions:

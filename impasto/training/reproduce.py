@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT
@@ -36,14 +36,7 @@ def reproduce(artifact: Path, settings: Sequence[str] = ()) -> Reproduction:
     Artifacts hold the last parts of paths alone: say where base and pictures are by settings, or run it where
     they lie. Raises `UserError` for a file without such metadata.
     """
-    told = read_header(_file(artifact)).metadata
-    try:
-        tree: dict[str, Any] = json.loads(told["impasto.recipe"])
-        base, environment = json.loads(told["impasto.base"]), json.loads(told["impasto.environment"])
-        data, step = told["impasto.data"], int(told["impasto.step"])
-    except (KeyError, ValueError, TypeError):
-        raise UserError("does not tell how it was made", where=artifact,
-                        fix="only artifacts of this program do, and those with output.metadata=none don't") from None
+    tree, base, data, environment, step = read_told(artifact)
     for setting in settings:
         apply_override(tree, setting)
     recipe = make_recipe(tree, where=artifact)
@@ -55,6 +48,27 @@ def reproduce(artifact: Path, settings: Sequence[str] = ()) -> Reproduction:
     _compare_data(recipe, data, found)
     found.differs.extend(differences(environment, describe(choose_device("auto"))))
     return found
+
+
+class Told(NamedTuple):
+    """What an artifact tells of how it was made."""
+
+    recipe: dict[str, Any]  # places in it are cut to their last parts
+    base: dict[str, str]  # fingerprint by component
+    data: str  # fingerprint
+    environment: dict[str, str]
+    step: int
+
+
+def read_told(artifact: Path) -> Told:
+    """What the file or folder tells. Raises `UserError` where it tells nothing."""
+    told = read_header(_file(artifact)).metadata
+    try:
+        return Told(json.loads(told["impasto.recipe"]), json.loads(told["impasto.base"]), told["impasto.data"],
+                    json.loads(told["impasto.environment"]), int(told["impasto.step"]))
+    except (KeyError, ValueError, TypeError):
+        raise UserError("does not tell how it was made", where=artifact,
+                        fix="only artifacts of this program do, and those with output.metadata=none don't") from None
 
 
 def _file(artifact: Path) -> Path:

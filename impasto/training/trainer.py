@@ -37,9 +37,11 @@ from impasto.training.rates import rate_factor, set_rates, split_by_path
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.requests import Requests
 from impasto.training.run import Run, State
+from impasto.training.sharing.after import announce, push_after
 from impasto.training.shown import Shown
 from impasto.training.step import step as step_losses
 from impasto.training.stop import StopWish
+from impasto.training.trackers.tracking import Tracking
 from impasto.training.verdicts import Verdicts
 
 #: steps whose batches an objective may measure before an artifact is saved
@@ -71,7 +73,11 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
     folder = Path(recipe.output.dir)
     with Run.open(folder, recipe.output.name or folder.absolute().name, report) as run:
         run.check_recipe(recipe.plain(), FREE_KEYS, renewed)
-        return Trainer(recipe, run, report).train(stop_after)
+        announce(recipe.output, report)
+        outcome = Trainer(recipe, run, report).train(stop_after)
+    if outcome.artifact is not None:
+        push_after(recipe.output, outcome.artifact, report)
+    return outcome
 
 
 def renewed(tree: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +99,7 @@ class Trainer:
         self.device = choose_device(self.options.device)
         self.precision = Precision.choose(self.options.precision, self.device)
         choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
+        self.tracking = Tracking(recipe, run.folder, run.name, report)
         with report.phase("loading the base"):
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
@@ -133,7 +140,7 @@ class Trainer:
         started, first = time.monotonic(), self._resume()
         step = first
         with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
-                Journal(self.run, self.device, first) as journal, \
+                Journal(self.run, self.device, first, self.tracking) as journal, \
                 self.report.phase("training", self.total, "steps") as advance:
             advance(first)
             if first < self.total and self.previews.due(first, self.total):
@@ -150,8 +157,8 @@ class Trainer:
                 if "stop" in asked or step == stop_after:
                     wish.asked = wish.asked or signal.SIGTERM
                 self._keep(step, asked, stopping=wish.asked is not None)
-            mean = journal.mean_loss
-        finished = step >= self.total
+            mean, finished = journal.mean_loss, step >= self.total
+            journal.finished = finished
         if finished:
             if step > first:
                 self.verdicts.end()
@@ -228,7 +235,8 @@ class Trainer:
 
     def _preview(self, step: int) -> None:
         with self.report.phase(f"preview at step {step}"), self.shown.weights():
-            self.previews.make(self.base, self.methods, self.precision, step)
+            files = self.previews.make(self.base, self.methods, self.precision, step)
+        self.tracking.pictures(step, self.previews.prompts, files)
 
     def _trained(self) -> dict[str, nn.Module]:
         """Everything that trains, under its name in a checkpoint."""

@@ -148,7 +148,8 @@ OPTIONS = {
              "learning_rate optimizer optimizer_options power precision rates restarts schedule seed steps warmup "
              "weight_decay",
     "sample": "every guidance negative prompts scheduler seed size steps",
-    "output": "checkpoint_every dir dtype format keep keep_every metadata name save_every save_every_epochs",
+    "output": "checkpoint_every dir dtype format keep keep_every metadata name push_private push_to save_every "
+              "save_every_epochs track_every trackers",
 }
 
 

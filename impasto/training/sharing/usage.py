@@ -1,0 +1,104 @@
+"""How a shared artifact is used, program by program: the middle of its model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePath
+
+from impasto.core.errors import UserError
+from impasto.formats.programs import of_file
+from impasto.training.sharing.parcel import Parcel
+
+#: how each program that `formats.programs` knows is told to use a LoRA file
+HINTS = {
+    "A1111": "put `{file}` into `models/Lora` and write `<lora:{stem}:1>` in the prompt",
+    "Forge": "put `{file}` into `models/Lora` and write `<lora:{stem}:1>` in the prompt",
+    "ComfyUI": "put `{file}` into `models/loras` and choose it in a *Load LoRA* node",
+    "kohya": "`--network_module networks.lora --network_weights {file}`, with `gen_img.py` or to train on from it",
+}
+
+
+def usage(parcel: Parcel, repo: str, base_model: str | None, caption: str) -> Iterator[str]:
+    """Lines of Markdown. `caption`: a prompt that calls what was learned, or ""."""
+    prompt = next((sample.prompt for sample in parcel.samples if sample.prompt), caption) or "a prompt of yours"
+    if parcel.detected.kind == "checkpoint":
+        yield from (_folder(repo, prompt) if parcel.artifact.is_dir() else _single_file(parcel, repo, prompt))
+    elif parcel.artifact.is_dir():
+        yield from _peft(parcel, repo, base_model)
+    else:
+        yield from _adapter(parcel, repo, base_model, prompt)
+
+
+def _adapter(parcel: Parcel, repo: str, base_model: str | None, prompt: str) -> Iterator[str]:
+    name = parcel.weights.replace("`", "'")
+    base = base_model or "path/to/the/base"
+    yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
+                f'pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")',
+                f"pipe.load_lora_weights({json.dumps(repo)}, weight_name={json.dumps(name)})",
+                f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", ""]
+    for program, loads in _programs(parcel):
+        if program in HINTS:
+            hint = HINTS[program].format(file=name, stem=PurePath(name).stem)
+            yield f"**{program}**: {hint}{loads}.\n"
+        elif loads:
+            yield f"**{program}**{loads}.\n"
+    yield from [f"**Impasto**: `impasto generate {base} {_quoted(prompt)} --adapter {name}:0.8`", ""]
+
+
+def _programs(parcel: Parcel) -> Iterator[tuple[str, str]]:
+    """Each program with what it leaves out of this file, if that is known."""
+    try:
+        verdicts = of_file(parcel.artifact) if parcel.detected.family in ("", "sd1") else []
+    except UserError:
+        verdicts = []
+    found = {verdict.program: verdict for verdict in verdicts}
+    for program in ("diffusers", *HINTS):
+        verdict = found.get(program)
+        if verdict is None or (verdict.loaded == verdict.total and not verdict.caution):
+            yield program, ""
+        elif verdict.loaded == 0:
+            yield program, " (it loads no layer of this file's format)"
+        elif verdict.loaded < verdict.total:
+            yield program, f" (it loads {verdict.loaded} of {verdict.total} layers)"
+        else:
+            yield program, f" ({verdict.caution})"
+
+
+def _folder(repo: str, prompt: str) -> Iterator[str]:
+    yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
+                f'pipe = DiffusionPipeline.from_pretrained({json.dumps(repo)}, torch_dtype=torch.float16).to("cuda")',
+                f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", "",
+                "**ComfyUI**: download the folder into `models/diffusers` and choose it in a *DiffusersLoader* node.\n",
+                f"**kohya**: `--pretrained_model_name_or_path {repo}`.\n",
+                "**A1111**, **Forge**: they take single files, into which this folder has to be converted first.\n",
+                f"**Impasto**: `impasto generate {repo} {_quoted(prompt)} --download`", ""]
+
+
+def _single_file(parcel: Parcel, repo: str, prompt: str) -> Iterator[str]:
+    name = parcel.weights.replace("`", "'")
+    yield from ["**diffusers**", "", "```python", "from diffusers import StableDiffusionPipeline",
+                "from huggingface_hub import hf_hub_download", "",
+                f"file = hf_hub_download({json.dumps(repo)}, {json.dumps(name)})",
+                "pipe = StableDiffusionPipeline.from_single_file(file)",
+                f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", "",
+                f"**A1111**, **Forge**: put `{name}` into `models/Stable-diffusion`.\n",
+                f"**ComfyUI**: put `{name}` into `models/checkpoints`.\n",
+                f"**kohya**: `--pretrained_model_name_or_path {name}`.\n",
+                f"**Impasto**: `impasto generate {name} {_quoted(prompt)}`", ""]
+
+
+def _peft(parcel: Parcel, repo: str, base_model: str | None) -> Iterator[str]:
+    base = base_model or "path/to/the/base"
+    parts = [path.name for path in sorted(parcel.artifact.iterdir()) if (path / "adapter_config.json").exists()]
+    loads = [f'pipe.{part} = PeftModel.from_pretrained(pipe.{part}, {json.dumps(repo)}, subfolder="{part}")'
+             for part in parts] or [f"pipe.unet = PeftModel.from_pretrained(pipe.unet, {json.dumps(repo)})"]
+    yield from ["**peft**, and diffusers through it", "", "```python", "from diffusers import DiffusionPipeline",
+                "from peft import PeftModel", "", f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})",
+                *loads, "```", "",
+                "A1111, ComfyUI and kohya's scripts do not read this format.", ""]
+
+
+def _quoted(prompt: str) -> str:
+    """A prompt as a word of a command line, between backticks."""
+    return json.dumps(" ".join(prompt.split()), ensure_ascii=False).replace("`", "'").replace("$", "\\$")
