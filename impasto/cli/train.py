@@ -45,7 +45,9 @@ def train(
     from impasto.training.trainer import train as run
 
     outcome = run(checked, RichReporter())
-    if as_json:
+    if outcome.rank:
+        pass  # the first process tells of it
+    elif as_json:
         emit({"artifact": outcome.artifact and str(outcome.artifact), "step": outcome.step,
               "resumed_from": outcome.resumed_from, "loss": outcome.loss, "seconds": round(outcome.seconds, 3),
               "stopped_by": outcome.stopped_by and outcome.stopped_by.name})

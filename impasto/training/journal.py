@@ -15,12 +15,15 @@ from impasto.training.trackers.tracking import Tracking
 
 
 class Journal:
-    """Writes one entry a step; the mean loss is over the last 50."""
+    """Writes one entry a step; the mean loss is over the last 50. Of several processes one writes."""
 
-    def __init__(self, run: Run, device: torch.device, first: int, tracking: Tracking) -> None:
+    def __init__(self, run: Run, device: torch.device, first: int, tracking: Tracking | None) -> None:
         self.run, self.device, self.tracking = run, device, tracking
         self.finished = False  # all steps are taken
         self.recent: collections.deque[float] = collections.deque(maxlen=50)
+        self.board: SummaryWriter | None = None
+        if tracking is None:  # another process writes
+            return
         self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=first + 1)
         if first:
             run.log(event="resumed", step=first)
@@ -31,8 +34,9 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self.board.close()
-        self.tracking.end("failed" if kind else "finished" if self.finished else "stopped")
+        if self.board is not None and self.tracking is not None:
+            self.board.close()
+            self.tracking.end("failed" if kind else "finished" if self.finished else "stopped")
 
     @property
     def mean_loss(self) -> float | None:
@@ -48,6 +52,8 @@ class Journal:
              seconds: float) -> str:
         """Record optimizer step `step` (from 1); a short text for the live line."""
         self.recent.append(loss)
+        if self.board is None or self.tracking is None:
+            return ""
         rate = effective_rate(optimizer)
         memory = self.memory()
         figures = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "seconds": round(seconds, 4),

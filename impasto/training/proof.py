@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.training.recipe import Recipe
 from impasto.training.run import STATE
@@ -36,6 +38,9 @@ def verify_resume(recipe: Recipe, report: Reporter = SILENT) -> Proof:
     Everything is as in the recipe but the number of steps, and that nothing is drawn on the way, or told to others.
     Raises `UserError`.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("exact resume is proved with one process", where="--verify-resume",
+                        fix="run it without torchrun")
     with tempfile.TemporaryDirectory(prefix="impasto-proof-") as folder:
         def short(name: str) -> Recipe:
             plain = recipe.model_copy(deep=True)

@@ -6,8 +6,10 @@ holds what is trained, the optimizer's state and the loss scale; everything else
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import signal
 import time
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
@@ -33,6 +35,7 @@ from impasto.training.metadata import metadata
 from impasto.training.optimizer_state import pack_optimizer, unpack_optimizer
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.previews import Previews
+from impasto.training.processes import Processes
 from impasto.training.rates import rate_factor, set_rates, split_by_path
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.requests import Requests
@@ -47,8 +50,9 @@ from impasto.training.verdicts import Verdicts
 #: steps whose batches an objective may measure before an artifact is saved
 MEASURED_STEPS = 16
 
-#: keys that may change between two sittings of a run: they do not touch the weights
-FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device"}
+#: keys that may change between two sittings of a run: they do not touch the weights. A batch may be divided among
+#: more or fewer processes; what it is in all of them together is compared by itself
+FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device", "train.batch_size"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +65,31 @@ class Outcome:
     loss: float | None  # the mean over the last steps, None if none was taken
     seconds: float
     stopped_by: signal.Signals | None = None
+    rank: int = 0  # which of the processes tells of it
 
 
 def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None) -> Outcome:
     """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`.
 
-    After step `stop_after` it stops as if it had been asked to.
+    After step `stop_after` it stops as if it had been asked to. Started by torchrun or accelerate, it is one of
+    several processes that train as one; only the first of them writes and reports.
     """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
     folder = Path(recipe.output.dir)
-    with Run.open(folder, recipe.output.name or folder.absolute().name, report) as run:
-        run.check_recipe(recipe.plain(), FREE_KEYS, renewed)
-        announce(recipe.output, report)
-        outcome = Trainer(recipe, run, report).train(stop_after)
-    if outcome.artifact is not None:
+    name = recipe.output.name or folder.absolute().name
+    with Processes.joined(recipe.train.device) as processes, contextlib.ExitStack() as held:
+        report = report if processes.first else SILENT
+        run = Run(folder, name, report)
+        with processes.all_or_none():  # the others look into the directory when it is whole
+            if processes.first:
+                run = held.enter_context(Run.open(folder, name, report))
+                run.check_recipe(recipe.plain(), FREE_KEYS, renewed)
+                announce(recipe.output, report)
+        with processes.all_or_none():
+            trainer = Trainer(recipe, run, report, processes)
+        outcome = trainer.train(stop_after)
+    if outcome.artifact is not None and processes.first:
         push_after(recipe.output, outcome.artifact, report)
     return outcome
 
@@ -92,11 +106,12 @@ def renewed(tree: dict[str, Any]) -> dict[str, Any]:
 class Trainer:
     """Everything that a run holds in memory, and the loop over it."""
 
-    def __init__(self, recipe: Recipe, run: Run, report: Reporter) -> None:
+    def __init__(self, recipe: Recipe, run: Run, report: Reporter, processes: Processes | None = None) -> None:
         assert recipe.data is not None
         self.recipe, self.options, self.run, self.report = recipe, recipe.train, run, report
+        self.processes = processes or Processes()
         settle(self.options.deterministic)
-        self.device = choose_device(self.options.device)
+        self.device = choose_device(self.processes.device(self.options.device))
         self.precision = Precision.choose(self.options.precision, self.device)
         choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
         self.tracking = Tracking(recipe, run.folder, run.name, report)
@@ -112,7 +127,7 @@ class Trainer:
         self.source = prepare_source(
             self.base, recipe.data, recipe.prior, trains=trains, batch_size=self.options.batch_size,
             accumulation=self.options.accumulation, seed=self.options.seed, device=self.device,
-            reads=self.objective.reads, report=report)
+            reads=self.objective.reads, report=report, rank=self.processes.rank, world=self.processes.count)
         for line in self.source.describe():
             report.note(line)
         groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
@@ -132,7 +147,7 @@ class Trainer:
             self.base.denoiser.compile()
         self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)
         self.total = self.options.steps or (self.options.epochs or 0) * self.source.epoch_steps or 500
-        self.pictures = self.options.batch_size * self.options.accumulation
+        self.pictures = self.options.batch_size * self.options.accumulation * self.processes.count
 
     # --- the loop ----------------------------------------------------------------------------------------
     def train(self, stop_after: int | None = None) -> Outcome:
@@ -140,10 +155,10 @@ class Trainer:
         started, first = time.monotonic(), self._resume()
         step = first
         with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
-                Journal(self.run, self.device, first, self.tracking) as journal, \
+                Journal(self.run, self.device, first, self.tracking if self.processes.first else None) as journal, \
                 self.report.phase("training", self.total, "steps") as advance:
             advance(first)
-            if first < self.total and self.previews.due(first, self.total):
+            if self.processes.first and first < self.total and self.previews.due(first, self.total):
                 self._preview(first)
             while step < self.total and not wish.asked:
                 clock = time.monotonic()
@@ -153,41 +168,49 @@ class Trainer:
                 step += 1
                 self.shown.update(step)
                 advance(1, journal.step(step, loss, norm, self.optimizer, self.pictures, time.monotonic() - clock))
-                asked = requests.take()
+                asked = requests.take() if self.processes.first else frozenset()
                 if "stop" in asked or step == stop_after:
                     wish.asked = wish.asked or signal.SIGTERM
-                self._keep(step, asked, stopping=wish.asked is not None)
+                wish.asked = next(filter(None, self.processes.gathered(wish.asked)), None)
+                if self.processes.first:
+                    self._keep(step, asked, stopping=wish.asked is not None)
             mean, finished = journal.mean_loss, step >= self.total
             journal.finished = finished
         if finished:
             if step > first:
                 self.verdicts.end()
-            self._save_artifact(self._artifact(), step)
+            if self.processes.first:
+                self._save_artifact(self._artifact(), step)
         return Outcome(self._artifact() if finished else None, step, first, mean, time.monotonic() - started,
-                       None if finished else wish.asked)
+                       None if finished else wish.asked, self.processes.rank)
 
     def _accumulate(self, step: int) -> float:
-        """Forward and backward over the micro-batches of an optimizer step; the mean loss."""
-        total = torch.zeros((), device=self.device)
+        """Forward and backward over the micro-batches of an optimizer step; the mean loss over all processes."""
+        total, finite = torch.zeros((), device=self.device), list[tuple[list[str], Tensor]]()
         for micro, batches in enumerate(self.source.micro_batches(step)):
-            torch.manual_seed(seed_for(self.options.seed, step, micro, 0))  # dropout, and whatever else draws
+            # dropout, and whatever else draws
+            torch.manual_seed(seed_for(self.options.seed, step, micro, self.processes.rank))
             for batch in batches:
                 batch = batch.to(self.device)
                 draws = Draws(self.options.seed, step, batch.samples, self.device)
                 with self.precision.autocast():
                     losses = step_losses(self.base, batch, self.objective, draws)
-                if not torch.isfinite(losses).all():
-                    self._not_finite(step, [n for n, l in zip(batch.names, losses, strict=True) if not l.isfinite()])
+                finite.append((batch.names, losses.isfinite()))
                 loss = losses.sum() / self.pictures
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
         for method in self.methods:
             if (penalty := method.penalty()) is not None:
-                self.scaler.scale(penalty).backward()
-        return total.item()
+                self.scaler.scale(penalty / self.processes.count).backward()  # gradients are added up
+        mean = self.processes.total(total).item()
+        if not math.isfinite(mean):
+            self._not_finite(step, [name for names, good in finite
+                                    for name, fine in zip(names, good.tolist(), strict=True) if not fine])
+        return mean
 
     def _update(self, step: int) -> float:
         """The optimizer's step; the gradients' norm before clipping."""
+        self.processes.add_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         self.verdicts.gradients(step)
         for method in self.methods:
@@ -202,8 +225,9 @@ class Trainer:
             method.after_step(step)
         return norm.item()
 
-    def _not_finite(self, step: int, names: list[str]) -> None:
+    def _not_finite(self, step: int, own: list[str]) -> None:
         """Stop with the step, the pictures and advice. The last checkpoint holds the last good state."""
+        names = [name for names in self.processes.gathered(own) for name in names]
         kept = self.run.checkpoints()
         advice = "use train.precision=bf16 or fp32" if self.precision.dtype == torch.float16 else \
             "lower train.learning_rate, or look at these pictures"
@@ -230,7 +254,8 @@ class Trainer:
             state = State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict(),
                                           "beginning": self.verdicts.beginning})
             manifest = {"total": self.total, "data": self.source.fingerprint, "base": self.fingerprint,
-                        "environment": describe(self.device)}
+                        "environment": describe(self.device), "group": self.source.share.group,
+                        "processes": self.processes.count}
             self.run.save(state, manifest, output.keep, output.keep_every)
 
     def _preview(self, step: int) -> None:
@@ -285,6 +310,8 @@ class Trainer:
         if manifest["base"] != self.fingerprint:
             raise UserError("the base is not the one this run began with", where=self.recipe.base.path,
                             fix="put it back, or choose another output.dir")
+        for line in self.processes.compared(manifest, self.source.share.group, self.run.folder):
+            self.report.warn(line)
         for line in differences(manifest["environment"], describe(self.device)):
             self.report.warn(f"{line}: the last bits of what follows may differ from an uninterrupted run")
         for prefix, module in self._trained().items():
@@ -294,6 +321,7 @@ class Trainer:
         self.verdicts.begin(state.values.get("beginning"))
         unpack_optimizer(self.optimizer, state.tensors, state.values["optimizer"])
         self.scaler.load_state_dict(state.values["scaler"])
-        self.run.rewind_log(state.step)
+        if self.processes.first:
+            self.run.rewind_log(state.step)
         self.report.note(f"going on after step {state.step}")
         return state.step
