@@ -23,7 +23,7 @@ from impasto.core.progress import Reporter
 from impasto.data.buckets import Placement, cut
 from impasto.data.dataset import Picture
 from impasto.data.frontier import VAE
-from impasto.families.base import Base, TextStates
+from impasto.families.base import Base, Caption, TextStates
 
 #: raise it when the way from a file to an entry changes: decoding, scaling, cutting
 RECIPE = 1
@@ -135,7 +135,7 @@ def encode_picture(base: Base, picture: Picture, placement: Placement, flip: boo
 # --- captions ----------------------------------------------------------------------------------------------
 
 
-def text_key(caption: str, encoder: str) -> str:
+def text_key(caption: Caption, encoder: str) -> str:
     """The key of a caption's states."""
     return key_of("text", RECIPE, caption, encoder)
 
@@ -146,7 +146,7 @@ def text_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
     return key_of(weights, sorted(base.text_settings().items()))
 
 
-def encode_caption(base: Base, caption: str) -> TextStates:
+def encode_caption(base: Base, caption: Caption) -> TextStates:
     """A caption's states, each with a leading dimension of 1."""
     with torch.no_grad():
         states = base.encode_text([caption])

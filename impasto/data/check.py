@@ -59,7 +59,9 @@ class Verdict:
 def check(inventory: Inventory, *, near: bool = True) -> Checked:
     """All findings about one folder. `near`: pictures that look alike too, not exact copies alone."""
     groups = exact_copies(inventory) + (near_duplicates(inventory) if near else [])
-    tags = None if inventory.data.caption is not None else tag_statistics(inventory.captions.values())
+    phrasing = inventory.phrasing
+    tags = None if inventory.data.caption is not None else tag_statistics(
+        map(phrasing.body, inventory.captions.values()), phrasing.separator)
     findings = all_findings(inventory, groups, tags)
     pictures = set(inventory.listing.pictures)
     unused: dict[str, list[str]] = {}
@@ -214,6 +216,8 @@ def _plain_picture(checked: Checked, name: str) -> dict[str, Any]:
     look, placement = inventory.looks.get(name), inventory.placements.get(name)
     told: dict[str, Any] = {"used": name not in checked.unused, "why_not": checked.unused.get(name, []),
                             "caption": inventory.captions.get(name), "chunks": inventory.chunks.get(name)}
+    if inventory.phrasing.facts and name in inventory.captions:
+        told["trained_as"] = inventory.phrasing.plain(inventory.captions[name])
     if look is not None:
         told |= dataclasses.asdict(look) | {"sharpness": round(sharpness(look), 5)}
     if placement is not None:

@@ -14,9 +14,9 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,10 @@ PICTURE_SUFFIXES = frozenset(
 #: pictures that Pillow alone cannot read: left out, but never silently
 OTHER_PICTURE_SUFFIXES = frozenset(
     {".heic", ".heif", ".jxl", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw"})
+#: captions beside pictures; a .json file is one where a picture has its name
+CAPTION_SUFFIXES = frozenset({".txt", ".caption", ".json"})
+#: tables of captions by name; .parquet files too, and .json files that lie beside no picture
+TABLES = frozenset({"metadata.jsonl", "metadata.csv"})
 #: most pixels of a picture that is decompressed: where Pillow itself refuses (twice its warning's limit)
 PIXEL_CAP = 178_956_970
 #: what Pillow's decoders raise on damaged files
@@ -77,8 +81,9 @@ class Listing:
 
     folder: Path
     pictures: list[str]
-    captions: list[str]  # .txt files
+    captions: list[str]  # files beside pictures that may be captions
     unreadable: list[str]  # pictures of kinds that have no decoder here
+    tables: list[str] = field(default_factory=list)  # files that may hold captions of many pictures
 
 
 def refuse(problems: Sequence[Problem], folder: Path) -> None:
@@ -125,11 +130,17 @@ def list_folder(folder: Path) -> Listing:
                         fix="rename them")
     names.sort(key=lambda name: (normal(name), name))
 
-    def having(suffixes: frozenset[str]) -> list[str]:
+    def having(suffixes: Set[str]) -> list[str]:
         return [name for name in names if Path(name).suffix.lower() in suffixes]
 
-    listing = Listing(folder, having(PICTURE_SUFFIXES), having(frozenset({".txt"})),
-                      having(OTHER_PICTURE_SUFFIXES))
+    pictures = having(PICTURE_SUFFIXES)
+    beside = {normal(name) for name in pictures} | {normal(Path(name).with_suffix("").as_posix()) for name in pictures}
+    captions, tables = [], [name for name in names if Path(name).name.lower() in TABLES] + having({".parquet"})
+    for name in having(CAPTION_SUFFIXES):
+        is_json = Path(name).suffix.lower() == ".json"
+        alone = is_json and normal(Path(name).with_suffix("").as_posix()) not in beside
+        (tables if alone else captions).append(name)
+    listing = Listing(folder, pictures, captions, having(OTHER_PICTURE_SUFFIXES), tables)
     if not listing.pictures:
         others = f" ({', '.join(listing.unreadable)} cannot be read)" if listing.unreadable else ""
         raise UserError(f"there are no pictures in this folder{others}", where=folder,

@@ -84,7 +84,7 @@ def refusals(inventory: Inventory) -> Iterator[Finding]:
     if of_pictures:
         all_of_them = len(of_pictures) == len(pictures)
         fix = "give one caption for all with data.caption=…" if all_of_them else \
-            "write a .txt file beside each, or allow it with data.missing_captions=empty"
+            "write a .txt file beside each, or a row in a table, or allow it with data.missing_captions=empty"
         yield Finding(Level.REFUSED, "no caption", f"{number(len(of_pictures), 'picture')} without a caption", fix,
                       _named(of_pictures))
     if of_files:
@@ -175,6 +175,13 @@ def _captions(inventory: Inventory) -> Iterator[Finding]:
         names = dict.fromkeys(inventory.listing.captions, "")
         yield Finding(Level.WARNING, "unread captions", f"{number(len(names), 'caption file')} not read, since one "
                       "caption is given for all", "leave data.caption out to use them", names)
+    if inventory.overruled:
+        yield Finding(Level.WARNING, "captions differ", f"{number(len(inventory.overruled), 'picture')} of which two "
+                      "files say different things", "take one of them away, or choose with data.caption_source",
+                      inventory.overruled)
+    if inventory.unread:
+        yield Finding(Level.NOTE, "unread files", f"{number(len(inventory.unread), 'file')} that might be captions and "
+                      "cannot be used; none is missing", "", inventory.unread)
     known = {problem.name for problem in inventory.caption_problems}
     empty = {name: "" for name, text in inventory.captions.items() if not text and name not in known}
     if empty:
@@ -190,19 +197,27 @@ def _wording(inventory: Inventory, tags: Tags | None) -> Iterator[Finding]:
     """What the captions say."""
     one = inventory.data.caption
     texts = {name: text for name, text in inventory.captions.items() if text} if one is None else {ALL: one}
+    meant = ("weight", "bracket") if inventory.data.caption_weights else ()
     found: dict[str, dict[str, str]] = {}
     for name, text in texts.items():
-        for kind in oddities(text, tagged=tags is not None):
-            found.setdefault(kind, {})[name] = text
+        for kind in oddities(inventory.phrasing.body(text), tags is not None, inventory.phrasing.separator):
+            if kind not in meant:
+                found.setdefault(kind, {})[name] = text
     for kind, what in ODDITIES.items():
         if kind in found:
             level = Level.WARNING if kind in ("mojibake", "control", "cut") else Level.NOTE
-            fix = {"mojibake": "save those files as UTF-8", "cut": "write them to their end"}.get(kind, "")
+            fix = {"mojibake": "save those files as UTF-8", "cut": "write them to their end",
+                   "wildcard": "data.wildcards=true chooses one of them in each use"}.get(kind, "")
             yield Finding(level, f"caption {kind}", f"{number(len(found[kind]), 'caption')} {what}", fix,
                           found[kind])
     chunks = inventory.chunks if one is None else {ALL: max(inventory.chunks.values(), default=1)}
     long = {name: number(chunks[name], "chunk") for name in texts if chunks[name] > 1}
-    if long:
+    cut = inventory.cut if one is None else dict.fromkeys([ALL] * bool(inventory.cut), next(iter(
+        inventory.cut.values()), ""))
+    if cut:
+        yield Finding(Level.WARNING, "cut captions", f"{number(len(cut), 'caption')} cut to "
+                      f"{inventory.data.max_tokens} tokens", "leave data.max_tokens out: they may have any length", cut)
+    elif long and inventory.data.max_tokens is None:
         yield Finding(Level.NOTE, "long captions", f"{number(len(long), 'caption')} longer than one chunk of {CHUNK} "
                       "tokens: nothing is cut here, but other programs may cut them", "", long)
     counts = Counter(texts.values())

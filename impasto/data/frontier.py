@@ -1,8 +1,8 @@
 """The frontier rule: what is encoded once and cached, and what in every step.
 
 Where nothing trainable and nothing random lies upstream, an encoder's output is computed once. A finite
-choice (a mirrored picture) caches every variant. An encoder that is trained, or ever was in this run, is
-never cached. The planner asks this same function.
+choice (a mirrored picture, a few wildcards) caches every variant. An encoder that is trained, or ever was in
+this run, is never cached. The planner asks this same function.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ class Frontier:
 
 
 def frontier(trains: Collection[str], text_encoders: Collection[str], data: DataOptions,
-             reads: Collection[str] = READS) -> Frontier:
+             reads: Collection[str] = READS, *, many: bool = False) -> Frontier:
     """What is cached when the components named in `trains` are trained, on a base with these `text_encoders`, for
     an objective that looks at what `reads` names.
 
-    One trained text encoder of several keeps all of them in the step: their states are one entry.
+    One trained text encoder of several keeps all of them in the step: their states are one entry. So does chance
+    over more captions than are worth encoding beforehand: tags that are shuffled or left out, or `many`, where a
+    picture has more than `phrasing.MOST_VARIANTS` of them by its wildcards.
     """
     pictures, captions = "pictures" in reads, "captions" in reads
     pixels = pictures and VAE in trains
-    texts = captions and bool(set(text_encoders) & set(trains))
+    chance = many or data.shuffle_tags or data.tag_dropout > 0
+    texts = captions and (chance or bool(set(text_encoders) & set(trains)))
     needs = frozenset((VAE,) if pixels else ()) | frozenset(text_encoders if texts else ())
     return Frontier(pictures and not pixels, pixels, captions and not texts, texts,
                     (False, True) if data.flip else (False,), needs)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.buckets import Placement, bucket_sizes, check_sizes, place
-from impasto.data.captions import captions
+from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Problem, list_folder, located, memory_of
 from impasto.data.looks import Look, look_over
-from impasto.data.options import DataOptions, PriorOptions
+from impasto.data.options import DataOptions, PriorOptions, of_class_pictures
+from impasto.data.phrasing import Phrasing
 from impasto.data.wording import count_chunks, file_oddities
 
 #: side of a latent cell in pixels, of all of Stable Diffusion's VAEs
@@ -30,10 +31,18 @@ class Inventory:
     looks: dict[str, Look]  # of pictures that can be decoded
     problems: list[Problem]  # pictures that cannot
     placements: dict[str, Placement | None]  # None: too small
-    captions: dict[str, str]
+    captions: dict[str, str]  # as they are read
     caption_problems: list[Problem]  # of pictures, or of captions' files
     chunks: dict[str, int] = field(default_factory=dict)  # of a caption in the text encoder
-    caption_files: dict[str, list[str]] = field(default_factory=dict)  # what is unusual about a .txt file
+    caption_files: dict[str, list[str]] = field(default_factory=dict)  # what is unusual about a caption's file
+    overruled: dict[str, str] = field(default_factory=dict)  # pictures of which two files say different things
+    unread: dict[str, str] = field(default_factory=dict)  # files of captions that are not read, and why
+    cut: dict[str, str] = field(default_factory=dict)  # what data.max_tokens leaves out of a picture's caption
+
+    @property
+    def phrasing(self) -> Phrasing:
+        """What is done with the captions."""
+        return Phrasing.of(self.data)
 
     @property
     def placed(self) -> dict[str, Placement]:
@@ -51,7 +60,7 @@ def take_inventories(data: DataOptions, prior: PriorOptions | None, batch: int,
     assert data.folder is not None, "the drawn world has no folder"
     folders = [("pictures", located(data.folder), data)]
     if prior is not None and prior.folder is not None:
-        folders.append(("class pictures", located(prior.folder), data.model_copy(update={"caption": prior.caption})))
+        folders.append(("class pictures", located(prior.folder), of_class_pictures(data, prior)))
     listings = [(title, list_folder(folder), options) for title, folder, options in folders]
     return [take_inventory(listing, options, batch, report, title) for title, listing, options in listings]
 
@@ -62,21 +71,26 @@ def take_inventory(listing: Listing, data: DataOptions, batch: int, report: Repo
     looks, problems = look_over(listing, memory_of(listing.folder), report, title)
     buckets = bucket_sizes(data)
     placements = {name: place(look.size, data, buckets) for name, look in looks.items()}
-    texts, caption_problems = captions(listing, data)
-    distinct = list(dict.fromkeys(texts.values()))
-    chunks = dict(zip(distinct, count_chunks(distinct), strict=True))
-    files = {} if data.caption is not None else _odd_files(listing)
-    return Inventory(title, listing, data, batch, looks, problems, placements, texts, caption_problems,
-                     {name: chunks[text] for name, text in texts.items()}, files)
+    captions, phrasing = read_captions(listing, data), Phrasing.of(data)
+    said = {text: phrasing.plain(text) for text in captions.texts.values()}
+    chunks = dict(zip(said, count_chunks(list(said.values())), strict=True))
+    lost = {text: phrasing.lost(text) for text in said} if data.max_tokens is not None else {}
+    files = {} if data.caption is not None else _odd_files(listing, data.wildcards)
+    return Inventory(title, listing, data, batch, looks, problems, placements, captions.texts, captions.problems,
+                     {name: chunks[text] for name, text in captions.texts.items()}, files, captions.overruled,
+                     captions.unread, {name: lost[text] for name, text in captions.texts.items() if lost.get(text)})
 
 
-def _odd_files(listing: Listing) -> dict[str, list[str]]:
+def _odd_files(listing: Listing, lines: bool) -> dict[str, list[str]]:
+    """What is unusual about files of text; `lines`: several lines are not."""
     found = {}
     for name in listing.captions:
+        if name.lower().endswith(".json"):
+            continue
         try:
             odd = file_oddities((listing.folder / name).read_bytes())
         except OSError:
             continue  # is among the problems already
-        if odd:
+        if odd := [kind for kind in odd if not (lines and kind == "several lines")]:
             found[name] = odd
     return found

@@ -8,6 +8,9 @@ import pydantic
 from PIL import ImageColor
 from pydantic import Field
 
+#: where a template takes the caption
+PLACES = ("{caption}", "{}")
+
 
 class Section(pydantic.BaseModel):
     """Typos are errors; values are checked on assignment too."""
@@ -18,20 +21,43 @@ class Section(pydantic.BaseModel):
 class DataOptions(Section):
     """`[data]`: the pictures to learn from."""
 
-    folder: str | None = Field(None, description="Folder of pictures, folders inside it included, with a .txt "
-                               "caption beside each unless caption is given.")
+    folder: str | None = Field(None, description="Folder of pictures, folders inside it included, with a caption for "
+                               "each (caption_source) unless caption is given.")
     source: Literal["folder", "world"] = Field("folder", description="world: pictures of the embedded base's drawn "
                                                "world with their captions, made as they are needed.")
     pictures: int | None = Field(None, ge=1, description="How many of the drawn world (default 20000).")
     doodles: float = Field(0.0, ge=0, le=1, description="Share of the drawn world's pictures that show nothing in "
                            "particular and have no caption; they keep a VAE general.")
-    caption: str | None = Field(None, description="One caption for all pictures; .txt files are then not "
+    caption: str | None = Field(None, description="One caption for all pictures; captions in files are then not "
                                 "read (diffusers' instance prompt).")
+    caption_source: Literal["auto", "txt", "caption", "json", "table"] = Field(
+        "auto", description="Where captions are. auto: of what is there the first of .txt, .caption and .json beside "
+        "the picture (a.txt or a.png.txt for a.png), then metadata.jsonl, metadata.csv, .parquet and kohya's merged "
+        ".json in its folder or the folders around it; what another one says is reported. The others: only there.")
     missing_captions: Literal["error", "empty"] = Field(
         "error", description="What a picture without a caption is: an error by name, or captioned with "
         "nothing.")
+    caption_template: str | None = Field(None, description='What each caption is put into: "a photo of {}", or '
+                                         '"{caption}, watercolour". An empty caption stays empty; captions of class '
+                                         "pictures are left alone.")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Share of samples that are trained without their "
                                    "caption, which guidance needs when a base is trained (SD 1.x: 0.1).")
+    shuffle_tags: bool = Field(False, description="The tags of a caption in another order in each use (kohya's "
+                               "shuffle_caption). Captions are then encoded in each step, not once.")
+    keep_tags: int = Field(0, ge=0, description="So many tags stay in front and are never left out (kohya's "
+                           "keep_tokens).")
+    keep_tags_separator: str = Field("|||", description="Where it is in a caption, the tags before it are kept in "
+                                     "place of keep_tags, and those behind a second one stay at the end (kohya). "
+                                     "Empty: a word like others.")
+    tag_separator: str = Field(",", min_length=1, description="What stands between tags.")
+    tag_dropout: float = Field(0.0, ge=0, le=1, description="Share of the tags that are left out in a use, each by "
+                               "itself (kohya's caption_tag_dropout_rate). Captions are then encoded in each step.")
+    wildcards: bool = Field(False, description="Of {a|b|c} in a caption or the template one is chosen in each use, and "
+                            "of several lines one (kohya's enable_wildcard; they may be nested). Off: lines joined.")
+    caption_weights: bool = Field(False, description="(word:1.2), (word) and [word] weigh words in captions as they do "
+                                  "in prompts (kohya's weighted_captions). Off, as in all trainers: read as written.")
+    max_tokens: int | None = Field(None, ge=1, description="CLIP tokens after which a caption is cut, at the end of a "
+                                   "word; what is lost is reported. Default: any length, in chunks of 75.")
     resolution: int = Field(512, ge=8, description="Pixels: side of the square whose area buckets have; "
                             "512 is what SD 1.x was trained at.")
     buckets: bool = Field(True, description="Aspect-ratio buckets, as in kohya and OneTrainer; without "
@@ -57,6 +83,26 @@ class DataOptions(Section):
     def _is_a_colour(cls, value: str) -> str:
         ImageColor.getrgb(value)
         return value
+
+    @pydantic.field_validator("caption_template")
+    @classmethod
+    def _has_a_place(cls, value: str | None) -> str | None:
+        if value is not None and not any(place in value for place in PLACES):
+            raise ValueError("has no place for the caption: write {} or {caption} there")
+        return value
+
+    @pydantic.field_validator("keep_tags_separator")
+    @classmethod
+    def _is_no_space(cls, value: str) -> str:
+        if value and not value.strip():
+            raise ValueError("is nothing but spaces, which are between all words")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _separators_differ(self) -> DataOptions:
+        if self.keep_tags_separator.strip() == self.tag_separator.strip() != "":
+            raise ValueError(f"keep_tags_separator and tag_separator are both {self.tag_separator!r}")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> DataOptions:
@@ -95,7 +141,7 @@ class PriorOptions(Section):
     """`[prior]`: class pictures, which keep what the base knows of the class (DreamBooth, Ruiz et al.)."""
 
     caption: str | None = Field(None, description='What the class is called: "a photo of a dog". Needed to draw '
-                                "class pictures; without it those of folder have a .txt caption each.")
+                                "class pictures; without it those of folder have a caption each, as [data] has them.")
     folder: str | None = Field(None, description="Class pictures that are there already, all of them "
                                "used; default: they are drawn with the base itself, once.")
     images: int = Field(200, ge=1, description="Class pictures to draw (200: Hugging Face's DreamBooth "
@@ -114,3 +160,13 @@ class PriorOptions(Section):
     scheduler: str = Field("dpm++2m", description="As in impasto generate --scheduler.")
     batch_size: int = Field(4, ge=1, description="Class pictures drawn at once (diffusers: 4); their last "
                             "bits depend on it.")
+
+
+def of_class_pictures(data: DataOptions, prior: PriorOptions) -> DataOptions:
+    """`[data]` as it is for class pictures: their own caption, as they were drawn with it, and no template, which
+    would put the words of what is learned into it."""
+    change: dict[str, object] = {"caption": prior.caption, "caption_template": None}
+    if prior.caption is not None:
+        change |= {"shuffle_tags": False, "tag_dropout": 0.0, "wildcards": False, "keep_tags_separator": "",
+                   "caption_weights": False, "max_tokens": None}
+    return data.model_copy(update=change)

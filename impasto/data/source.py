@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -15,14 +14,16 @@ from torch import Tensor
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
 from impasto.data import cache as caching
+from impasto.data.account import account, unused, wordings
 from impasto.data.buckets import Placement, bucket_sizes, check_sizes, cut, place, too_small
 from impasto.data.cache import Cache, key_of
-from impasto.data.captions import captions
+from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Picture, Problem, list_folder, located, memory_of, refuse, survey
 from impasto.data.drawn import Drawn
 from impasto.data.frontier import READS, Frontier, frontier
-from impasto.data.options import DataOptions, PriorOptions
+from impasto.data.options import DataOptions, PriorOptions, of_class_pictures
 from impasto.data.order import Order
+from impasto.data.phrasing import PLAIN, Phrasing
 from impasto.data.prior import draw_prior
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.mini.labels import LABEL_SIZES
@@ -34,12 +35,13 @@ class Item:
     """One picture as the run uses it: a fact for reports, and the way to its batch."""
 
     picture: Picture
-    caption: str
+    caption: str  # as it was read
     placement: Placement
     weight: float  # of its loss
     latent_keys: tuple[str, ...] = ()  # plain, then mirrored; empty if the step encodes pictures
-    text_key: str = ""  # empty if the step encodes captions
+    text_keys: Mapping[str, str] = field(default_factory=dict)  # by what may be said; empty if the step encodes it
     labels: tuple[int, ...] = ()  # what is known of it beside its caption; only the drawn world tells
+    phrasing: Phrasing = PLAIN  # what is done with its caption
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Source:
     stack_text: Callable[[Sequence[TextStates]], TextStates]
     no_caption: str = ""  # the key of the empty caption's states, where captions are dropped and cached
     label_sizes: tuple[int, ...] = ()  # how many values each of the items' labels has
+    varied: bool = False  # captions are encoded in the step since chance makes too many of them
     notes: list[str] = field(default_factory=list)  # what lies in the folder and is not used
 
     def __post_init__(self) -> None:
@@ -149,13 +152,20 @@ class Source:
         elif self.rule.pixels:
             batch.pixels = torch.stack([cut(item.picture.read(self.data.background), item.placement, flip)
                                         for item, flip in zip(items, flips, strict=True)])
-        dropped = [self.drops(step, sample) for sample in samples]
+        said = [self.says(item, step, sample) for item, sample in zip(items, samples, strict=True)]
         if self.rule.text:
-            keys = [self.no_caption if drop else item.text_key for item, drop in zip(items, dropped, strict=True)]
+            keys = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
+                    for item, words in zip(items, said, strict=True)]
             batch.text = self.stack_text(self.cache.load_all(keys))
         elif self.rule.captions:
-            batch.captions = ["" if drop else item.caption for item, drop in zip(items, dropped, strict=True)]
+            batch.captions = [item.phrasing.encoded_as(words) for item, words in zip(items, said, strict=True)]
         return batch
+
+    def says(self, item: Item, step: int, sample: int) -> str:
+        """A picture's caption in one use: a function of the seed, the step and its place in the batch."""
+        if self.drops(step, sample):
+            return ""
+        return item.phrasing.say(item.caption, functools.partial(seed_for, self.share.seed, step, sample, "caption"))
 
     def drops(self, step: int, sample: int) -> bool:
         """Whether a sample's caption is left out in this step."""
@@ -169,43 +179,22 @@ class Source:
         lines = account("pictures", self.pictures, buckets)
         if self.class_pictures:
             lines += account("class pictures", self.class_pictures, buckets)
-        encoded = [f"{what} are encoded {'once' if once else 'in each step, as their encoder is trained'}"
-                   for what, once, live in (("pictures", self.rule.latents, self.rule.pixels),
-                                            ("captions", self.rule.text, self.rule.captions)) if once or live]
+        trained = "as their encoder is trained"
+        encoded = [f"{what} are encoded {'once' if once else f'in each step, {why}'}" for what, once, live, why in (
+            ("pictures", self.rule.latents, self.rule.pixels, trained),
+            ("captions", self.rule.text, self.rule.captions, "as they vary" if self.varied else trained))
+            if once or live]
         length = self.epoch_steps
-        return [*lines, *self.notes, "; ".join(encoded),
+        return [*lines, *wordings(self.pictures), *self.notes, "; ".join(encoded),
                 f"an epoch is {length} step{'s' if length > 1 else ''}"]
 
 
 def data_fingerprint(data: DataOptions, streams: Sequence[Sequence[Item]]) -> str:
     """`Source.fingerprint` of pictures, and of class pictures if there are any."""
+    phrasing = Phrasing.of(data).facts
     return key_of(data.flip, data.background,
-                  [[(item.picture.digest, item.caption, item.placement) for item in items] for items in streams])
-
-
-def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]]) -> list[str]:
-    """How many there are, in which buckets, and what was cut off or enlarged: lines for the user."""
-    counts = Counter(item.placement.bucket for item in items)
-    shapes = ", ".join(f"{count} at {width}x{height}" for (height, width), count
-                       in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-    lines = [f"{len(items)} {title}: {shapes}"]
-    most = max(items, key=lambda item: item.placement.cropped)
-    if most.placement.cropped > 0:
-        mean = sum(item.placement.cropped for item in items) / len(items)
-        lines.append(f"{title} are cropped by {mean:.1%} of their area on average, at most by "
-                     f"{most.placement.cropped:.1%} ({most.picture.name})")
-    enlarged = [item for item in items if item.placement.scale > 1]
-    if enlarged:
-        most = max(enlarged, key=lambda item: item.placement.scale)
-        lines.append(f"{title} that are enlarged: {len(enlarged)}, at most {most.placement.scale:.2f} times "
-                     f"({most.picture.name})")
-    own = sum(item.placement.bucket not in buckets for item in items)
-    if own:
-        lines.append(f"{title} too small for any bucket, in one of their own size: {own}")
-    copies = len(items) - len({item.picture.digest for item in items})
-    if copies:
-        lines.append(f"{title} that are copies of others: {copies}")
-    return lines
+                  [[(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
+                  *([phrasing] if phrasing else []))
 
 
 # --- preparing ---------------------------------------------------------------------------------------------
@@ -223,7 +212,6 @@ def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *,
     """
     share = Share(batch_size, accumulation, seed, rank, world)
     check_sizes(data, base.cell)
-    rule = frontier(trains, base.text_encoder_names, data, reads)
     fingerprint = base.fingerprint()
     notes: list[str] = []
     class_items: list[Item] = []
@@ -231,57 +219,53 @@ def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *,
         items = draw_world(data, share.seed)
     else:
         listing = list_folder(located(str(data.folder)))
-        notes += unused(listing, data)
-        items = collect(listing, data, report)
+        items = collect(listing, data, report, notes=notes)
     if prior is not None:
-        class_data = data.model_copy(update={"caption": prior.caption})
-        if prior.folder is not None:
-            listing = list_folder(located(prior.folder))
-            notes += unused(listing, data)
-        else:
-            listing = draw_prior(base, fingerprint, prior, data.resolution, report, rank, world)
-        class_items = collect(listing, class_data, report, "class pictures", prior.weight)
+        class_data = of_class_pictures(data, prior)
+        listing = list_folder(located(prior.folder)) if prior.folder is not None else \
+            draw_prior(base, fingerprint, prior, data.resolution, report, rank, world)
+        class_items = collect(listing, class_data, report, "class pictures", prior.weight, notes)
+    many = any(item.phrasing.variants(item.caption) is None for item in (*items, *class_items))
+    rule = frontier(trains, base.text_encoder_names, data, reads, many=many)
     cache = Cache.at(data.cache)
     encoding = Encoding(base, fingerprint, cache, data, rule, torch.device(device))
     items, class_items = encoding.keyed(items), encoding.keyed(class_items)
     no_caption = encoding.caption("") if data.caption_dropout else ""
     encoding.run(report, rank, world)
     return Source(tuple(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
-                  LABEL_SIZES if data.source == "world" else (), notes)
+                  LABEL_SIZES if data.source == "world" else (), notes=notes,
+                  varied=rule.captions and not set(base.text_encoder_names) & trains)
 
 
 def draw_world(data: DataOptions, seed: int) -> list[Item]:
     """The drawn world's pictures, each made when it is read: none of them is ever a file."""
     assert data.pictures is not None
     whole = (data.resolution, data.resolution)
-    return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole), 1.0, labels=picture.labels)
+    phrasing = Phrasing.of(data)
+    return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole), 1.0, labels=picture.labels,
+                 phrasing=phrasing)
             for picture in (Drawn.number(i, data.resolution, seed, data.doodles) for i in range(data.pictures))]
 
 
-def unused(listing: Listing, data: DataOptions) -> list[str]:
-    """What lies in the folder and is not used, in lines for the user."""
-    notes = []
-    if listing.unreadable:
-        notes.append(f"not used, since nothing here reads such files: {', '.join(listing.unreadable)}")
-    if data.caption is not None and listing.captions:
-        notes.append(f"{len(listing.captions)} .txt files are not read, as data.caption is set")
-    return notes
-
-
 def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = "pictures",
-            weight: float = 1.0) -> list[Item]:
-    """All pictures of a folder with captions and cuts, or one `UserError` with all that is wrong."""
+            weight: float = 1.0, notes: list[str] | None = None) -> list[Item]:
+    """All pictures of a folder with captions and cuts, or one `UserError` with all that is wrong.
+
+    What is there and not used is told in `notes`.
+    """
     pictures, problems = survey(listing, memory_of(listing.folder), report, title)
-    texts, caption_problems = captions(listing, data)
-    buckets = bucket_sizes(data)
+    captions = read_captions(listing, data)
+    buckets, phrasing = bucket_sizes(data), Phrasing.of(data)
     items = []
     for picture in pictures:
         placement = place(picture.size, data, buckets)
         if placement is None:
             problems.append(Problem(picture.name, too_small(picture.size, data)))
-        elif picture.name in texts:
-            items.append(Item(picture, texts[picture.name], placement, weight))
-    refuse([*problems, *caption_problems], listing.folder)
+        elif picture.name in captions.texts:
+            items.append(Item(picture, captions.texts[picture.name], placement, weight, phrasing=phrasing))
+    refuse([*problems, *captions.problems], listing.folder)
+    if notes is not None:
+        notes += unused(listing, data, captions)
     return items
 
 
@@ -298,7 +282,7 @@ class Encoding:
 
     def keyed(self, items: Iterable[Item]) -> list[Item]:
         """The items with their cache keys, and what those keys stand for noted down."""
-        return [replace(item, latent_keys=self._latent_keys(item), text_key=self._text_key(item))
+        return [replace(item, latent_keys=self._latent_keys(item), text_keys=self._text_keys(item))
                 for item in items]
 
     def _latent_keys(self, item: Item) -> tuple[str, ...]:
@@ -310,13 +294,17 @@ class Encoding:
                                                        device=self.device)
         return tuple(keys)
 
-    def _text_key(self, item: Item) -> str:
-        return self.caption(item.caption)
+    def _text_keys(self, item: Item) -> dict[str, str]:
+        """The key of each caption that the item may have; none where the step encodes them."""
+        if not self.rule.text:
+            return {}
+        return {words: self.caption(words, item.phrasing) for words in item.phrasing.variants(item.caption) or ()}
 
-    def caption(self, caption: str) -> str:
+    def caption(self, words: str, phrasing: Phrasing = PLAIN) -> str:
         """The key of a caption's states, noted down; "" where the step encodes captions."""
         if not self.rule.text:
             return ""
+        caption = phrasing.encoded_as(words)
         key = caching.text_key(caption, self.text_encoder)
         self.texts[key] = functools.partial(caching.encode_caption, self.base, caption)
         return key

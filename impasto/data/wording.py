@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import codecs
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 #: tokens of a caption in one chunk between the marks of its beginning and end
 CHUNK = 75
@@ -18,6 +21,7 @@ ODDITIES = {
     "control": "with invisible control characters",
     "cut": "apparently cut off in the middle",
     "entity": "with characters written as in HTML (&amp;), which are learned as they stand",
+    "wildcard": "with alternatives such as {a|b}, which are learned as they stand",
     "weight": "with weights or adapters as in prompts, such as (word:1.2), which are learned as words",
     "bracket": "with brackets after a backslash, as prompts need them and captions do not",
     "comma": "ending in a comma, or with nothing between two",
@@ -26,6 +30,7 @@ ODDITIES = {
 
 _ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{1,5}|#x[0-9a-fA-F]{1,4});")
 _WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
+_WILDCARD = re.compile(r"\{[^{}]*\|[^{}]*\}")
 _COMMA = re.compile(r"[,;]\s*$|,\s*,")
 #: words that no sentence ends with
 _OPEN_END = re.compile(r"(?:^|\s)(?:a|an|the|of|and|or|with|at|by|from|into|is|are|has|its|their|his|very|while)\s*$")
@@ -41,14 +46,15 @@ class Tags:
     spellings: list[list[str]]  # tags that differ only in case, underscores or hyphens, the most frequent first
 
 
-def oddities(caption: str, tagged: bool = False) -> list[str]:
+def oddities(caption: str, tagged: bool = False, separator: str = ",") -> list[str]:
     """Keys of `ODDITIES` that are so of a caption; `tagged`: captions here are tags."""
-    parts = split_tags(caption)
+    parts = split_tags(caption, separator)
     found = {
         "mojibake": garbled(caption),
         "control": any(not c.isprintable() and not c.isspace() and c not in "\u200c\u200d" for c in caption),
         "cut": not tagged and len(caption.split()) > 3 and bool(_OPEN_END.search(caption)),
         "entity": bool(_ENTITY.search(caption)),
+        "wildcard": bool(_WILDCARD.search(caption)),
         "weight": bool(_WEIGHT.search(caption)),
         "bracket": "\\(" in caption or "\\)" in caption,
         "comma": bool(_COMMA.search(caption)),
@@ -87,14 +93,14 @@ def file_oddities(data: bytes) -> list[str]:
     return [*found, "several lines"] if len(lines) > 1 else found
 
 
-def split_tags(caption: str) -> list[str]:
-    """The parts between commas, without those that are empty."""
-    return [part.strip() for part in caption.split(",") if part.strip()]
+def split_tags(caption: str, separator: str = ",") -> list[str]:
+    """The parts between separators, without those that are empty."""
+    return [part.strip() for part in caption.split(separator) if part.strip()]
 
 
-def tag_statistics(captions: Iterable[str]) -> Tags | None:
+def tag_statistics(captions: Iterable[str], separator: str = ",") -> Tags | None:
     """How often each tag occurs; None where captions are sentences, or too few to tell."""
-    lists = [split_tags(caption) for caption in captions if caption.strip()]
+    lists = [split_tags(caption, separator) for caption in captions if caption.strip()]
     listed = [parts for parts in lists if len(parts) >= TAG_PARTS and _middle_words(parts) <= TAG_WORDS]
     if len(lists) < 2 or 2 * len(listed) < len(lists):
         return None
@@ -120,8 +126,38 @@ def count_chunks(captions: Sequence[str]) -> list[int]:
     long = [caption for caption in captions if len(caption.lower().encode("utf-8", "replace")) > CHUNK]
     if not long:
         return [1] * len(captions)
-    from impasto.families.tokenizer import clip_tokenizer  # takes a moment
-
-    lengths = map(len, clip_tokenizer()(long, add_special_tokens=False, verbose=False).input_ids)
+    lengths = map(len, _tokenizer()(long, add_special_tokens=False, verbose=False).input_ids)
     chunks = {caption: -(-length // CHUNK) for caption, length in zip(long, lengths, strict=True)}
     return [max(chunks.get(caption, 1), 1) for caption in captions]
+
+
+def cut_to(pieces: Sequence[tuple[str, float]], limit: int) -> tuple[list[tuple[str, float]], str]:
+    """The pieces of a caption within so many CLIP tokens, cut at the end of a word, and the text that is lost."""
+    if sum(len(text.lower().encode("utf-8", "replace")) for text, _ in pieces) <= limit:
+        return list(pieces), ""
+
+    def count(text: str) -> int:
+        return len(_tokenizer()(text, add_special_tokens=False, verbose=False).input_ids)
+
+    kept: list[tuple[str, float]] = []
+    room = limit
+    for i, (text, weight) in enumerate(pieces):
+        size = count(text)
+        if size > room:
+            ends = [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
+            if not kept and (not ends or count(text[:ends[0]]) > room):  # a writing without spaces
+                ends = list(range(1, len(text)))
+            fits = bisect.bisect_right(ends, room, key=lambda end: count(text[:end]))
+            end = ends[fits - 1] if fits else 0
+            kept += [(text[:end], weight)] if end else []
+            return kept or [("", 1.0)], (text[end:] + "".join(other for other, _ in pieces[i + 1:])).strip()
+        room -= size
+        kept.append((text, weight))
+    return kept, ""
+
+
+@functools.cache
+def _tokenizer() -> Callable[..., Any]:
+    from impasto.families.tokenizer import clip_tokenizer  # takes a moment
+
+    return clip_tokenizer()

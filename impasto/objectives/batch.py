@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from impasto.families.base import Geometry, TextStates
+from impasto.families.base import Caption, Geometry, TextStates
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Batch:
     moments: Tensor | None = None  # (B, 2C, h, w)
     pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
     text: TextStates | None = None
-    captions: Sequence[str] | None = None
+    captions: Sequence[Caption] | None = None
     labels: Tensor | None = None  # (B, K) what is known of the pictures, -1 where nothing is
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], the loss's weight by cell
     geometry: Geometry | None = None

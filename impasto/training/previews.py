@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from impasto.data.phrasing import Phrasing
 from impasto.families import prompts
 from impasto.families.base import Base
 from impasto.families.picture_info import save_picture
@@ -22,7 +23,7 @@ class Previews:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         options, data = recipe.sample, recipe.data
-        fallback = [data.caption] if data is not None and data.caption else []
+        fallback = [Phrasing.of(data).plain(data.caption.strip())] if data is not None and data.caption else []
         self.prompts = (options.prompts or fallback) if options.every else []
         self.options, self.folder = options, folder
         side = options.size or (data.resolution if data is not None else 512)

@@ -14,6 +14,9 @@ from impasto.objectives import OBJECTIVES
 from impasto.training.optimizers import OPTIMIZERS, SHARED
 from impasto.training.recipe import BaseOptions, DataOptions, OutputOptions, PriorOptions, SampleOptions, TrainOptions
 
+#: a bar inside a table's cell
+BAR = "\\|"
+
 SECTIONS: list[tuple[str, str, type[pydantic.BaseModel]]] = [
     ("base", "the checkpoint", BaseOptions),
     ("data", "the pictures", DataOptions),
@@ -44,7 +47,8 @@ def _rows(model: type[pydantic.BaseModel]) -> Iterator[str]:
         if name != "kind":
             default = "needed" if field.default is PydanticUndefined and field.default_factory is None else \
                 f"`{json.dumps(field.get_default(call_default_factory=True))}`"
-            yield f"| `{name}` | {'' if default == '`null`' else default} | {field.description} |"
+            told = ("" if default == "`null`" else default, str(field.description))
+            yield f"| `{name}` | {' | '.join(each.replace('|', BAR) for each in told)} |"
 
 
 def _optimizers() -> Iterator[str]:

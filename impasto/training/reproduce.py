@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT
 from impasto.data.dataset import list_folder
+from impasto.data.options import of_class_pictures
 from impasto.data.source import collect, data_fingerprint, located
 from impasto.families.fingerprint import fingerprint
 from impasto.families.load import locate
@@ -108,7 +109,7 @@ def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
     try:
         streams = [collect(list_folder(located(str(data.folder))), data, SILENT)]
         if prior is not None:
-            own = data.model_copy(update={"caption": prior.caption})
+            own = of_class_pictures(data, prior)
             streams.append(collect(list_folder(located(str(prior.folder))), own, SILENT, weight=prior.weight))
     except UserError as error:
         found.unknown.append(f"the pictures: {error.what}; say where they are: data.folder=…")

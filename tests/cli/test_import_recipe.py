@@ -11,7 +11,7 @@ from impasto.cli import app
 from tests.cli.running import impasto, one_line
 
 COMMAND = ("accelerate launch train_network.py --pretrained_model_name_or_path=a.ckpt --train_data_dir=dogs "
-           "--network_dim=8 --shuffle_caption --sparkle=1 --xformers --v2=False --wandb_api_key=hunter2 --max_tr=5 "
+           "--network_dim=8 --color_aug --sparkle=1 --xformers --v2=False --wandb_api_key=hunter2 --max_tr=5 "
            "--output_name=" + "x" * 150)
 
 
@@ -32,7 +32,7 @@ def run(capsys, *arguments: object) -> tuple[str, str]:
 def test_the_recipe_is_printed_and_the_account_beside_it(command: Path, capsys) -> None:
     recipe, account = run(capsys, command)
     assert tomllib.loads(recipe)["method"]["rank"] == 8
-    for told in ("network_dim = 8  ->  method.rank = 8", "not carried over (4)", "shuffle_caption", "sparkle = 1",
+    for told in ("network_dim = 8  ->  method.rank = 8", "not carried over (4)", "color_aug", "sparkle = 1",
                  "is no key that we know", "not needed (1)", "xformers", "without effect (1): v2", "method.alpha = 1.0",
                  "note"):
         assert told in account, told
@@ -67,8 +67,8 @@ def test_the_json_has_all_of_it(command: Path, tmp_path: Path, capsys) -> None:
     assert told["trainer"] == "kohya's sd-scripts" and told["files"] == [str(command)]
     assert [left["key"] for left in told["unknown"]] == ["sparkle", "max_tr"]
     assert {"key": "network_dim", "value": "8", "to": "method.rank", "becomes": 8, "why": ""} in told["carried"]
-    assert {"key": "shuffle_caption", "value": True, "why": "captions are trained as they are written", "here": "",
-            "instead": None} in told["lost"]
+    assert {"key": "color_aug", "value": True, "here": "", "instead": None,
+            "why": "pictures are cut in the middle and keep their colours"} in told["lost"]
 
 
 @pytest.mark.parametrize("width", [60, 100])

@@ -47,9 +47,9 @@ class FakeBase(Base):
     def encode_text(self, captions: Sequence[Caption]) -> TextStates:
         rows = []
         for caption in captions:
-            assert isinstance(caption, str)
-            self.encoded_captions.append(caption)
-            rows.append(torch.tensor(list(hashlib.sha256(caption.encode()).digest()), dtype=torch.float32))
+            text = caption if isinstance(caption, str) else repr(caption)
+            self.encoded_captions.append(text)
+            rows.append(torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.float32))
         return {"states": torch.stack(rows)[:, None]}
 
     def text_settings(self) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def flip_a_bit(path: Path, place: int = -1) -> None:
 def test_a_damaged_entry_is_made_again(photos: Path, damage: Callable[[Path], None]) -> None:
     _, source = prepare(photos)
     cache = Cache.at(None)
-    paths = [cache.path(source.pictures[0].latent_keys[0]), cache.path(source.pictures[2].text_key)]
+    (text_key,) = source.pictures[2].text_keys.values()
+    paths = [cache.path(source.pictures[0].latent_keys[0]), cache.path(text_key)]
     before = [safetensors.torch.load(path.read_bytes()) for path in paths]
     for path in paths:
         damage(path)

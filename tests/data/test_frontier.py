@@ -25,6 +25,19 @@ def test_the_rule(trains: set, latents: bool, text: bool, needs: set, flip: bool
     assert rule.flips == ((False, True) if flip else (False,))
 
 
+@pytest.mark.parametrize(("keys", "many", "text"), [
+    ({}, False, True), ({"shuffle_tags": True}, False, False), ({"tag_dropout": 0.1}, False, False),
+    ({"wildcards": True}, False, True), ({"wildcards": True}, True, False), ({"caption_dropout": 0.5}, False, True),
+    ({"caption_template": "a {}", "caption_weights": True, "keep_tags": 2}, False, True),
+])
+def test_captions_that_chance_makes_too_many_of_are_encoded_in_the_step(keys: dict, many: bool, text: bool) -> None:
+    rule = frontier({"unet"}, TWO, DataOptions(folder="x", **keys), many=many)
+    assert (rule.text, rule.captions, rule.latents) == (text, not text, True)
+    assert rule.needs == (set() if text else set(TWO))
+    rule = frontier({"unet"}, TWO, DataOptions(folder="x", **keys), {"pictures"}, many=many)
+    assert not (rule.text or rule.captions or rule.needs)
+
+
 @pytest.mark.parametrize(("reads", "trains", "found"), [
     ({"pictures"}, {"vae"}, (False, True, False, False)),
     ({"pictures"}, {"unet"}, (True, False, False, False)),

@@ -62,7 +62,7 @@ def test_batches_hold_what_the_base_makes_of_the_pictures(base: Base, photos: Pa
 def test_clip_skip_is_part_of_the_key(base: Base, checkpoint: Path, photos: Path) -> None:
     plain, skipped = prepare(base, photos), prepare(load_base(checkpoint, clip_skip=1), photos)
     assert plain.pictures[0].latent_keys == skipped.pictures[0].latent_keys
-    assert plain.pictures[0].text_key != skipped.pictures[0].text_key
+    assert plain.pictures[0].text_keys != skipped.pictures[0].text_keys
 
 
 def test_class_pictures_are_drawn_the_same_again(base: Base, photos: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from impasto.data.wording import CHUNK, ODDITIES, count_chunks, file_oddities, garbled, oddities, tag_statistics
+from impasto.data.wording import CHUNK, ODDITIES, count_chunks, cut_to, file_oddities, garbled, oddities, tag_statistics
 from impasto.families.clip import chunks_of
 from impasto.families.tokenizer import clip_tokenizer
 
@@ -63,6 +63,36 @@ def test_every_garbled_word_is_found_and_no_honest_one(word: str) -> None:
 ])
 def test_files_written_in_an_unusual_way(data: bytes, found: list[str]) -> None:
     assert file_oddities(data) == found
+
+
+def test_alternatives_are_odd_and_separators_are_as_asked() -> None:
+    assert oddities("a {red|blue} dog") == ["wildcard"] and oddities("a {red} dog | two") == []
+    assert oddities("a; b; a", tagged=True, separator=";") == ["twice"]
+    tags = tag_statistics(["a; b, b; c", "a; b, b; d"], ";")
+    assert tags is not None and tags.counts == {"a": 2, "b, b": 2, "c": 1, "d": 1}
+
+
+@pytest.mark.parametrize(("text", "limit", "kept", "lost"), [
+    ("a dog", 2, "a dog", ""), ("a dog in snow", 2, "a dog", "in snow"), ("a dog, in snow", 2, "a", "dog, in snow"),
+    ("one two  three", 2, "one two", "three"), ("", 1, "", ""),
+    ("dog " * 80, 75, "dog " * 74 + "dog", "dog " * 4 + "dog"),
+])
+def test_captions_are_cut_at_the_end_of_a_word(text: str, limit: int, kept: str, lost: str) -> None:
+    assert cut_to([(text, 1.0)], limit) == ([(kept, 1.0)] if kept else [("", 1.0)], lost)
+
+
+@pytest.mark.parametrize("text", ["dog, cat " * 60, "犬" * 100, "supercalifragilisticexpialidocious " * 9, "x" * 500])
+@pytest.mark.parametrize("limit", [1, 7, 75])
+def test_a_cut_caption_has_as_many_tokens_as_fit(text: str, limit: int) -> None:
+    tokenizer = clip_tokenizer()
+    ((kept, _),), lost = cut_to([(text, 1.0)], limit)
+    assert len(tokenizer(kept, add_special_tokens=False, verbose=False).input_ids) <= limit and lost
+    assert "".join((kept + lost).split()) == "".join(text.split())
+
+
+def test_weighted_pieces_are_cut_as_one_caption() -> None:
+    pieces = [("a red", 1.0), (" big dog", 1.5), (" here", 1.0)]
+    assert cut_to(pieces, 3) == ([("a red", 1.0), (" big", 1.5)], "dog here") and cut_to(pieces, 5) == (pieces, "")
 
 
 def test_tags_are_counted() -> None:

@@ -144,6 +144,9 @@ def test_every_key_says_what_it_is() -> None:
 #: The list of options is an interface: a new one is added here on purpose, and none goes by accident.
 OPTIONS = {
     "base": "clip_skip download family init path vae",
+    "data": "background bucket_max bucket_min bucket_step buckets cache caption caption_dropout caption_source "
+            "caption_template caption_weights doodles flip folder keep_tags keep_tags_separator max_tokens "
+            "missing_captions pictures resolution shuffle_tags source tag_dropout tag_separator upscale wildcards",
     "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
              "learning_rate optimizer optimizer_options power precision rates restarts schedule seed steps warmup "
              "weight_decay",
@@ -155,5 +158,6 @@ OPTIONS = {
 
 @pytest.mark.parametrize("section", OPTIONS)
 def test_the_list_of_options_is_frozen(section: str) -> None:
-    model = Recipe.model_fields[section].annotation
+    annotation = Recipe.model_fields[section].annotation
+    model = annotation if isinstance(annotation, type) else annotation.__args__[0]
     assert sorted(model.model_fields) == OPTIONS[section].split()

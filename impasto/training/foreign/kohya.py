@@ -51,7 +51,7 @@ SAMPLERS = {
     "euler_a": "euler_a", "k_euler_a": "euler_a", "heun": "heun", "dpmsolver++": "dpm++2m", "dpmsolver": "dpm++2m",
 }
 
-_AS_WRITTEN = "captions are trained as they are written"
+_NOT_SO = "tags are shuffled and left out alike from the first step to the last"
 _MIDDLE = "pictures are cut in the middle and keep their colours"
 _NO_OTHER_SCHEDULE = "the rate stays constant, or falls as a half cosine or linearly"
 
@@ -77,6 +77,17 @@ ROWS: dict[str, Row] = {
     "bucket_no_upscale": Row("data.upscale", lambda value: "never" if flag(value) else "allow"),
     "flip_aug": Row("data.flip", flag),
     "caption_dropout_rate": Row("data.caption_dropout", number),
+    "caption_extension": Row("data.caption_source", text),
+    "caption_extention": Row("data.caption_source", text),
+    "caption_prefix": Row("data.caption_template", text),
+    "caption_suffix": Row("data.caption_template", text),
+    "shuffle_caption": Row("data.shuffle_tags", flag),
+    "keep_tokens": Row("data.keep_tags", whole, neutral=(0,)),
+    "keep_tokens_separator": Row("data.keep_tags_separator", text, neutral=("|||",)),
+    "caption_separator": Row("data.tag_separator", text, neutral=(",",)),
+    "caption_tag_dropout_rate": Row("data.tag_dropout", number),
+    "enable_wildcard": Row("data.wildcards", flag),
+    "weighted_captions": Row("data.caption_weights", flag),
     # what is trained
     "network_module": Row("method.kind", text),
     "network_args.algo": Row("method.kind", text),
@@ -144,13 +155,13 @@ ROWS: dict[str, Row] = {
     "save_model_as": Row("output.format", text),
     "no_metadata": Row("output.metadata", lambda value: "none" if flag(value) else "full"),
 
-    **rows(_AS_WRITTEN, "shuffle_caption keep_tokens keep_tokens_separator secondary_separator enable_wildcard "
-           "caption_separator=, caption_prefix caption_suffix caption_tag_dropout_rate token_warmup_min=1 "
-           "token_warmup_step weighted_captions custom_attributes"),
+    **rows(_NOT_SO, "token_warmup_min=1 token_warmup_step", here="data.tag_dropout"),
+    **rows("there is one separator of tags", "secondary_separator", here="data.tag_separator"),
+    **rows("pictures have no attributes beside their captions", "custom_attributes"),
     **rows("captions are left out by chance, not by epochs", "caption_dropout_every_n_epochs",
            here="data.caption_dropout"),
-    **rows("captions are read from .txt files beside the pictures", "caption_extension=.txt caption_extention=.txt "
-           "in_json metadata_file", here="data.caption"),
+    **rows("lay it into the folder of pictures: a merged .json there is found", "in_json metadata_file",
+           here="data.caption_source"),
     **rows(_MIDDLE, "color_aug face_crop_aug_range random_crop"),
     **rows("pictures are resized by Lanczos' filter", "resize_interpolation=lanczos"),
     **rows("the loss counts the whole picture", "masked_loss conditioning_data_dir alpha_mask"),

@@ -40,7 +40,9 @@ def pictures(work: Work) -> None:
     else:
         work.spare("prior_loss_weight", why="there are no class pictures")
     if work.becomes("data.caption") is None and not (work.get("caption_extension") or work.get("caption_extention")):
-        work.told.notes.append("kohya reads .caption files where caption_extension is not given; Impasto reads .txt")
+        work.told.notes.append("kohya reads .caption files where caption_extension is not given; Impasto reads what is "
+                               "there, .txt before .caption (data.caption_source)")
+    captions(work)
 
 
 def _folder(work: Work, section: str, key: str, prefix: str) -> None:
@@ -85,6 +87,27 @@ def _caption(work: Work, section: str, key: str, folder_key: str) -> None:
                   f"{section}.caption")
     elif words := work.read(key, text, ""):
         work.put(f"{section}.caption", words, key)
+
+
+def captions(work: Work) -> None:
+    """Where captions are, and what is done with them in each use."""
+    for key in ("caption_extension", "caption_extention"):
+        kind = str(work.get(key, "")).lstrip(".")
+        if kind in ("txt", "caption"):
+            work.put("data.caption_source", kind, key)
+        elif kind:
+            work.lose(key, "captions are .txt, .caption or .json files, or in tables", "data.caption_source")
+    before, after = (work.read(key, text, "").strip() for key in ("caption_prefix", "caption_suffix"))
+    keep = work.read("keep_tokens", whole, 0)
+    if before or after:
+        put(work, "data.caption_template", " ".join(filter(None, (before, "{}", after))), "caption_prefix",
+            "caption_suffix", why="it does not move when tags are shuffled")
+        separator = str(work.get("caption_separator", ","))
+        own = sum(bool(part.strip()) for part in before.split(separator))
+        if keep and own and before.endswith(separator):
+            work.put("data.keep_tags", max(keep - own, 0), "keep_tokens", why="kohya counts the prefix's tags too")
+    if not (work.on("shuffle_caption") or work.read("caption_tag_dropout_rate", number, 0.0)):
+        work.spare("keep_tokens", why="no tag is moved or left out")
 
 
 def sizes(work: Work) -> None:

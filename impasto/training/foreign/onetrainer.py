@@ -58,7 +58,7 @@ RENAMED = {
 }
 
 _NO_SUCH_LOSS = "the loss is one of mse, l1, huber and smooth_l1 (sd-scripts' huber)"
-_AS_WRITTEN = "captions are trained as they are written"
+_AS_WRITTEN = "captions keep their letters as they are written"
 _PICTURES = "pictures are cut in the middle, mirrored at most, and keep their colours"
 _OTHER_PART = "no such part is trained, or it is not one of Stable Diffusion's"
 
@@ -94,6 +94,11 @@ ROWS: dict[str, Row] = {
     "concept.path": Row("data.folder", text),
     "concept.balancing": Row("train.epochs", number, neutral=(1,)),
     "concept.text.prompt_path": Row("data.caption", text),
+    "concept.text.enable_tag_shuffling": Row("data.shuffle_tags", flag),
+    "concept.text.tag_delimiter": Row("data.tag_separator", text, neutral=(",",)),
+    "concept.text.keep_tags_count": Row("data.keep_tags", whole),
+    "concept.text.tag_dropout_enable": Row("data.tag_dropout", flag, neutral=(False,)),
+    "concept.text.tag_dropout_probability": Row("data.tag_dropout", number),
     "concept.image.enable_random_flip": Row("data.flip", flag),
     "resolution": Row("data.resolution", whole),
     "aspect_ratio_bucketing": Row("data.buckets", flag),
@@ -163,13 +168,13 @@ ROWS: dict[str, Row] = {
     "backup_after": Row("output.checkpoint_every", whole),
     "rolling_backup_count": Row("output.keep", whole),
 
-    **rows(_AS_WRITTEN, "concept.text.enable_tag_shuffling concept.text.tag_delimiter=, concept.text.keep_tags_count=1 "
-           "concept.text.tag_dropout_enable concept.text.tag_dropout_mode=FULL concept.text.tag_dropout_probability "
+    **rows("tags are left out each by itself, and all alike", "concept.text.tag_dropout_mode=RANDOM "
            "concept.text.tag_dropout_special_tags_mode=NONE concept.text.tag_dropout_special_tags "
-           "concept.text.tag_dropout_special_tags_regex concept.text.caps_randomize_enable "
-           "concept.text.caps_randomize_probability concept.text.caps_randomize_lowercase concept.text_variations=1"),
+           "concept.text.tag_dropout_special_tags_regex", here="data.tag_dropout"),
+    **rows(_AS_WRITTEN, "concept.text.caps_randomize_enable concept.text.caps_randomize_probability "
+           "concept.text.caps_randomize_lowercase concept.text_variations=1"),
     "concept.text.caps_randomize_mode": Row(why=_AS_WRITTEN, neutral=("capslock, title, first, random",)),
-    **rows("captions are .txt files beside the pictures, or one for all", "concept.text.prompt_source=sample",
+    **rows("captions are beside the pictures, in tables, or one for all", "concept.text.prompt_source=sample",
            here="data.caption"),
     **rows(_PICTURES, "concept.image.enable_crop_jitter concept.image.enable_fixed_flip "
            "concept.image.enable_random_rotate concept.image.enable_fixed_rotate "

@@ -45,6 +45,7 @@ def translate(settings: Mapping[str, Any], files: Iterable[str]) -> Imported:
     _loop(work, trains)
     _loss(work)
     _pictures(work)
+    _tags(work)
     _units(work)
     return work.finish(files)
 
@@ -214,6 +215,28 @@ def _pictures(work: Work) -> None:
     elif sizes:
         work.put("data.resolution", int(sizes[0][:9]), "resolution", why="the first of several")
         work.told.notes.append(f"resolution is {work.get('resolution')}: here all pictures have one")
+
+
+def _tags(work: Work) -> None:
+    """Tags that are shuffled or left out; of its three ways to leave them out, one is ours."""
+    prefix = "concept.text"
+    shuffles, drops = work.on(f"{prefix}.enable_tag_shuffling"), work.on(f"{prefix}.tag_dropout_enable")
+    mode = str(work.get(f"{prefix}.tag_dropout_mode", "FULL"))
+    share = work.read(f"{prefix}.tag_dropout_probability", number, 0.0)
+    special = ("tag_dropout_special_tags_mode", "tag_dropout_special_tags", "tag_dropout_special_tags_regex")
+    if not drops:
+        work.spare(*(f"{prefix}.{name}" for name in ("tag_dropout_mode", "tag_dropout_probability", *special)),
+                   why="no tags are left out")
+    elif mode == "RANDOM":
+        put(work, "data.tag_dropout", share, f"{prefix}.tag_dropout_enable", f"{prefix}.tag_dropout_probability")
+    else:
+        here = "data.tag_dropout"
+        work.lose(f"{prefix}.tag_dropout_enable", f"its way is {mode}; here each tag is left out by itself", here)
+        work.spare(f"{prefix}.tag_dropout_probability", f"{prefix}.tag_dropout_mode", why="it is told with it")
+    if shuffles or drops and mode == "RANDOM":
+        put(work, "data.keep_tags", work.read(f"{prefix}.keep_tags_count", whole, 1), f"{prefix}.keep_tags_count")
+    else:
+        work.spare(f"{prefix}.keep_tags_count", f"{prefix}.tag_delimiter", why="no tag is moved or left out")
 
 
 def _units(work: Work) -> None:

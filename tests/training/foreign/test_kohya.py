@@ -90,6 +90,7 @@ WANTED = {
     "base.path": "models/v1-5.safetensors", "base.vae": "models/vae.pt", "base.clip_skip": 1,
     "data.folder": "pictures", "data.resolution": 768, "data.buckets": True, "data.bucket_min": 320,
     "data.bucket_max": 1024, "data.bucket_step": 32, "data.flip": True, "data.caption_dropout": 0.05,
+    "data.caption_source": "txt", "data.shuffle_tags": True, "data.keep_tags": 2,
     "prior.folder": "classes", "prior.weight": 0.7,
     "method.kind": "lora", "method.rank": 32, "method.alpha": 8.0, "method.dropout": 0.1,
     "method.targets": ["all", "text-encoder"], "method.ranks": {CONVOLUTIONS: 4}, "method.alphas": {CONVOLUTIONS: 2.0},
@@ -105,10 +106,10 @@ WANTED = {
     "output.dir": "out/dog", "output.name": "dog", "output.dtype": "bf16", "output.save_every_epochs": 2,
 }
 FATES = {
-    "lost": ["shuffle_caption", "keep_tokens", "color_aug", "save_last_n_epochs", "log_with", "wandb_api_key",
+    "lost": ["color_aug", "save_last_n_epochs", "log_with", "wandb_api_key",
              "optimizer_args.fused", "network_args.block_dims"],
     "needless": ["max_token_length", "xformers", "cache_latents", "max_train_steps", "learning_rate"],
-    "without effect": ["v2", "caption_extension", "caption_dropout_every_n_epochs"],
+    "without effect": ["v2", "caption_dropout_every_n_epochs"],
     "unknown": ["sparkle"],
 }
 
@@ -327,6 +328,41 @@ def test_captions_beside_the_pictures_go_before_the_folders_name(tmp_path: Path)
     assert became(found)["train.steps"] == 100 and fate(found, "num_repeats") == "needless"
 
 
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    ("--caption_extension=.caption", {"caption_source": "caption"}),
+    ("--caption_extention=txt", {"caption_source": "txt"}),
+    ("--shuffle_caption --keep_tokens=1 --caption_separator=;", {
+        "shuffle_tags": True, "keep_tags": 1, "tag_separator": ";"}),
+    ("--shuffle_caption --keep_tokens_separator=###", {"shuffle_tags": True, "keep_tags_separator": "###"}),
+    ("--keep_tokens=3", {}),
+    ("--caption_tag_dropout_rate=0.1 --keep_tokens=3", {"tag_dropout": 0.1, "keep_tags": 3}),
+    ("--caption_prefix='a photo of'", {"caption_template": "a photo of {}"}),
+    ("--caption_prefix=sks, --caption_suffix='by me' --shuffle_caption --keep_tokens=2", {
+        "caption_template": "sks, {} by me", "shuffle_tags": True, "keep_tags": 1}),
+    ("--enable_wildcard --weighted_captions", {"wildcards": True, "caption_weights": True}),
+])
+def test_what_is_done_with_captions(arguments: str, wanted: dict, tmp_path: Path) -> None:
+    found = line(tmp_path, f"--train_data_dir=a {arguments}")
+    ours = ("caption", "tag", "shuffle", "keep", "wildcards")
+    assert {key[5:]: value for key, value in became(found).items()
+            if key.startswith(tuple(f"data.{word}" for word in ours)) or key == "data.tag_separator"} == wanted
+    assert not [left for left in found.lost if "caption" in left.key or "token" in left.key]
+
+
+@pytest.mark.parametrize(("arguments", "key", "here"), [
+    ("--caption_extension=.cap", "caption_extension", "data.caption_source"),
+    ("--caption_tag_dropout_rate=2", "caption_tag_dropout_rate", "data.tag_dropout"),
+    ("--token_warmup_step=100", "token_warmup_step", "data.tag_dropout"),
+    ("--secondary_separator=;", "secondary_separator", "data.tag_separator"),
+    ("--in_json=meta.json", "in_json", "data.caption_source"),
+    ("--keep_tokens=many --shuffle_caption", "keep_tokens", "data.keep_tags"),
+])
+def test_what_is_not_done_with_captions(arguments: str, key: str, here: str, tmp_path: Path) -> None:
+    found = line(tmp_path, f"--train_data_dir=a {arguments}")
+    left = next(left for left in found.lost if left.key == key)
+    assert left.here == here and left.why
+
+
 @pytest.mark.parametrize("names", [(), ("10_a", "5_b"), ("none",)])
 def test_several_folders_are_told_of(names: tuple[str, ...], tmp_path: Path) -> None:
     data = folders(tmp_path / "data", *names)
@@ -390,7 +426,7 @@ def check_dataset(found: Imported) -> None:
                      "datasets.1.subsets.0.image_dir": "three", "datasets.1.subsets.0.resolution": 768,
                      "datasets.1.subsets.0.keep_tokens": 1}
     lost = {left.key: left.value for left in found.lost}
-    assert lost["keep_tokens"] == 2 and lost["shuffle_caption"] is True and lost["reg.flip_aug"] is True
+    assert keys["data.keep_tags"] == 2 and keys["data.shuffle_tags"] is True and lost["reg.flip_aug"] is True
     assert "give data.caption" in reason(found, "class_tokens")
     assert "give prior.caption" in reason(found, "reg.class_tokens")
 

@@ -71,7 +71,8 @@ SAMPLES = [
 
 WANTED = {
     "base.path": "models/v1-5.ckpt", "base.vae": "vae.pt", "base.clip_skip": 1,
-    "data.folder": "pictures/dog", "data.flip": True, "data.resolution": 768, "data.buckets": True,
+    "data.folder": "pictures/dog", "data.shuffle_tags": True, "data.keep_tags": 1, "data.flip": True,
+    "data.resolution": 768, "data.buckets": True,
     "method.kind": "lora", "method.rank": 8, "method.alpha": 4.0, "method.dropout": 0.1,
     "method.targets": [*LAYERS, "text-encoder"], "method.text_encoder_learning_rate": 2e-5,
     "objective.weighting": "min_snr", "objective.gamma": 5.0, "objective.noise_offset": 0.05,
@@ -90,7 +91,7 @@ FATES = {
     "lost": ["learning_rate_min_factor", "huber_strength", "perturbation_noise_weight", "masked_training",
              "lora_decompose", "text_encoder.stop_training_after", "text_encoder.dropout_probability",
              "optimizer.cautious", "backup_after", "other_concepts", "concept.image.enable_crop_jitter",
-             "concept.text.enable_tag_shuffling", "embedding.placeholder"],
+             "embedding.placeholder"],
     "needless": ["__version", "model_type", "cache_dir", "unet.weight_dtype", "prior.train", "learning_rate",
                  "optimizer_defaults.ADAMW.beta1", "concept.name", "concept.concept_stats.image_count",
                  "secrets.huggingface_token", "concept.balancing"],
@@ -220,6 +221,25 @@ def test_the_caption_of_a_concept(tmp_path: Path) -> None:
     (tmp_path / "dog.txt").write_text("a photo of sks dog\n")
     text = {"prompt_source": "concept", "prompt_path": str(tmp_path / "dog.txt")}
     assert became(config(tmp_path, concepts=[{"path": "a", "text": text}]))["data.caption"] == "a photo of sks dog"
+
+
+@pytest.mark.parametrize(("text", "wanted", "lost"), [
+    ({"enable_tag_shuffling": True}, {"shuffle_tags": True, "keep_tags": 1}, []),
+    ({"enable_tag_shuffling": True, "keep_tags_count": 3, "tag_delimiter": ";"},
+     {"shuffle_tags": True, "keep_tags": 3, "tag_separator": ";"}, []),
+    ({"tag_dropout_special_tags": "hat", "keep_tags_count": 3, "tag_dropout_enable": False,
+      "tag_dropout_mode": "RANDOM", "tag_dropout_probability": 0.5}, {}, []),
+    ({"tag_dropout_enable": True, "tag_dropout_mode": "RANDOM", "tag_dropout_probability": 0.2, "keep_tags_count": 2},
+     {"tag_dropout": 0.2, "keep_tags": 2}, []),
+    ({"tag_dropout_enable": True, "tag_dropout_mode": "FULL", "tag_dropout_probability": 0.2}, {},
+     ["concept.text.tag_dropout_enable"]),
+    ({"tag_dropout_enable": True, "tag_dropout_mode": "RANDOM", "tag_dropout_special_tags_mode": "BLACKLIST"},
+     {"tag_dropout": 0.0, "keep_tags": 1}, ["concept.text.tag_dropout_special_tags_mode"]),
+])
+def test_tags_of_a_concept(text: dict[str, Any], wanted: dict[str, Any], lost: list[str], tmp_path: Path) -> None:
+    found = config(tmp_path, concepts=[{"path": "a", "text": text}])
+    assert {key[5:]: value for key, value in became(found).items() if "tag" in key} == wanted
+    assert [left.key for left in found.lost if "concept" in left.key] == lost
 
 
 def test_a_text_encoder_that_never_stops_is_not_told_of(tmp_path: Path) -> None:

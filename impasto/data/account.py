@@ -1,0 +1,79 @@
+"""What a run tells of its pictures and captions before it begins: every one accounted for, in a few lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from impasto.data.captions import Captions
+from impasto.data.dataset import Listing
+from impasto.data.options import DataOptions
+
+if TYPE_CHECKING:
+    from impasto.data.source import Item
+
+
+def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]]) -> list[str]:
+    """How many there are, in which buckets, and what was cut off or enlarged: lines for the user."""
+    counts = Counter(item.placement.bucket for item in items)
+    shapes = ", ".join(f"{count} at {width}x{height}" for (height, width), count
+                       in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+    lines = [f"{len(items)} {title}: {shapes}"]
+    most = max(items, key=lambda item: item.placement.cropped)
+    if most.placement.cropped > 0:
+        mean = sum(item.placement.cropped for item in items) / len(items)
+        lines.append(f"{title} are cropped by {mean:.1%} of their area on average, at most by "
+                     f"{most.placement.cropped:.1%} ({most.picture.name})")
+    enlarged = [item for item in items if item.placement.scale > 1]
+    if enlarged:
+        most = max(enlarged, key=lambda item: item.placement.scale)
+        lines.append(f"{title} that are enlarged: {len(enlarged)}, at most {most.placement.scale:.2f} times "
+                     f"({most.picture.name})")
+    own = sum(item.placement.bucket not in buckets for item in items)
+    if own:
+        lines.append(f"{title} too small for any bucket, in one of their own size: {own}")
+    copies = len(items) - len({item.picture.digest for item in items})
+    if copies:
+        lines.append(f"{title} that are copies of others: {copies}")
+    return lines
+
+
+def wordings(items: Sequence[Item]) -> list[str]:
+    """What becomes of captions, by an example, and which of them are cut: lines for the user."""
+    changed = [item for item in items if item.phrasing.facts and item.caption]
+    if not changed:
+        return []
+    first = changed[0]
+    how = first.phrasing
+    ways = ["tags in another order"] * how.shuffle + [f"{how.dropout:.0%} of tags left out"] * (how.dropout > 0)
+    lines = [f"captions are trained as in {first.picture.name}: {_short(how.plain(first.caption))}"
+             + (f", in each use with {' and '.join(ways)}" if ways else "")]
+    choices = sum(item.phrasing.has_choice(item.caption) for item in changed)
+    if choices:
+        lines.append(f"captions with alternatives, of which one is chosen in each use: {choices}")
+    cut = {item.picture.name: lost for item in changed if (lost := item.phrasing.lost(item.caption))}
+    if cut:
+        name, lost = max(cut.items(), key=lambda pair: len(pair[1]))
+        lines.append(f"captions that are cut to {how.max_tokens} tokens (data.max_tokens): {len(cut)}; most "
+                     f"is lost of {name}: {_short(lost)}")
+    return lines
+
+
+def unused(listing: Listing, data: DataOptions, captions: Captions) -> list[str]:
+    """What lies in the folder and is not used, in lines for the user."""
+    notes = []
+    if listing.unreadable:
+        notes.append(f"not used, since nothing here reads such files: {', '.join(listing.unreadable)}")
+    if data.caption is not None and listing.captions:
+        kind = ".txt" if all(name.lower().endswith(".txt") for name in listing.captions) else "caption"
+        notes.append(f"{len(listing.captions)} {kind} files are not read, as data.caption is set")
+    if captions.overruled:
+        name, told = next(iter(captions.overruled.items()))
+        notes.append(f"pictures of which two files say different things: {len(captions.overruled)} ({name}: {told}; "
+                     "data.caption_source chooses)")
+    return notes + [f"{name} is not read: it {reason}" for name, reason in captions.unread.items()]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:79]}…")
