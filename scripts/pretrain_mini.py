@@ -23,14 +23,17 @@ from impasto.training.trainer import train
 #: ready recipe, its directory, and what differs from it ({runs} is where the directories are)
 RUNS: list[tuple[str, str, list[str]]] = [
     # a VAE learns edges and colours on small pictures first, at a quarter of the time
-    ("mini/pretrain_vae", "mini-vae-64", ["data.resolution=64", "data.pictures=40000", "train.steps=1500",
+    ("mini/pretrain_vae", "mini-vae-64", ["data.resolution=64", "data.pictures=40000", "train.steps=1200",
                                           "train.batch_size=4", "train.learning_rate=4e-3"]),
     ("mini/pretrain_vae", "mini-vae", ["base.init=weights", "base.path={runs}/mini-vae-64/mini-vae-64"]),
     # whose decoder goes on learning, while latents stay as they are
     ("mini/pretrain_vae", "mini-vae-decoder", ["base.init=weights", "base.path={runs}/mini-vae/mini-vae",
                                                "method.parts=['vae-decoder']", "train.learning_rate=2e-3"]),
     ("mini/pretrain_text", "mini-text", []),
-    ("mini/pretrain", "mini", ["base.path={runs}/mini-text/mini-text", "base.vae={runs}/mini-vae/mini-vae/vae"]),
+    # a UNet learns what words mean on small pictures first, too
+    ("mini/pretrain", "mini-64", ["base.path={runs}/mini-text/mini-text", "base.vae={runs}/mini-vae/mini-vae/vae",
+                                  "data.resolution=64", "data.pictures=12000", "train.steps=700", "output.dtype=fp32"]),
+    ("mini/pretrain", "mini", ["base.path={runs}/mini-64/mini-64", "base.vae={runs}/mini-vae/mini-vae/vae"]),
 ]
 
 
