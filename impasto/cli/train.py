@@ -23,6 +23,9 @@ def train(
     verify: Annotated[bool, typer.Option(
         "--verify-resume", help="Prove in a few steps, in a temporary folder, that a stopped run goes on "
         "exactly.")] = False,
+    find_rate: Annotated[bool, typer.Option(
+        "--find-rate", help="Try learning rates in short runs, in a temporary folder, and say which one still "
+        "improves on held-out pictures.")] = False,
     explain: Annotated[bool, typer.Option(
         "--explain", help="Train nothing: say each setting, where it comes from, and why.")] = False,
     as_json: Json = False,
@@ -42,6 +45,10 @@ def train(
     if verify:
         prove(checked, as_json)
         return
+    if find_rate:
+        from impasto.cli.rates import find
+
+        return find(checked, as_json=as_json)
     from impasto.training.trainer import train as run
 
     outcome = run(checked, RichReporter())
@@ -50,7 +57,8 @@ def train(
     elif as_json:
         emit({"artifact": outcome.artifact and str(outcome.artifact), "step": outcome.step,
               "resumed_from": outcome.resumed_from, "loss": outcome.loss, "seconds": round(outcome.seconds, 3),
-              "stopped_by": outcome.stopped_by and outcome.stopped_by.name})
+              "stopped_by": outcome.stopped_by and outcome.stopped_by.name, "validation": outcome.validation,
+              "ended": outcome.ended})
     elif outcome.artifact is not None:
         steps = outcome.step - outcome.resumed_from
         print(f"{outcome.artifact}" + (f"  ({steps} steps in {duration(outcome.seconds)})" if steps else

@@ -74,13 +74,14 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
     """A new folder that appears at `path` whole: written as `path.part`, synced, then renamed.
 
-    `path` must not exist: a folder that is not empty cannot be replaced atomically.
+    `path` must not exist: a folder that is not empty cannot be replaced atomically. With `replace` one that is there
+    is moved away just before, and a kill between the two leaves none.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -90,8 +91,13 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                 os.chmod(file, 0o666 & ~_umask())  # safetensors' own mode hides the file from everyone else
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
+        if replace and path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
         os.rename(part, path)
         _sync_directory(path.parent)
+        if replace:
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:

@@ -1,4 +1,5 @@
-"""The `[data]` and `[prior]` sections of a recipe: which pictures, how they are cut, what they are called."""
+"""The `[data]`, `[prior]` and `[validation]` sections of a recipe: which pictures, how they are cut, what they are
+called, and which of them are held out."""
 
 from __future__ import annotations
 
@@ -160,6 +161,32 @@ class PriorOptions(Section):
     scheduler: str = Field("dpm++2m", description="As in impasto generate --scheduler.")
     batch_size: int = Field(4, ge=1, description="Class pictures drawn at once (diffusers: 4); their last "
                             "bits depend on it.")
+
+
+class ValidationOptions(Section):
+    """`[validation]`: pictures that are held out, and the loss on them."""
+
+    folder: str | None = Field(None, description="Pictures of their own to validate with, captioned as those of [data] "
+                               "are; none of [data] is then held out, but for copies of these.")
+    fraction: float | None = Field(None, ge=0, lt=1, description="Share of the pictures that is held out, at least "
+                                   "one; which ones follows from train.seed and their contents, and copies go with "
+                                   "them. Default: 0.1 of 8 or more different pictures, but at most 16; none of fewer. "
+                                   "0: no validation.")
+    every: int | None = Field(None, ge=1, description="Steps between validations, beside the one before the first step "
+                              "and the one after the last. Default: a twentieth of the run, but at least 25 steps, and "
+                              "seldom enough to take a sixth of the time at most.")
+    repeats: int = Field(4, ge=1, description="Noises and timesteps for each picture, the same at each validation: one "
+                         "timestep of every so-manieth part of the process.")
+    patience: int | None = Field(None, ge=1, description="The run ends after so many validations in a row without a "
+                                 "new lowest loss. Default: it never does (diffusers and kohya have none).")
+    keep_best: bool = Field(True, description="Whether the artifact of the lowest loss is kept, as NAME-best beside "
+                            "the last one.")
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> ValidationOptions:
+        if self.folder is not None and self.fraction:
+            raise ValueError("give folder or fraction, not both")
+        return self
 
 
 def of_class_pictures(data: DataOptions, prior: PriorOptions) -> DataOptions:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from torch import Tensor
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
-from impasto.data import cache as caching
 from impasto.data.account import account, unused, wordings
 from impasto.data.buckets import Placement, bucket_sizes, check_sizes, cut, place, too_small
 from impasto.data.cache import Cache, key_of
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Picture, Problem, list_folder, located, memory_of, refuse, survey
 from impasto.data.drawn import Drawn
+from impasto.data.encoding import Encoding
 from impasto.data.frontier import READS, Frontier, frontier
-from impasto.data.options import DataOptions, PriorOptions, of_class_pictures
+from impasto.data.heldout import beyond, divide
+from impasto.data.options import DataOptions, PriorOptions, ValidationOptions, of_class_pictures
 from impasto.data.order import Order
 from impasto.data.phrasing import PLAIN, Phrasing
 from impasto.data.prior import draw_prior
@@ -81,6 +81,7 @@ class Source:
     label_sizes: tuple[int, ...] = ()  # how many values each of the items' labels has
     varied: bool = False  # captions are encoded in the step since chance makes too many of them
     notes: list[str] = field(default_factory=list)  # what lies in the folder and is not used
+    held_out: tuple[Item, ...] = ()  # pictures that are only looked at to validate, in the order of their names
 
     def __post_init__(self) -> None:
         def stream(items: Sequence[Item], name: str) -> tuple[Sequence[Item], Order]:
@@ -137,6 +138,18 @@ class Source:
     def _batch(self, step: int, samples: Sequence[int], items: Sequence[Item]) -> Batch:
         """A batch of items of one shape, at these places of the effective batch."""
         flips = [self.data.flip and seed_for(self.share.seed, step, s, "flip") % 2 == 1 for s in samples]
+        said = [self.says(item, step, sample) for item, sample in zip(items, samples, strict=True)]
+        return self._made(samples, items, flips, said)
+
+    def validation_batch(self, places: Sequence[int]) -> Batch:
+        """Held-out pictures of one shape, by their places in `held_out`: as they are, with their whole captions."""
+        items = [self.held_out[place] for place in places]
+        said = [item.phrasing.plain(item.caption) for item in items]
+        return self._made(places, items, [False] * len(items), said)
+
+    def _made(self, samples: Sequence[int], items: Sequence[Item], flips: Sequence[bool],
+              said: Sequence[str]) -> Batch:
+        """A batch of items, mirrored or not, of which this is said."""
         placements = [item.placement.flipped() if flip else item.placement
                       for item, flip in zip(items, flips, strict=True)]
         geometry = Geometry(original=torch.tensor([p.original for p in placements]),
@@ -152,7 +165,6 @@ class Source:
         elif self.rule.pixels:
             batch.pixels = torch.stack([cut(item.picture.read(self.data.background), item.placement, flip)
                                         for item, flip in zip(items, flips, strict=True)])
-        said = [self.says(item, step, sample) for item, sample in zip(items, samples, strict=True)]
         if self.rule.text:
             keys = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
                     for item, words in zip(items, said, strict=True)]
@@ -179,6 +191,8 @@ class Source:
         lines = account("pictures", self.pictures, buckets)
         if self.class_pictures:
             lines += account("class pictures", self.class_pictures, buckets)
+        if self.held_out:
+            lines += account("held-out pictures", self.held_out, buckets)
         trained = "as their encoder is trained"
         encoded = [f"{what} are encoded {'once' if once else f'in each step, {why}'}" for what, once, live, why in (
             ("pictures", self.rule.latents, self.rule.pixels, trained),
@@ -202,11 +216,12 @@ def data_fingerprint(data: DataOptions, streams: Sequence[Sequence[Item]]) -> st
 
 def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *, trains: frozenset[str],
                    batch_size: int, accumulation: int, seed: int, device: torch.device | str,
-                   reads: frozenset[str] = READS, report: Reporter = SILENT, rank: int = 0,
-                   world: int = 1) -> Source:
+                   reads: frozenset[str] = READS, report: Reporter = SILENT, rank: int = 0, world: int = 1,
+                   validation: ValidationOptions | None = None) -> Source:
     """Look at every picture, draw or collect class pictures, encode what may be encoded once.
 
-    `trains` names the components that are trained, `reads` what the objective looks at.
+    `trains` names the components that are trained, `reads` what the objective looks at. Without `validation` no
+    picture is held out.
     Nothing may be attached to the base yet: class pictures
     are drawn with the base as it is. Raises one `UserError` with all files of a folder that cannot be used.
     """
@@ -215,11 +230,7 @@ def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *,
     fingerprint = base.fingerprint()
     notes: list[str] = []
     class_items: list[Item] = []
-    if data.source == "world":
-        items = draw_world(data, share.seed)
-    else:
-        listing = list_folder(located(str(data.folder)))
-        items = collect(listing, data, report, notes=notes)
+    items, held_out = pictures_of(data, validation, seed, report, notes)
     if prior is not None:
         class_data = of_class_pictures(data, prior)
         listing = list_folder(located(prior.folder)) if prior.folder is not None else \
@@ -229,22 +240,39 @@ def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *,
     rule = frontier(trains, base.text_encoder_names, data, reads, many=many)
     cache = Cache.at(data.cache)
     encoding = Encoding(base, fingerprint, cache, data, rule, torch.device(device))
-    items, class_items = encoding.keyed(items), encoding.keyed(class_items)
+    items, class_items, held_out = encoding.keyed(items), encoding.keyed(class_items), encoding.keyed_plain(held_out)
     no_caption = encoding.caption("") if data.caption_dropout else ""
     encoding.run(report, rank, world)
     return Source(tuple(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
                   LABEL_SIZES if data.source == "world" else (), notes=notes,
-                  varied=rule.captions and not set(base.text_encoder_names) & trains)
+                  varied=rule.captions and not set(base.text_encoder_names) & trains, held_out=tuple(held_out))
 
 
-def draw_world(data: DataOptions, seed: int) -> list[Item]:
-    """The drawn world's pictures, each made when it is read: none of them is ever a file."""
-    assert data.pictures is not None
+def pictures_of(data: DataOptions, validation: ValidationOptions | None, seed: int, report: Reporter = SILENT,
+                notes: list[str] | None = None) -> tuple[list[Item], list[Item]]:
+    """The pictures to learn from, and those that are held out. Raises `UserError` as `collect` and `divide` do."""
+    if data.source == "world":
+        assert data.pictures is not None
+        drawn = draw_world(data, seed, data.pictures + beyond(data.pictures, validation))
+        return drawn[:data.pictures], drawn[data.pictures:]
+    items = collect(list_folder(located(str(data.folder))), data, report, notes=notes)
+    if validation is None:
+        return items, []
+    own = None if validation.folder is None else \
+        collect(list_folder(located(validation.folder)), data, report, "held-out pictures", notes=notes)
+    items, held_out, told = divide(items, own, validation, seed)
+    if notes is not None:
+        notes += told
+    return items, held_out
+
+
+def draw_world(data: DataOptions, seed: int, count: int) -> list[Item]:
+    """The drawn world's first pictures, each made when it is read: none of them is ever a file."""
     whole = (data.resolution, data.resolution)
     phrasing = Phrasing.of(data)
     return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole), 1.0, labels=picture.labels,
                  phrasing=phrasing)
-            for picture in (Drawn.number(i, data.resolution, seed, data.doodles) for i in range(data.pictures))]
+            for picture in (Drawn.number(i, data.resolution, seed, data.doodles) for i in range(count))]
 
 
 def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = "pictures",
@@ -267,51 +295,3 @@ def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = 
     if notes is not None:
         notes += unused(listing, data, captions)
     return items
-
-
-class Encoding:
-    """What is to be encoded before the run, gathered from all pictures and then done."""
-
-    def __init__(self, base: Base, fingerprint: dict[str, str], cache: Cache, data: DataOptions,
-                 rule: Frontier, device: torch.device) -> None:
-        self.base, self.cache, self.data, self.rule, self.device = base, cache, data, rule, device
-        self.image_encoder = caching.image_encoder_key(base, fingerprint)
-        self.text_encoder = caching.text_encoder_key(base, fingerprint)
-        self.latents: dict[str, Callable[[], dict[str, Tensor]]] = {}
-        self.texts: dict[str, Callable[[], TextStates]] = {}
-
-    def keyed(self, items: Iterable[Item]) -> list[Item]:
-        """The items with their cache keys, and what those keys stand for noted down."""
-        return [replace(item, latent_keys=self._latent_keys(item), text_keys=self._text_keys(item))
-                for item in items]
-
-    def _latent_keys(self, item: Item) -> tuple[str, ...]:
-        keys = []
-        for flip in self.rule.flips if self.rule.latents else ():
-            cut_as = (item.picture, item.placement, flip, self.data.background)
-            keys.append(caching.latent_key(*cut_as, self.image_encoder))
-            self.latents[keys[-1]] = functools.partial(caching.encode_picture, self.base, *cut_as,
-                                                       device=self.device)
-        return tuple(keys)
-
-    def _text_keys(self, item: Item) -> dict[str, str]:
-        """The key of each caption that the item may have; none where the step encodes them."""
-        if not self.rule.text:
-            return {}
-        return {words: self.caption(words, item.phrasing) for words in item.phrasing.variants(item.caption) or ()}
-
-    def caption(self, words: str, phrasing: Phrasing = PLAIN) -> str:
-        """The key of a caption's states, noted down; "" where the step encodes captions."""
-        if not self.rule.text:
-            return ""
-        caption = phrasing.encoded_as(words)
-        key = caching.text_key(caption, self.text_encoder)
-        self.texts[key] = functools.partial(caching.encode_caption, self.base, caption)
-        return key
-
-    def run(self, report: Reporter, rank: int, world: int) -> None:
-        """Encode all of it that is not in the cache yet."""
-        if self.latents:
-            self.cache.fill(self.latents, "encoding pictures", "pictures", report, rank, world)
-        if self.texts:
-            self.cache.fill(self.texts, "encoding captions", "captions", report, rank, world)

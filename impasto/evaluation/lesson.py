@@ -104,7 +104,7 @@ LESSONS = {lesson.name: lesson for lesson in (
         "style", "the style", "A style is learned",
         "The miniature base that comes with Impasto draws flat, outlined, pixelated and glossy things, and no "
         "stickers. It was shown eight, and is now asked for other things in that style.",
-        "mini/dreambooth", ("data.folder=mini:style",
+        "mini/dreambooth", ("data.folder=mini:style", "validation.fraction=0",  # it learns from all eight
                             'sample.prompts=["a yellow star, on a purple background, sks style"]'),
         style_asked, lessons.sticker_renders, lessons.sticker_lookalikes,
         (("Teach a real checkpoint a style, from a folder of pictures with a .txt caption each, which ends in "

@@ -10,7 +10,8 @@ Shapes: B pictures, C latent channels, (h, w) latent cells, (H, W) pixels.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -120,9 +121,24 @@ class Base(abc.ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in about [-1, 1] of scaled latents."""
 
+    @property
+    def latent_scale(self) -> float:
+        """What latents are multiplied by."""
+        return 1.0
+
     @abc.abstractmethod
     def set_latent_scale(self, scale: float) -> None:
         """Have latents multiplied by `scale` from now on, in place of the VAE's own factor."""
+
+    @contextlib.contextmanager
+    def keeping_latent_scale(self) -> Iterator[None]:
+        """Whatever is set in the block, latents have the scale that they had, afterwards."""
+        scale = self.latent_scale
+        try:
+            yield
+        finally:
+            if self.latent_scale != scale:
+                self.set_latent_scale(scale)
 
     # --- saving --------------------------------------------------------------------------------------
     @abc.abstractmethod

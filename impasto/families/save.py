@@ -14,8 +14,9 @@ from impasto.formats.configs import CONFIGS, FamilyConfig
 
 
 def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
-                metadata: dict[str, str] | None = None) -> None:
+                metadata: dict[str, str] | None = None, replace: bool = False) -> None:
     """Write the base as a folder that diffusers' `from_pretrained` opens, weights in `dtype`; all of it or nothing.
+    With `replace` it takes the place of one that is there.
 
     Raises `UserError` where it cannot be written.
     """
@@ -24,7 +25,7 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
         "_class_name": table.pipelines[""], "_diffusers_version": "0.39.0", "requires_safety_checker": False,
         **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")},
         "scheduler": ["diffusers", base.scheduler.get("_class_name", table.scheduler["_class_name"])]}
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, replace=replace) as folder:
         for name, network in base.components.items():
             stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
             (folder / name).mkdir()

@@ -95,6 +95,10 @@ class UNetBase(Base, abc.ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         return vae.decode(self.components["vae"], latents)
 
+    @property
+    def latent_scale(self) -> float:
+        return self.config("vae").scaling_factor
+
     def set_latent_scale(self, scale: float) -> None:
         cast(Any, self.components["vae"]).register_to_config(scaling_factor=scale)
 

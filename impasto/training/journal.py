@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from types import TracebackType
 
 import psutil
@@ -19,6 +20,7 @@ class Journal:
 
     def __init__(self, run: Run, device: torch.device, first: int, tracking: Tracking | None) -> None:
         self.run, self.device, self.tracking = run, device, tracking
+        self.validation: float | None = None  # the last loss on held-out pictures
         self.finished = False  # all steps are taken
         self.recent: collections.deque[float] = collections.deque(maxlen=50)
         self.board: SummaryWriter | None = None
@@ -63,4 +65,15 @@ class Journal:
         self.board.add_scalar("learning_rate", rate, step)
         self.board.add_scalar("gradient_norm", norm, step)
         self.tracking.figures(step, {**figures, "mean_loss": self.mean_loss or 0.0})
-        return f"loss {self.mean_loss:.4f} · {pictures / seconds:.2f} pictures/s · {memory / 2**30:.1f} GiB"
+        validation = "" if self.validation is None else f" · validation {self.validation:.4f}"
+        return f"loss {self.mean_loss:.4f}{validation} · {pictures / seconds:.2f} pictures/s · {memory / 2**30:.1f} GiB"
+
+    def validated(self, step: int, loss: float) -> None:
+        """Record the loss on held-out pictures after optimizer step `step`, 0 before the first."""
+        self.validation = loss
+        if self.board is None or self.tracking is None:
+            return
+        self.run.log(step=step, validation=loss if math.isfinite(loss) else None)  # JSON has no NaN
+        self.board.add_scalar("validation_loss", loss, step)
+        if math.isfinite(loss):
+            self.tracking.validation(step, loss)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from impasto.data.phrasing import Phrasing
 from impasto.families import prompts
@@ -41,7 +42,8 @@ class Previews:
         if not left:
             return paths
         seeds = [self.options.seed + i for i in left]
-        with evaluating(methods), awake(base), torch.no_grad(), precision.autocast():
+        trained = [module for method in methods for module in method.modules().values()]
+        with evaluating(trained), awake(base), torch.no_grad(), precision.autocast():
             pictures = sample(base, [prompts.parse(self.prompts[i]) for i in left],
                               [prompts.parse(self.options.negative)] * len(left), seeds, self.settings)
         for i, seed, picture in zip(left, seeds, pictures, strict=True):
@@ -51,16 +53,16 @@ class Previews:
 
 
 @contextmanager
-def evaluating(methods: list[Method]) -> Iterator[None]:
-    """Dropout off in what is trained, for the length of the block."""
-    modules = [module for method in methods for module in method.modules().values()]
-    for module in modules:
-        module.eval()
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Dropout off in modules, for the length of the block; then each part of them as it was."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        for module in modules:
-            module.train()
+        for part in training:
+            part.training = True
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def verify_resume(recipe: Recipe, report: Reporter = SILENT) -> Proof:
             plain = recipe.model_copy(deep=True)
             plain.train = plain.train.model_copy(update={"steps": STEPS, "epochs": None})
             plain.sample.every = 0
+            plain.validation.patience = None
             plain.output = plain.output.model_copy(update={
                 "dir": str(Path(folder) / name), "save_every": 0, "save_every_epochs": 0, "checkpoint_every": STOP,
                 "trackers": [], "push_to": None})

@@ -16,7 +16,7 @@ import pydantic
 from pydantic import Field, SerializeAsAny
 
 from impasto.core.errors import UserError, nearest
-from impasto.data.options import DataOptions, PriorOptions
+from impasto.data.options import DataOptions, PriorOptions, ValidationOptions
 from impasto.methods import METHODS
 from impasto.methods.base import MethodOptions
 from impasto.objectives import OBJECTIVES
@@ -204,6 +204,7 @@ class Recipe(Section):
     method: list[AnyMethod] = Field(min_length=1)
     objective: AnyObjective = Field(default_factory=lambda: _objective({}))
     train: TrainOptions = TrainOptions.model_validate({})
+    validation: ValidationOptions = ValidationOptions.model_validate({})
     sample: SampleOptions = SampleOptions.model_validate({})
     output: OutputOptions = OutputOptions.model_validate({})
 
@@ -220,6 +221,12 @@ class Recipe(Section):
         if whole and self.output.format not in ("auto", "diffusers"):
             raise ValueError(f"{whole[0]} leaves a whole base behind: output.format is diffusers, not "
                              f"{self.output.format}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _of_one_world(self) -> Recipe:
+        if self.data is not None and self.data.source == "world" and self.validation.folder is not None:
+            raise ValueError("the drawn world draws its held-out pictures too: leave validation.folder out")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -370,5 +377,5 @@ def _siblings(location: list[Any], tree: dict[str, Any]) -> set[str]:
     if section == "objective":
         return set(OBJECTIVES.get(tree["objective"].get("kind", "denoise")).Options.model_fields)
     models = {"base": BaseOptions, "data": DataOptions, "prior": PriorOptions, "train": TrainOptions,
-              "sample": SampleOptions, "output": OutputOptions}
+              "validation": ValidationOptions, "sample": SampleOptions, "output": OutputOptions}
     return set(models[section].model_fields)

@@ -12,7 +12,15 @@ from pydantic_core import PydanticUndefined
 from impasto.methods import METHODS
 from impasto.objectives import OBJECTIVES
 from impasto.training.optimizers import OPTIMIZERS, SHARED
-from impasto.training.recipe import BaseOptions, DataOptions, OutputOptions, PriorOptions, SampleOptions, TrainOptions
+from impasto.training.recipe import (
+    BaseOptions,
+    DataOptions,
+    OutputOptions,
+    PriorOptions,
+    SampleOptions,
+    TrainOptions,
+    ValidationOptions,
+)
 
 #: a bar inside a table's cell
 BAR = "\\|"
@@ -24,6 +32,7 @@ SECTIONS: list[tuple[str, str, type[pydantic.BaseModel]]] = [
     *((f'method] kind = "{name}"', "what is trained", METHODS.get(name).Options) for name in METHODS),
     *((f'objective] kind = "{name}"', "what is minimised", OBJECTIVES.get(name).Options) for name in OBJECTIVES),
     ("train", "the loop", TrainOptions),
+    ("validation", "pictures that are held out", ValidationOptions),
     ("sample", "previews", SampleOptions),
     ("output", "where it goes", OutputOptions),
 ]

@@ -12,7 +12,7 @@ from impasto.core.errors import UserError
 from impasto.core.progress import SILENT
 from impasto.data.dataset import list_folder
 from impasto.data.options import of_class_pictures
-from impasto.data.source import collect, data_fingerprint, located
+from impasto.data.source import collect, data_fingerprint, located, pictures_of
 from impasto.families.fingerprint import fingerprint
 from impasto.families.load import locate
 from impasto.formats.checkpoint import open_checkpoint
@@ -107,7 +107,7 @@ def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
         found.unknown.append("the class pictures: they are drawn by the run itself")
         return
     try:
-        streams = [collect(list_folder(located(str(data.folder))), data, SILENT)]
+        streams = [pictures_of(data, recipe.validation, recipe.train.seed)[0]]
         if prior is not None:
             own = of_class_pictures(data, prior)
             streams.append(collect(list_folder(located(str(prior.folder))), own, SILENT, weight=prior.weight))

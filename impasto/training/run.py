@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 import torch
@@ -62,9 +62,9 @@ class Run:
             yield cls(folder, name, report)
 
     # --- the artifact ------------------------------------------------------------------------------------
-    def artifact(self, step: int | None = None, *, folder: bool = False) -> Path:
-        """Where the adapter goes, or a whole base (a folder): after optimizer step `step`, or at the end."""
-        tail = "" if step is None else f"-{step:06d}"
+    def artifact(self, step: int | Literal["best"] | None = None, *, folder: bool = False) -> Path:
+        """Where the adapter goes, or a whole base (a folder): after optimizer step `step`, the best, or at the end."""
+        tail = "" if step is None else f"-{step}" if step == "best" else f"-{step:06d}"
         return self.folder / f"{self.name}{tail}{'' if folder else '.safetensors'}"
 
     # --- the recipe --------------------------------------------------------------------------------------

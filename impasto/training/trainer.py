@@ -14,7 +14,7 @@ import operator
 import signal
 import time
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from impasto.training.journal import Journal
 from impasto.training.metadata import metadata
 from impasto.training.optimizer_state import pack_optimizer, unpack_optimizer
 from impasto.training.optimizers import choose, make_optimizer, remarks
-from impasto.training.previews import Previews
+from impasto.training.previews import Previews, evaluating
 from impasto.training.processes import Processes
 from impasto.training.rates import rate_factor, set_rates, split_by_path
 from impasto.training.recipe import Recipe, make_recipe
@@ -45,6 +45,7 @@ from impasto.training.shown import Shown
 from impasto.training.step import step as step_losses
 from impasto.training.stop import StopWish
 from impasto.training.trackers.tracking import Tracking
+from impasto.training.validation import Validation
 from impasto.training.verdicts import Verdicts
 
 #: steps whose batches an objective may measure before an artifact is saved
@@ -52,7 +53,8 @@ MEASURED_STEPS = 16
 
 #: keys that may change between two sittings of a run: they do not touch the weights. A batch may be divided among
 #: more or fewer processes; what it is in all of them together is compared by itself
-FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device", "train.batch_size"}
+FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device", "train.batch_size", "validation.every",
+             "validation.patience", "validation.keep_best"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Outcome:
     seconds: float
     stopped_by: signal.Signals | None = None
     rank: int = 0  # which of the processes tells of it
+    validation: float | None = None  # the last loss on held-out pictures, None if there was none
+    ended: str | None = None  # why it is finished before its last step
 
 
 def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None) -> Outcome:
@@ -127,9 +131,8 @@ class Trainer:
         self.source = prepare_source(
             self.base, recipe.data, recipe.prior, trains=trains, batch_size=self.options.batch_size,
             accumulation=self.options.accumulation, seed=self.options.seed, device=self.device,
-            reads=self.objective.reads, report=report, rank=self.processes.rank, world=self.processes.count)
-        for line in self.source.describe():
-            report.note(line)
+            reads=self.objective.reads, report=report, rank=self.processes.rank, world=self.processes.count,
+            validation=recipe.validation)
         groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
         self.own = self.objective.prepare(self.base, self.source.label_sizes, self.options.seed)
         groups += [group_of(module, f"objective.{name}", name) for name, module in self.own.items()]
@@ -148,6 +151,10 @@ class Trainer:
         self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)
         self.total = self.options.steps or (self.options.epochs or 0) * self.source.epoch_steps or 500
         self.pictures = self.options.batch_size * self.options.accumulation * self.processes.count
+        self.validation = Validation(recipe.validation, self.source, self.options.seed, self.total, self.pictures,
+                                     report)
+        for line in (*self.source.describe(), *self.validation.describe()):
+            report.note(line)
 
     # --- the loop ----------------------------------------------------------------------------------------
     def train(self, stop_after: int | None = None) -> Outcome:
@@ -160,7 +167,9 @@ class Trainer:
             advance(first)
             if self.processes.first and first < self.total and self.previews.due(first, self.total):
                 self._preview(first)
-            while step < self.total and not wish.asked:
+            if self.validation.due(0) and not first:
+                self._validate(0, journal)
+            while step < self.total and not wish.asked and not self.validation.over:
                 clock = time.monotonic()
                 set_rates(self.optimizer, rate_factor(step, self.total, self.options))
                 loss = self._accumulate(step)
@@ -168,21 +177,26 @@ class Trainer:
                 step += 1
                 self.shown.update(step)
                 advance(1, journal.step(step, loss, norm, self.optimizer, self.pictures, time.monotonic() - clock))
+                if self.validation.due(step):
+                    self._validate(step, journal)
                 asked = requests.take() if self.processes.first else frozenset()
                 if "stop" in asked or step == stop_after:
                     wish.asked = wish.asked or signal.SIGTERM
                 wish.asked = next(filter(None, self.processes.gathered(wish.asked)), None)
                 if self.processes.first:
-                    self._keep(step, asked, stopping=wish.asked is not None)
-            mean, finished = journal.mean_loss, step >= self.total
+                    self._keep(step, asked, stopping=bool(wish.asked or self.validation.over))
+            ended = self.validation.over if step < self.total else None
+            mean, finished = journal.mean_loss, step >= self.total or ended is not None
             journal.finished = finished
         if finished:
+            if ended is not None:
+                self.report.note(f"ended after step {step}: {ended}")
             if step > first:
                 self.verdicts.end()
             if self.processes.first:
                 self._save_artifact(self._artifact(), step)
         return Outcome(self._artifact() if finished else None, step, first, mean, time.monotonic() - started,
-                       None if finished else wish.asked, self.processes.rank)
+                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended)
 
     def _accumulate(self, step: int) -> float:
         """Forward and backward over the micro-batches of an optimizer step; the mean loss over all processes."""
@@ -234,6 +248,19 @@ class Trainer:
         raise UserError(f"the loss is not finite at step {step + 1}, with {', '.join(names)}", where=self.run.folder,
                         fix=f"{advice}; the last good state is {kept[0] if kept else 'the start'}")
 
+    def _validate(self, step: int, journal: Journal) -> None:
+        """The loss of what is shown on held-out pictures; the artifact of the lowest one is kept."""
+        loss = math.nan
+        if self.processes.first:
+            with self.report.phase(f"validation at step {step}"), self.shown.weights(), \
+                    evaluating(self._trained().values()):
+                loss = self.validation.loss(self.base, self.objective, self.precision, self.device)
+        loss = self.processes.gathered(loss)[0]  # so that all end together
+        lowest = self.validation.take(step, loss)
+        journal.validated(step, loss)
+        if lowest and self.recipe.validation.keep_best and self.processes.first:
+            self._save_artifact(self._artifact("best"), step)
+
     # --- what is kept ------------------------------------------------------------------------------------
     def _keep(self, step: int, asked: frozenset[str], *, stopping: bool) -> None:
         """Artifact, preview and checkpoint, in this order, where they are due or asked for after `step`.
@@ -252,7 +279,8 @@ class Trainer:
                 tensors.update({f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()})
             tensors.update(self.shown.state())
             state = State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict(),
-                                          "beginning": self.verdicts.beginning})
+                                          "beginning": self.verdicts.beginning,
+                                          "validation": self.validation.state()})
             manifest = {"total": self.total, "data": self.source.fingerprint, "base": self.fingerprint,
                         "environment": describe(self.device), "group": self.source.share.group,
                         "processes": self.processes.count}
@@ -269,21 +297,22 @@ class Trainer:
                    for name, module in method.modules().items()}
         return methods | {f"objective.{name}": module for name, module in self.own.items()}
 
-    def _artifact(self, step: int | None = None) -> Path:
-        """Where the artifact of a step goes, or the last one."""
+    def _artifact(self, step: int | Literal["best"] | None = None) -> Path:
+        """Where the artifact of a step goes, or the best one, or the last."""
         return self.run.artifact(step, folder=any(method.in_place for method in self.methods))
 
     def _save_artifact(self, path: Path, step: int) -> None:
         """What has been learned so far, in a file or folder that other programs read."""
-        output = self.recipe.output
-        with self.shown.weights():
+        output, best = self.recipe.output, path == self._artifact("best")
+        with self.shown.weights(), self.base.keeping_latent_scale():
             measured = (batch.to(self.device) for later in range(MEASURED_STEPS)
                         for batches in self.source.micro_batches(step + later) for batch in batches)
             self.objective.finish(self.base, measured)
             adapters = [adapter for method in self.methods if (adapter := method.adapter()) is not None]
             if not adapters:
-                if not path.exists():  # else it was saved before a kill, or the run is complete
-                    save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=self._metadata(step))
+                if best or not path.exists():  # else it was saved before a kill, or the run is complete
+                    save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=self._metadata(step),
+                                replace=best)
                 return
         adapter = functools.reduce(operator.add, adapters)
         adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
@@ -301,6 +330,8 @@ class Trainer:
         """Load the newest checkpoint, if there is one; the number of steps it holds."""
         found = self.run.latest()
         if found is None:
+            if self.processes.first:
+                self.run.rewind_log(-1)  # steps that no checkpoint holds
             self.verdicts.begin()
             return 0
         state, manifest = found
@@ -319,6 +350,7 @@ class Trainer:
                                     if key.startswith(f"{prefix}.")})
         self.shown.load(state.tensors)
         self.verdicts.begin(state.values.get("beginning"))
+        self.validation.load(state.values.get("validation"))
         unpack_optimizer(self.optimizer, state.tensors, state.values["optimizer"])
         self.scaler.load_state_dict(state.values["scaler"])
         if self.processes.first:

@@ -150,6 +150,7 @@ OPTIONS = {
     "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
              "learning_rate optimizer optimizer_options power precision rates restarts schedule seed steps warmup "
              "weight_decay",
+    "validation": "every folder fraction keep_best patience repeats",
     "sample": "every guidance negative prompts scheduler seed size steps",
     "output": "checkpoint_every dir dtype format keep keep_every metadata name push_private push_to save_every "
               "save_every_epochs track_every trackers",

@@ -142,6 +142,9 @@ ROWS: dict[str, Row] = {
     "logit_mean": Row("objective.times_mean", number),
     "logit_std": Row("objective.times_std", number),
     "mode_scale": Row("objective.mode_scale", number),
+    # validation
+    "validation_split": Row("validation.fraction", number, neutral=(0,)),
+    "validate_every_n_steps": Row("validation.every", whole),
     # previews
     "sample_every_n_steps": Row("sample.every", whole),
     "sample_prompts": Row("sample.prompts", text),
@@ -206,8 +209,9 @@ ROWS: dict[str, Row] = {
            "offload_param_nvme_path zero3_init_flag zero3_save_16bit_model ddp_timeout ddp_gradient_as_bucket_view "
            "ddp_static_graph"),
     **rows("compilation is torch's own (inductor)", "dynamo_backend=inductor", here="train.compile"),
-    **rows("no pictures are held back to validate with", "validation_split validation_seed validate_every_n_steps "
-           "validate_every_n_epochs max_validation_steps"),
+    **rows("which pictures are held out follows from train.seed", "validation_seed", here="train.seed"),
+    **rows("validations come by steps, on all held-out pictures", "validate_every_n_epochs max_validation_steps",
+           here="validation.every"),
     **rows("previews come by steps", "sample_every_n_epochs", here="sample.every"),
     **rows("artifacts come by steps or epochs", "save_n_epoch_ratio", here="output.save_every_epochs"),
     **rows("every artifact is kept", "save_last_n_epochs save_last_n_steps"),

@@ -43,6 +43,8 @@ def translate(settings: Mapping[str, Any], script: str, files: Iterable[str]) ->
     _loss(work)
     _schedule(work)
     _output(work, kind)
+    if not work.read("validation_split", number, 0.0):
+        work.put("validation.fraction", 0.0, why="without validation_split every picture is learned from")
     return work.finish(files)
 
 

@@ -221,7 +221,8 @@ ROWS: dict[str, Row] = {
            here="train.checkpointing"),
     **rows("a run is one process", "multi_gpu device_indexes gradient_reduce_precision=FLOAT_32_STOCHASTIC "
            "fused_gradient_reduce=True async_gradient_reduce=True async_gradient_reduce_buffer=100"),
-    **rows("no pictures are held back to validate with", "validation validate_after=1 validate_after_unit=EPOCH"),
+    **rows("validation has keys of its own here", "validation validate_after=1 validate_after_unit=EPOCH",
+           here="validation.fraction"),
     **rows("previews have one size, a square", "sample.width=512 sample.height=512", here="sample.size"),
     **rows("previews and artifacts come from the beginning", "sample_skip_first save_skip_first"),
     **rows("an artifact is called by output.name", "save_filename_prefix", here="output.name"),

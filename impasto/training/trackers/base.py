@@ -43,6 +43,9 @@ class Tracker(abc.ABC):
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """The figures of optimizer step `step` (from 1), by name."""
 
+    def validation(self, step: int, loss: float) -> None:  # noqa: B027 - it may keep to what was trained on
+        """The loss on held-out pictures after `step`, 0 before the first; after the figures of that step."""
+
     @abc.abstractmethod
     def pictures(self, step: int, pictures: Sequence[tuple[str, Path]]) -> None:
         """The previews after `step`: (prompt, file)."""

@@ -47,6 +47,11 @@ class Tracking:
                 post.put("figures", step, dict(figures))
         self._tell()
 
+    def validation(self, step: int, loss: float) -> None:
+        """The loss on held-out pictures after `step`, 0 before the first."""
+        for post in self.posts:
+            post.put("validation", step, loss)
+
     def pictures(self, step: int, prompts: Sequence[str], files: Sequence[Path]) -> None:
         """The previews after `step`."""
         for post in self.posts:

@@ -43,6 +43,9 @@ class WeightsBiases(Tracker):
         self.run.log({"step": step, **{f"train/{name}": value for name, value in figures.items()}},
                      step=max(step, self.first))
 
+    def validation(self, step: int, loss: float) -> None:
+        self.run.log({"step": step, "validation/loss": loss}, step=max(step, self.first))
+
     def pictures(self, step: int, pictures: Sequence[tuple[str, Path]]) -> None:
         image = _library().Image
         self.run.log({"step": step, "previews": [image(str(file), caption=prompt) for prompt, file in pictures]},
