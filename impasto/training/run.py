@@ -57,7 +57,7 @@ class Run:
         with locked(folder / ".lock", doing="training here"):
             for leftover in folder.glob("checkpoints/*.part"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in folder.glob(".*.part"):
+            for leftover in [*folder.glob(".*.part"), *folder.glob("previews/.*.part")]:
                 leftover.unlink(missing_ok=True)
             yield cls(folder, name, report)
 
@@ -115,6 +115,8 @@ class Run:
         for old in self.checkpoints()[keep:]:
             if keep_every and int(old.name) % keep_every == 0:
                 continue
+            with contextlib.suppress(OSError):  # killed in between, half of it is a leftover, not a damaged checkpoint
+                old = old.rename(old.with_name(f"{old.name}.part"))
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> tuple[State, dict[str, Any]] | None:

@@ -51,6 +51,7 @@ def on_call(owner: Any, name: str, count: int, action: Callable[..., None], *, a
 
 #: moment -> how to be killed there, and the step of the last checkpoint that must then hold (saves at 2, 4, 6)
 MOMENTS: dict[str, tuple[Callable[[], None], int]] = {
+    "in step 2, before the first checkpoint": (lambda: on_call(trainer.Trainer, "_accumulate", 2, die), 0),
     "before the first step": (lambda: on_call(trainer.Trainer, "_accumulate", 1, die), 0),
     "in step 4, before any save of it": (lambda: on_call(trainer.Trainer, "_update", 4, die), 2),
     "before the save at 4": (lambda: on_call(run_module.Run, "save", 2, die), 2),
@@ -64,8 +65,8 @@ MOMENTS: dict[str, tuple[Callable[[], None], int]] = {
     "while the artifact is read back": (lambda: on_call(trainer, "save_adapter", 1, die, after=True), 6),
     "while pictures are cached": (lambda: on_call(trainer, "prepare_source", 1, die, after=True), 0),
 }
-QUICK = ["in step 4, before any save of it", "before the manifest", "after the rename",
-         "after the last checkpoint, before the artifact"]
+QUICK = ["in step 2, before the first checkpoint", "in step 4, before any save of it", "before the manifest",
+         "after the rename", "after the last checkpoint, before the artifact"]
 
 
 def child(plain: dict[str, Any], moment: str | None) -> None:

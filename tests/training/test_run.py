@@ -65,6 +65,32 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, damage: str) -> Non
     assert not list((tmp_path / "r").rglob("*.part"))
 
 
+def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
+    names = [".dog.safetensors.x.part", "previews/.000004-0.png.x.part", "checkpoints/000002.part/state.safetensors"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    with Run.open(tmp_path, "dog"):
+        assert not list(tmp_path.rglob("*.part"))
+
+
+def test_an_old_checkpoint_is_whole_until_it_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, **keywords: bool) -> None:
+        if path.exists() and path.name.startswith("000001"):
+            (path / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    heard = Heard()
+    with Run.open(tmp_path / "r", "dog", heard) as run:
+        run.save(state(1), {}, keep=1)
+        monkeypatch.setattr("impasto.training.run.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(state(2), {}, keep=1)
+        monkeypatch.undo()
+    with Run.open(tmp_path / "r", "dog", heard) as run:
+        assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["000002"]
+
+
 def test_another_recipe_is_refused_by_key(tmp_path: Path) -> None:
     with Run.open(tmp_path / "r", "dog") as run:
         plain = {"train": {"steps": 5, "learning_rate": 1e-4, "epochs": None}, "method": [{"kind": "lora", "rank": 4}]}
