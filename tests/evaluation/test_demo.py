@@ -22,15 +22,11 @@ from impasto.evaluation.demo import Stopped, run_demo
 from impasto.evaluation.demo_folder import Place
 from impasto.evaluation.demo_page import figures, line
 from impasto.evaluation.demo_result import (
-    AT_LEAST_AFTER,
-    AT_LEAST_BACKGROUNDS,
-    AT_MOST_BEFORE,
-    AT_MOST_LOST,
     DemoResult,
     Score,
     Scores,
 )
-from impasto.evaluation.lesson import LESSONS, Amounts, old_asked
+from impasto.evaluation.lesson import LESSONS, old_asked
 from impasto.mini import lessons
 from impasto.training.recipe import load_recipe
 from impasto.training.trainer import train
