@@ -27,6 +27,7 @@ def test_its_card_tells_of_it() -> None:
 
 @needs_reader
 @pytest.mark.slow
+@pytest.mark.xfail(strict=False, reason="the embedded base's weights are not final")
 def test_diffusers_draws_with_it_what_it_is_asked_for() -> None:
     from diffusers import StableDiffusionPipeline
 
