@@ -183,7 +183,7 @@ def test_killed_and_resumed_it_has_the_same_best_and_the_same_log(recipe: Recipe
     class Killed(BaseException):
         pass
 
-    def die(*_: Any) -> None:
+    def die(*_: Any, **keywords: Any) -> None:
         raise Killed
 
     keys = {"validation": {"folder": held_out, "every": 1}, "train": {"learning_rate": 0.02}}

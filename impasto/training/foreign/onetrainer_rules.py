@@ -47,6 +47,8 @@ def translate(settings: Mapping[str, Any], files: Iterable[str]) -> Imported:
     _pictures(work)
     _tags(work)
     _units(work)
+    if str(work.get("validation", False)).lower() != "true":
+        work.put("validation.fraction", 0.0, why="without validation every picture is learned from")
     return work.finish(files)
 
 
