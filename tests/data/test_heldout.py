@@ -26,12 +26,12 @@ def names(items: list[Item]) -> set[str]:
     return {each.picture.name for each in items}
 
 
-def held(**keys: Any) -> ValidationOptions:
+def asked_for(**keys: Any) -> ValidationOptions:
     return ValidationOptions.model_validate(keys)
 
 
 def out_of(count: int, seed: int = 0, **keys: Any) -> tuple[list[Item], list[Item]]:
-    return divide([item(f"{i}.png") for i in range(count)], None, held(**keys), seed)[:2]
+    return divide([item(f"{i}.png") for i in range(count)], None, asked_for(**keys), seed)[:2]
 
 
 @pytest.mark.parametrize(("count", "keys", "expected"), [
@@ -46,33 +46,33 @@ def test_the_choice_hangs_on_seed_and_contents_alone() -> None:
     kept, out = out_of(40)
     assert names(out) == names(out_of(40)[1]) != names(out_of(40, seed=1)[1])
     renamed = [replace(each, picture=replace(each.picture, name=f"z{each.picture.name}")) for each in [*out, *kept]]
-    assert names(divide(renamed, None, held(), 0)[1]) == {f"z{name}" for name in names(out)}
+    assert names(divide(renamed, None, asked_for(), 0)[1]) == {f"z{name}" for name in names(out)}
     more = out_of(41)[1]  # one picture more takes the place of one at most
     assert len(names(more) - names(out)) <= 1
 
 
 def test_copies_go_with_what_is_held_out() -> None:
     items = [item(f"{i}.png") for i in range(9)]
-    (held,) = divide(items, None, held(), 0)[1]
+    (held,) = divide(items, None, asked_for(), 0)[1]
     copy = item("copy.png", held.picture.digest)
-    kept, out, lines = divide([*items, copy], None, held(), 0)
+    kept, out, lines = divide([*items, copy], None, asked_for(), 0)
     assert names(out) == {held.picture.name, "copy.png"} and len(kept) == 8
     assert "copy.png" in lines[0] and held.picture.name in lines[0]
-    assert divide([item(f"{i}.png", "the same") for i in range(9)], None, held(), 0)[1] == []
+    assert divide([item(f"{i}.png", "the same") for i in range(9)], None, asked_for(), 0)[1] == []
 
 
 def test_a_folder_of_their_own_takes_copies_out_of_the_others() -> None:
     items, own = [item("a"), item("b"), item("c")], [item("v", "digest of b")]
-    kept, out, lines = divide(items, own, held(folder="v"), 0)
+    kept, out, lines = divide(items, own, asked_for(folder="v"), 0)
     assert names(kept) == {"a", "c"} and names(out) == {"v"} and "not learned from: 1" in lines[0]
     with pytest.raises(UserError, match="none is left to learn from"):
-        divide(items, items, held(folder="v"), 0)
+        divide(items, items, asked_for(folder="v"), 0)
 
 
 def test_the_drawn_world_holds_out_numbers_beyond() -> None:
     data = DataOptions.model_validate(
         {"source": "world", "pictures": 20, "resolution": 32, "buckets": False})
-    kept, out = pictures_of(data, held(), 3)
+    kept, out = pictures_of(data, asked_for(), 3)
     assert [each.picture.name for each in out] == ["drawing 20", "drawing 21"]
     assert kept == pictures_of(data, None, 3)[0] and out[0].labels
 
@@ -86,7 +86,7 @@ def prepare(folder: Path, validation: ValidationOptions | None, **keys: object) 
 def test_a_source_tells_of_them_and_never_trains_on_them(tmp_path: Path) -> None:
     for i in range(9):
         write_picture(tmp_path / f"{i}.png", key=i, caption=f"{{one|two}} {i}")
-    source = prepare(tmp_path, held(), flip=True, wildcards=True, caption_dropout=0.5)
+    source = prepare(tmp_path, asked_for(), flip=True, wildcards=True, caption_dropout=0.5)
     (held,) = source.held_out
     seen = {name for step in range(12) for ((batch,),) in [source.micro_batches(step)] for name in batch.names}
     assert seen == names(list(source.pictures)) and held.picture.name not in seen and len(seen) == 8
@@ -101,5 +101,5 @@ def test_a_source_tells_of_them_and_never_trains_on_them(tmp_path: Path) -> None
 def test_with_few_pictures_a_run_is_what_it_was(tmp_path: Path) -> None:
     for i in range(7):
         write_picture(tmp_path / f"{i}.png", key=i, caption="x")
-    now, before = prepare(tmp_path, held()), prepare(tmp_path, None)
+    now, before = prepare(tmp_path, asked_for()), prepare(tmp_path, None)
     assert now.fingerprint == before.fingerprint and not now.held_out and now.describe() == before.describe()
