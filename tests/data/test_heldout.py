@@ -37,7 +37,7 @@ def out_of(count: int, seed: int = 0, **keys: Any) -> tuple[list[Item], list[Ite
 @pytest.mark.parametrize(("count", "keys", "expected"), [
     (7, {}, 0), (8, {}, 1), (19, {}, 1), (25, {}, 2), (1000, {}, 16), (100, {"fraction": 0}, 0),
     (3, {"fraction": 0.1}, 1), (1000, {"fraction": 0.1}, 100)])
-def test_how_many(count: int, keys: dict[str, float], expected: int) -> None:
+def test_how_many(count: int, keys: dict[str, Any], expected: int) -> None:
     kept, out = out_of(count, **keys)
     assert len(out) == expected and len(kept) == count - expected
 
