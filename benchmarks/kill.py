@@ -91,7 +91,8 @@ def report(runs: list[list[Sitting]], bad: int, parts: int, steps: int, seconds:
     print_table(["phase", "kills"], [[name, str(count)] for name, count in phases.most_common()])
     print()
     again = sum(lost(sittings) for sittings in runs)
-    header = ["runs", "kills", "most in one run", "as uninterrupted", "steps again", "of", "left in the cache"]
+    header = ["runs", "kills", "most in one run", "as uninterrupted", "steps again", "steps in all",
+              "left in the cache"]
     cells = [len(runs), len(deaths), max((len(sittings) - 1 for sittings in runs), default=0), len(runs) - bad, again,
              again + steps * len(runs), parts]
     row = [*map(str, cells), f"{seconds:.0f}"]

@@ -193,15 +193,19 @@ class Remembered:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, doing: str, fix: str = "wait for it, or choose another output.dir") -> Iterator[None]:
-    """Hold the lock file `path`, or raise a `UserError` that names its holder (process id and host)."""
+def locked(path: Path, *, doing: str, fix: str = "wait for it, or choose another output.dir",
+           patience: float = 0) -> Iterator[None]:
+    """Hold the lock file `path`, or raise a `UserError` that names its holder (process id and host).
+
+    `patience`: seconds to wait for it.
+    """
     import socket
 
     lock = filelock.FileLock(path)
     holder = path.with_suffix(".holder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except filelock.Timeout:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise UserError(f"{who} is already {doing}", where=path.parent, fix=fix) from None

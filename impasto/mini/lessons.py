@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from impasto.core.errors import UserError, nearest
-from impasto.core.files import atomic_folder, cache_dir
+from impasto.core.files import atomic_folder, cache_dir, locked
 from impasto.mini import world
 from impasto.mini.shapes import SHAPES, Part, ellipse
 from impasto.mini.world import Look, Object, Pose, Scene
@@ -137,7 +137,13 @@ def lesson_folder(name: str) -> Path:
     if name not in LESSONS:
         raise UserError("there are no such drawn pictures", where=name, fix=nearest(name, LESSONS))
     folder = cache_dir() / "mini" / f"{name.removeprefix('mini:')}-{VERSION}"
-    if not folder.is_dir():
+    if folder.is_dir():
+        return folder
+    # processes that train together ask at once, and one draws
+    with locked(folder.with_name(f"{folder.name}.lock"), doing="drawing these pictures", fix="wait for it",
+                patience=600):
+        if folder.is_dir():
+            return folder
         with atomic_folder(folder) as part:
             for i, (caption, picture) in enumerate(LESSONS[name]()):
                 picture.save(part / f"{i}.png")

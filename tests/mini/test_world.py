@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -114,6 +115,12 @@ def test_a_lesson_is_a_folder_of_pictures_with_captions(name: str) -> None:
     else:
         assert 5 <= len(pictures) <= 8 and all("sks" in text for text in captions)
     assert lesson_folder(name) == folder
+
+
+def test_several_may_ask_for_a_lesson_at_once() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lesson_folder, ["mini:mascot"] * 4))
+    assert len(set(folders)) == 1 and len(list(folders[0].glob("*.png"))) == len(TAUGHT_ON)
 
 
 def test_the_mascot_is_asked_for_where_it_was_not_taught() -> None:

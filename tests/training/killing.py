@@ -59,7 +59,7 @@ class Sitting:
     first: int | None  # the steps that it began with; None if it did not come to training
     reached: int  # steps taken when it ended
     held: int  # steps in the newest checkpoint whose manifest verifies, afterwards
-    seconds: float
+    seconds: float  # Python's own imports left out
     slowest: float = 0.0  # seconds until all processes had ended after one was killed
 
 
@@ -93,27 +93,26 @@ def sit(job: Job, folder: Path, number: int, dies: float | None = None, rank: in
     folder.mkdir(parents=True, exist_ok=True)
     task = {"tree": {**job.tree, "output": {**job.tree.get("output", {}), "dir": str(folder / "run")}},
             "diary": str(folder / f"diary-{number}"), "cache": str(folder / "cache")}
-    started, slowest = time.monotonic(), 0.0
     if job.processes == 1:
-        dead = _alone(task, dies)
+        dead, seconds, slowest = _alone(task, dies)
     else:
-        dead, slowest = _together(task, folder / "task.json", job.processes, dies, rank)
-    seconds = time.monotonic() - started
+        dead, seconds, slowest = _together(task, folder / "task.json", job.processes, dies, rank)
     lines = read_diary(Path(task["diary"]))
     steps = [step for _, step in lines if step is not None]
     return Sitting(dead, lines[-1][0], steps[0] if steps else None, max(steps, default=0), newest(folder / "run"),
                    seconds, slowest)
 
 
-def _alone(task: dict[str, Any], dies: float | None) -> bool:
-    """One process. Whether it was killed."""
+def _alone(task: dict[str, Any], dies: float | None) -> tuple[bool, float, float]:
+    """One process. Whether it was killed, and its seconds; no others had to end."""
+    started = time.monotonic()
     process = _fork(train, **task)
     process.join(dies)
     if process.exitcode is None:
         process.kill()
         process.join()
     assert process.exitcode in (0, -9), f"ended with {process.exitcode}"
-    return process.exitcode != 0
+    return process.exitcode != 0, time.monotonic() - started, 0.0
 
 
 def _fork(what: Callable[..., Any], **keywords: Any) -> BaseProcess:
@@ -125,29 +124,36 @@ def _fork(what: Callable[..., Any], **keywords: Any) -> BaseProcess:
     return process
 
 
-def _together(task: dict[str, Any], note: Path, processes: int, dies: float | None, rank: int) -> tuple[bool, float]:
-    """Several processes under torchrun, of which one is killed. Whether it was, and when all had ended."""
+def _together(task: dict[str, Any], note: Path, processes: int, dies: float | None, rank: int
+              ) -> tuple[bool, float, float]:
+    """Several processes under torchrun. Whether one was killed, the seconds until then, and until all had ended."""
     note.write_text(json.dumps(task), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                "-m", "tests.training.killing", str(note)]
     with open(note.with_name("errors.txt"), "ab") as errors:
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
+    workers: list[psutil.Process] = []
     try:
+        while launcher.poll() is None and not Path(task["diary"]).exists():  # it imports
+            time.sleep(0.05)
+        started, clock = time.monotonic(), time.time()
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(dies)
         while launcher.poll() is None and len(workers := _workers(launcher.pid)) < processes:
             time.sleep(0.05)
         if launcher.returncode is not None:
             assert launcher.returncode == 0, note.with_name("errors.txt").read_text(encoding="utf-8")[-2000:]
-            return False, 0.0
+            return False, Path(task["diary"]).stat().st_mtime - clock, 0.0  # without the launcher's own end
         workers[rank].kill()
         died = time.monotonic()
-        launcher.wait(2 * MINUTE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(2 * MINUTE)
         psutil.wait_procs(workers, MINUTE)
-        return launcher.returncode != 0, time.monotonic() - died
+        return launcher.returncode != 0, died - started, time.monotonic() - died
     finally:
-        for process in [*_workers(launcher.pid), launcher]:
-            process.kill()
+        for process in [*(workers or _workers(launcher.pid)), launcher]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         launcher.wait()
 
 
