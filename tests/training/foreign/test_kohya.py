@@ -87,6 +87,7 @@ sparkle = true
 """
 
 WANTED = {
+    "validation.fraction": 0.0,
     "base.path": "models/v1-5.safetensors", "base.vae": "models/vae.pt", "base.clip_skip": 1,
     "data.folder": "pictures", "data.resolution": 768, "data.buckets": True, "data.bucket_min": 320,
     "data.bucket_max": 1024, "data.bucket_step": 32, "data.flip": True, "data.caption_dropout": 0.05,
@@ -132,6 +133,7 @@ def test_a_whole_config_key_by_key(tmp_path: Path) -> None:
 def test_what_the_file_does_not_say_is_kohyas_default(tmp_path: Path) -> None:
     found = line(tmp_path, "--train_data_dir=p --resolution=512")
     assert became(found) == {
+        "validation.fraction": 0.0,
         "base.path": "a.ckpt", "data.folder": "p", "data.resolution": 512, "data.buckets": False, "method.kind": "lora",
         "method.rank": 4, "method.alpha": 1.0, "method.targets": [*TRANSFORMERS, "text-encoder"], "train.steps": 1600,
         "train.learning_rate": 2e-6}

@@ -70,6 +70,7 @@ SAMPLES = [
 ]
 
 WANTED = {
+    "validation.fraction": 0.0,
     "base.path": "models/v1-5.ckpt", "base.vae": "vae.pt", "base.clip_skip": 1,
     "data.folder": "pictures/dog", "data.shuffle_tags": True, "data.keep_tags": 1, "data.flip": True,
     "data.resolution": 768, "data.buckets": True,
@@ -133,6 +134,7 @@ def test_a_whole_config_key_by_key(way: str, tmp_path: Path) -> None:
 def test_what_the_file_does_not_say_is_onetrainers_default(tmp_path: Path) -> None:
     found = config(tmp_path)
     assert became(found) == {
+        "validation.fraction": 0.0,
         "base.path": "a.ckpt", "data.folder": "photos", "method.kind": "lora", "method.rank": 16, "method.alpha": 1.0,
         "method.targets": ["all", "text-encoder"], "train.learning_rate": 3e-6, "train.epochs": 100,
         "train.warmup": 200, "train.checkpointing": True}
