@@ -1,6 +1,6 @@
 """Train the reader of pictures from random weights, on drawn scenes of all combinations, broken ones, and nothing.
 
-    python -m scripts.train_reader [--minutes 40] [--scenes 30000] [-o FILE]
+    python -m scripts.train_reader [--minutes 60] [--scenes 30000] [--begin FILE --rate 1e-3] [-o FILE]
 
 Minutes are of the processor, after the scenes are drawn. What is averaged so far is saved after every tenth of them.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from impasto.core.files import atomic_write
 from impasto.core.rng import seed_for
 from impasto.evaluation import damage
-from impasto.evaluation.reader import ANSWERS, BROKEN, NONE, Reader, numbered, pixels_of, truth
+from impasto.evaluation.reader import ANSWERS, BROKEN, NONE, Reader, load_reader, numbered, pixels_of, truth
 from impasto.mini import READER, world
 from impasto.training.ema import Ema
 from impasto.training.muon import Muon
@@ -34,24 +34,27 @@ SHAPE = list(ANSWERS).index("shape")
 NO_SHAPE, BROKEN_SHAPE = ANSWERS["shape"].index(NONE), ANSWERS["shape"].index(BROKEN)
 FIRST, UNSEEN = 1_000_000, 9_000_000  # seeds of the pictures to learn from, and of those to try it on
 
-Pool = tuple[Tensor, Tensor]  # pictures uint8 (N, 3, 64, 64), and the numbers of their answers (N, questions)
+Pool = tuple[Tensor, Tensor]  # pictures uint8 (N, 3, 128, 128), and the numbers of their answers (N, questions)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=40, help="of the processor, for the training")
+    parser.add_argument("--minutes", type=float, default=60, help="of the processor, for the training")
     parser.add_argument("--scenes", type=int, default=30_000, help="how many pictures to learn from")
+    parser.add_argument("--begin", type=Path, help="weights to go on from, instead of random ones")
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
     parser.add_argument("-o", "--out", type=Path, default=READER, help="where the weights go")
     chosen = parser.parse_args()
     started = time.process_time()
     pool = draw(chosen.scenes, FIRST)
     print(f"{len(pool[0])} pictures drawn in {time.process_time() - started:.0f} s", flush=True)
-    reader = train(Reader(), pool, 60 * chosen.minutes, chosen.out)
+    reader = train(load_reader(chosen.begin) if chosen.begin else Reader(), pool, 60 * chosen.minutes, chosen.out,
+                   chosen.rate)
     examine(reader, *draw(2000, UNSEEN, nothing=0.0))
 
 
 def draw(count: int, first: int, nothing: float = NOTHING) -> Pool:
-    """So many pictures, drawn at 128 x 128 and averaged, of seeds from `first` on; a share of them shows nothing."""
+    """So many pictures, of seeds from `first` on; a share of them shows nothing."""
     pixels, answers = [], []
     for seed in range(first, first + count):
         picture, found = _picture(seed, nothing)
@@ -71,17 +74,17 @@ def _picture(seed: int, nothing: float) -> tuple[Image.Image, dict[str, str]]:
     return world.finish(world.ground(colour, 128, rng), "filled"), {"shape": NONE, "background": colour}
 
 
-def train(reader: Reader, pool: Pool, seconds: float, out: Path) -> Reader:
+def train(reader: Reader, pool: Pool, seconds: float, out: Path, rate: float = RATE) -> Reader:
     """The averaged reader, after so many seconds of the processor, saved on the way and at the end."""
     torch.manual_seed(0)
     parameters = list(reader.parameters())
-    optimizer = Muon([{"params": parameters}], lr=RATE, weight_decay=DECAY)
+    optimizer = Muon([{"params": parameters}], lr=rate, weight_decay=DECAY)
     ema = Ema(parameters, AVERAGE)
     step, reported, losses = 0, 0.0, []
     begun = time.process_time()
     while (share := (time.process_time() - begun) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 200) * (1 + math.cos(math.pi * share)) / 2
+            group["lr"] = rate * min(1, (step + 1) / 200) * (1 + math.cos(math.pi * share)) / 2
         pixels, answers = batch(pool, step)
         loss = judged(reader.train()(pixels), answers)
         optimizer.zero_grad()

@@ -26,7 +26,7 @@ from impasto.mini.shapes import ACCENTS
 from impasto.mini.world import Scene
 
 #: pixels of a picture's side as it is read
-SIDE = 64
+SIDE = 128
 #: further answers about the shape: nothing that the world knows, and nothing proper
 NONE, BROKEN = "none", "broken"
 #: relations as said of the right or lower object, and of the other
@@ -70,7 +70,7 @@ class _Block(nn.Module):
 
 @final
 class Reader(nn.Module):
-    """The network: convolutions from 64 x 64 pixels to 4 x 4, and a linear head for each question."""
+    """The network: convolutions from 64 x 64 blocks of 2 x 2 pixels to 4 x 4, and a linear head for each question."""
 
     WIDTHS = (16, 32, 80, 128)
     HIDDEN = 160
@@ -79,14 +79,14 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         first, second, third, last = self.WIDTHS
-        self.stem = self._smaller(5, first, 5)
+        self.stem = self._smaller(3 * 4 + 2, first, 5)
         self.early = nn.Sequential(self._smaller(first, second), _Block(second))
         self.middle = nn.Sequential(self._smaller(second, third), _Block(third))
         self.late = nn.Sequential(self._smaller(third, last), _Block(last))
         self.places = nn.Conv2d(last, 32, 1)
         self.hidden = nn.Linear(2 * last + 32 * 16, self.HIDDEN)
         self.heads = nn.ModuleList(nn.Linear(self.HIDDEN, len(choices)) for choices in ANSWERS.values())
-        line = (torch.arange(SIDE) + 0.5) * 2 / SIDE - 1
+        line = (torch.arange(SIDE // 2) + 0.5) * 4 / SIDE - 1
         self.register_buffer("coordinates", torch.stack(torch.meshgrid(line, line, indexing="xy")), persistent=False)
 
     @staticmethod
@@ -95,7 +95,7 @@ class Reader(nn.Module):
                              nn.BatchNorm2d(wider, momentum=0.02), nn.ReLU())
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Logits of each question, (N, answers), of pictures uint8 (N, 3, 64, 64)."""
+        """Logits of each question, (N, answers), of pictures uint8 (N, 3, 128, 128)."""
         late = self._stages(pixels)[-1]
         seen = torch.cat([late.mean((2, 3)), late.amax((2, 3)), F.relu(self.places(late)).flatten(1)], 1)
         hidden = F.relu(self.hidden(seen))
@@ -103,7 +103,7 @@ class Reader(nn.Module):
 
     def _stages(self, pixels: Tensor) -> list[Tensor]:
         """What the network sees at 16 x 16, 8 x 8 and 4 x 4."""
-        x = pixels.float() / 127.5 - 1
+        x = F.pixel_unshuffle(pixels.float() / 127.5 - 1, 2)
         x = torch.cat([x, self.coordinates.expand(len(x), -1, -1, -1)], 1).contiguous(memory_format=torch.channels_last)
         early = self.early(self.stem(x))
         middle = self.middle(early)
@@ -126,7 +126,7 @@ class Reader(nn.Module):
 
     @torch.no_grad()
     def pooled(self, pixels: Tensor) -> Tensor:
-        """`features` of pictures uint8 (N, 3, 64, 64)."""
+        """`features` of pictures uint8 (N, 3, 128, 128)."""
         return torch.cat([torch.cat([pool for stage in self._stages(part)
                                      for pool in (stage.mean((2, 3)), stage.amax((2, 3)))], 1)
                           for part in pixels.split(128)])
@@ -145,9 +145,14 @@ def _sensible(found: dict[str, str]) -> dict[str, str]:
 
 
 def pixels_of(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures as they are read, averaged down: uint8 (N, 3, 64, 64)."""
-    small = [picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for picture in pictures]
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in small])).permute(0, 3, 1, 2).contiguous()
+    """Pictures at the size at which they are read: uint8 (N, 3, 128, 128)."""
+    sized = [picture.convert("RGB").resize((SIDE, SIDE), _averaging(picture.width)) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in sized])).permute(0, 3, 1, 2).contiguous()
+
+
+def _averaging(width: int) -> Image.Resampling:
+    """Averages of larger pictures; smooth transitions in smaller ones, whose pixels would else look like a style."""
+    return Image.Resampling.BOX if width >= SIDE else Image.Resampling.BICUBIC
 
 
 def load_reader(path: Path = READER) -> Reader:

@@ -78,10 +78,10 @@ def test_only_what_can_be_asked_is_answered(untrained: Reader) -> None:
 
 def test_pictures_of_any_size_and_kind_are_read(untrained: Reader) -> None:
     pictures = [Image.new("RGB", (64, 64), "red"), Image.new("RGBA", (100, 130), "red"), Image.new("L", (300, 300))]
-    assert pixels_of(pictures).shape == (3, 3, 64, 64)
+    assert pixels_of(pictures).shape == (3, 3, 128, 128)
     assert len(untrained.read(pictures)) == 3
     assert untrained.features(pictures).shape[0] == 3
-    large = world.draw(world.scene(1), 128, 1)
+    large = world.draw(world.scene(1), 256, 1)
     apart = pixels_of([large]).float() - pixels_of([large.reduce(2)]).float()
     assert float(apart.abs().max()) <= 1  # rounding
 
@@ -140,7 +140,7 @@ def test_unseen_pictures_are_read(reader: Reader) -> None:
 
 @trained
 @unfinished
-@pytest.mark.parametrize("side", [64, 128, 256])
+@pytest.mark.parametrize("side", [128, 256])
 def test_pictures_of_any_size_say_the_same(reader: Reader, side: int) -> None:
     scenes = [world.scene(seed, pairs=PAIRS) for seed in range(31_000_000, 31_000_040)]
     found = reader.read([world.draw(scene, side, i) for i, scene in enumerate(scenes)])
