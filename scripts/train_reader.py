@@ -1,8 +1,10 @@
 """Train the reader of pictures from random weights, on drawn scenes of all combinations, broken ones, and nothing.
 
-    python -m scripts.train_reader [--minutes 60] [--scenes 30000] [--begin FILE --rate 1e-3] [-o FILE]
+    python -m scripts.train_reader [--minutes 60] [--scenes 30000] [--redrawn 5000] [--begin FILE --rate 1e-3] [-o FILE]
 
-Minutes are of the processor, after the scenes are drawn. What is averaged so far is saved after every tenth of them.
+So many of the pictures are redrawn by the embedded base, which begins at the drawn picture and is told what it shows:
+they look like what the reader will have to read, and what they show is known all the same. Minutes are of the
+processor, after all that. What is averaged so far is saved after every tenth of them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import copy
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +25,10 @@ from torch import Tensor
 from impasto.core.files import atomic_write
 from impasto.core.rng import seed_for
 from impasto.evaluation import damage
+from impasto.evaluation.quality import settings
 from impasto.evaluation.reader import ANSWERS, BROKEN, NONE, Reader, load_reader, numbered, pixels_of, truth
+from impasto.families.load import load_base
+from impasto.families.sampling import sample
 from impasto.mini import READER, world
 from impasto.training.ema import Ema
 from impasto.training.muon import Muon
@@ -30,7 +36,10 @@ from impasto.training.muon import Muon
 BATCH, RATE, DECAY, AVERAGE = 64, 4e-3, 0.05, 0.998
 #: shares: of pairs among scenes, of nothing among pictures, of broken ones and of undamaged ones in a batch
 PAIRS, NOTHING, BREAK, CLEAN = 0.3, 0.1, 0.12, 0.15
+#: how much of the way from noise the base goes again: little enough that a picture shows what it showed
+REDRAWING = 0.3
 SHAPE = list(ANSWERS).index("shape")
+STYLE, PIXELATED = list(ANSWERS).index("style"), ANSWERS["style"].index("pixelated")
 NO_SHAPE, BROKEN_SHAPE = ANSWERS["shape"].index(NONE), ANSWERS["shape"].index(BROKEN)
 FIRST, UNSEEN = 1_000_000, 9_000_000  # seeds of the pictures to learn from, and of those to try it on
 
@@ -41,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="of the processor, for the training")
     parser.add_argument("--scenes", type=int, default=30_000, help="how many pictures to learn from")
+    parser.add_argument("--redrawn", type=int, default=5000, help="how many of them the embedded base redraws")
     parser.add_argument("--begin", type=Path, help="weights to go on from, instead of random ones")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
     parser.add_argument("-o", "--out", type=Path, default=READER, help="where the weights go")
@@ -48,6 +58,8 @@ def main() -> None:
     started = time.process_time()
     pool = draw(chosen.scenes, FIRST)
     print(f"{len(pool[0])} pictures drawn in {time.process_time() - started:.0f} s", flush=True)
+    replace_some(pool, chosen.redrawn)
+    print(f"{chosen.redrawn} redrawn after {time.process_time() - started:.0f} s", flush=True)
     reader = train(load_reader(chosen.begin) if chosen.begin else Reader(), pool, 60 * chosen.minutes, chosen.out,
                    chosen.rate)
     examine(reader, *draw(2000, UNSEEN, nothing=0.0))
@@ -57,21 +69,45 @@ def draw(count: int, first: int, nothing: float = NOTHING) -> Pool:
     """So many pictures, of seeds from `first` on; a share of them shows nothing."""
     pixels, answers = [], []
     for seed in range(first, first + count):
-        picture, found = _picture(seed, nothing)
+        picture, found, _ = _picture(seed, nothing)
         pixels.append(pixels_of([picture]))
         answers.append(numbered(found))
     return torch.cat(pixels), torch.tensor(answers)
 
 
-def _picture(seed: int, nothing: float) -> tuple[Image.Image, dict[str, str]]:
+def replace_some(pool: Pool, count: int) -> None:
+    """Have the base redraw the first pictures of a pool. It draws no squares of pixels: that style is unknown then."""
+    pixels, answers = pool
+    pixels[:count] = redrawn(pixels[:count], FIRST)
+    styles = answers[:count, STYLE]
+    styles[styles == PIXELATED] = -1
+
+
+def redrawn(pixels: Tensor, first: int, nothing: float = NOTHING, batch: int = 32) -> Tensor:
+    """The pictures that `draw` made from `first` on, as the embedded base draws them when it begins at them."""
+    base = load_base("mini")
+    how = replace(settings(base.native_size, 10), strength=REDRAWING)
+    found = []
+    for start in range(0, len(pixels), batch):
+        part = pixels[start:start + batch]
+        seeds = range(first + start, first + start + len(part))
+        captions = [_picture(seed, nothing)[2] for seed in seeds]
+        pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in part]
+        found.append(pixels_of(sample(base, captions, [""] * len(part), seeds, how, init_images=pictures)))
+    return torch.cat(found)
+
+
+def _picture(seed: int, nothing: float) -> tuple[Image.Image, dict[str, str], str]:
+    """A picture, what a reader should answer, and its caption."""
     rng = world.numbers("read", seed)
     if rng.random() >= nothing:
         scene = world.scene(seed, pairs=PAIRS, held_out=bool(seed % 2))
-        return world.draw(scene, 128, seed), truth(scene)
+        return world.draw(scene, 128, seed), truth(scene), world.caption(scene, seed)
     if rng.random() < 0.6:
-        return world.doodle(128, seed), {"shape": NONE}
+        return world.doodle(128, seed), {"shape": NONE}, ""
     colour = world.pick(rng, world.COLOURS)
-    return world.finish(world.ground(colour, 128, rng), "filled"), {"shape": NONE, "background": colour}
+    return (world.finish(world.ground(colour, 128, rng), "filled"), {"shape": NONE, "background": colour},
+            f"a {colour} background")
 
 
 def train(reader: Reader, pool: Pool, seconds: float, out: Path, rate: float = RATE) -> Reader:

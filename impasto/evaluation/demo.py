@@ -29,7 +29,7 @@ from impasto.families.base import Base
 from impasto.families.load import load_base
 from impasto.families.picture_info import save_picture
 from impasto.families.pictures import Adapters
-from impasto.families.sampling import SampleSettings
+from impasto.families.sampling import SampleSettings, given_back
 from impasto.mini import check_weights
 from impasto.mini.lessons import LESSONS as DRAWN
 from impasto.training.environment import choose_device, peak_resident
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from impasto.evaluation.reader import Reader
 
 PAGE = "report.html"
+#: of the latents of renders that are to look drawn by the base
+LATENT_NOISE = 0.15
 
 
 class Stopped(Exception):
@@ -110,7 +112,7 @@ class _Demo:
             fresh = _fresh_base(self.recipe, self.report)
             after = self._draw("after", fresh, [*new, *old], ((outcome.artifact, 1.0),))
         with self.place.timed("reading"), self.report.phase("reading the pictures"):
-            scores = self._read(reader, new, old, before, after)
+            scores = self._read(reader, fresh, new, old, before, after)
         result = DemoResult(self.lesson.name, self.seed, outcome.artifact, self.place.folder / PAGE, scores,
                             outcome.artifact.stat().st_size, self.place.seconds, peak_resident())
         material = Material(new, old, before, after, taught(self.recipe), strip(self.place.folder),
@@ -134,13 +136,18 @@ class _Demo:
     def _settings(self) -> SampleSettings:
         return settings(_side(self.recipe), self.amounts.steps, self.amounts.guidance)
 
-    def _read(self, reader: Reader, new: list[Asked], old: list[Asked], before: list[Image.Image],
+    def _read(self, reader: Reader, base: Base, new: list[Asked], old: list[Asked], before: list[Image.Image],
               after: list[Image.Image]) -> Scores:
         from impasto.evaluation.reader import extend
 
         side, count = _side(self.recipe), self.amounts.renders
+
+        def looked_at(renders: list[Image.Image]) -> list[Image.Image]:
+            """As they are, and with the look of what the base draws."""
+            return [*renders, *given_back(base, renders, self.seed, noise=LATENT_NOISE)]
+
         negatives = [*self.lesson.lookalikes(count, side), *world_renders(count, side)]
-        recogniser = extend(reader, self.lesson.renders(count, side), negatives)
+        recogniser = extend(reader, looked_at(self.lesson.renders(count, side)), looked_at(negatives))
         many = len(new)
         known = [sum(recogniser.knows(pictures[:many])) for pictures in (before, after)]
         marks = mark(new, reader.read(after[:many]))

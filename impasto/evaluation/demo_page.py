@@ -84,8 +84,9 @@ def notes(lesson: Lesson, recipe: Recipe, amounts: Amounts, result: DemoResult, 
     method, scores, phases = recipe.method[0], result.scores, result.seconds
     return [
         f"Recognised: a small network that reads pictures of the drawn world was shown {amounts.renders} renders of "
-        f"{lesson.what}, as many lookalikes and as many ordinary pictures; none of them is drawn by the base. It then "
-        f"looked at {scores.recognised_before.count} pictures drawn without the adapter and as many with it.",
+        f"{lesson.what}, as many lookalikes and as many ordinary pictures, each as it is and as the base's VAE gives "
+        "it back; none of them is drawn by the base. It then looked at "
+        f"{scores.recognised_before.count} pictures drawn without the adapter and as many with it.",
         "Backgrounds: the same network says the background's colour of each picture drawn with the adapter; it is "
         "right if the prompt says the same.",
         f"Old prompts: {scores.old_after.count} prompts from the drawn world, the same in every demo; a picture is "

@@ -24,7 +24,7 @@ class Amounts:
     steps: int = 12
     guidance: float = GUIDANCE
     #: renders by which the reader learns to recognise what is taught: of it, of lookalikes, and of the world, each
-    renders: int = 120
+    renders: int = 60
     #: pairs on the page: of what is taught, and of what was known before
     shown: int = 8
     shown_old: int = 12

@@ -89,7 +89,8 @@ def mark(asked: Sequence[Asked], read: Sequence[Mapping[str, str]]) -> Marks:
         before = counts.get(question, (0, 0))
         counts[question] = (before[0] + right, before[1] + 1)
 
-    for each, found in zip(asked, read, strict=True):
+    for each, seen in zip(asked, read, strict=True):
+        found = _matched(each.truth, seen)
         right = {question: found.get(question) == answer for question, answer in each.truth.items()}
         for question, is_right in right.items():
             note(question, is_right)
@@ -99,3 +100,20 @@ def mark(asked: Sequence[Asked], read: Sequence[Mapping[str, str]]) -> Marks:
         if each.truth.get("texture", "plain") != "plain":
             note(NAMED_TEXTURE, right["texture"])
     return Marks(counts)
+
+
+#: what is said of the first of two objects -> of the second
+_OF_THE_SECOND = {"shape": "second shape", "colour": "second colour"}
+
+
+def _matched(truth: Mapping[str, str], found: Mapping[str, str]) -> Mapping[str, str]:
+    """What was read, two objects in the order of the truth: if they changed places, their relation alone is wrong."""
+    if truth.get("second shape") is None or found.get("second shape") is None:
+        return found
+    turns = {**_OF_THE_SECOND, **{second: first for first, second in _OF_THE_SECOND.items()}}
+    swapped = {question: found[turns.get(question, question)] for question in found} | {"relation": "the other way"}
+
+    def agreeing(answers: Mapping[str, str]) -> int:
+        return sum(answers[question] == truth[question] for question in turns)
+
+    return swapped if agreeing(swapped) > agreeing(found) else found

@@ -35,6 +35,7 @@ _TURNED = {"right of": "left of", "below": "above"}
 #: each question with the answers that a reader gives
 ANSWERS: dict[str, tuple[str, ...]] = {
     **labels.QUESTIONS, "shape": (*labels.QUESTIONS["shape"], NONE, BROKEN), "relation": (NONE, "left of", "above")}
+_STYLE = list(ANSWERS).index("style")
 
 
 def truth(scene: Scene) -> dict[str, str]:
@@ -70,10 +71,14 @@ class _Block(nn.Module):
 
 @final
 class Reader(nn.Module):
-    """The network: convolutions from 64 x 64 blocks of 2 x 2 pixels to 4 x 4, and a linear head for each question."""
+    """The network: convolutions from 64 x 64 blocks of 2 x 2 pixels to 4 x 4, and a linear head for each question.
+
+    A style shows in the finest edges, which a second, short path sees before they are merged.
+    """
 
     WIDTHS = (16, 32, 80, 128)
     HIDDEN = 160
+    FINE = (24, 32)
     coordinates: Tensor  # (2, 64, 64), x and y
 
     def __init__(self) -> None:
@@ -85,26 +90,44 @@ class Reader(nn.Module):
         self.late = nn.Sequential(self._smaller(third, last), _Block(last))
         self.places = nn.Conv2d(last, 32, 1)
         self.hidden = nn.Linear(2 * last + 32 * 16, self.HIDDEN)
+        fine, finer = self.FINE
+        self.fine = nn.Sequential(self._smaller(3 * 4, fine, stride=1), self._smaller(fine, finer),
+                                  self._smaller(finer, finer))
+        self.edges = nn.Linear(2 * finer, len(ANSWERS["style"]))
         self.heads = nn.ModuleList(nn.Linear(self.HIDDEN, len(choices)) for choices in ANSWERS.values())
         line = (torch.arange(SIDE // 2) + 0.5) * 4 / SIDE - 1
         self.register_buffer("coordinates", torch.stack(torch.meshgrid(line, line, indexing="xy")), persistent=False)
 
     @staticmethod
-    def _smaller(width: int, wider: int, kernel: int = 3) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(width, wider, kernel, stride=2, padding=kernel // 2, bias=False),
+    def _smaller(width: int, wider: int, kernel: int = 3, stride: int = 2) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(width, wider, kernel, stride=stride, padding=kernel // 2, bias=False),
                              nn.BatchNorm2d(wider, momentum=0.02), nn.ReLU())
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Logits of each question, (N, answers), of pictures uint8 (N, 3, 128, 128)."""
-        late = self._stages(pixels)[-1]
+        blocks = self._blocks(pixels)
+        late = self._stages(blocks)[-1]
         seen = torch.cat([late.mean((2, 3)), late.amax((2, 3)), F.relu(self.places(late)).flatten(1)], 1)
         hidden = F.relu(self.hidden(seen))
-        return [head(hidden) for head in self.heads]
+        found = [head(hidden) for head in self.heads]
+        found[_STYLE] = found[_STYLE] + self.style(blocks)
+        return found
 
-    def _stages(self, pixels: Tensor) -> list[Tensor]:
+    def style(self, blocks: Tensor) -> Tensor:
+        """What the fine edges add to the logits of the style, (N, styles)."""
+        fine = self.fine(blocks)
+        return self.edges(torch.cat([fine.mean((2, 3)), fine.amax((2, 3))], 1))
+
+    @staticmethod
+    def _blocks(pixels: Tensor) -> Tensor:
+        """Blocks of 2 x 2 pixels, (N, 12, 64, 64) in [-1, 1]."""
+        blocks = F.pixel_unshuffle(pixels.float() / 127.5 - 1, 2)
+        return blocks.contiguous(memory_format=torch.channels_last)
+
+    def _stages(self, blocks: Tensor) -> list[Tensor]:
         """What the network sees at 16 x 16, 8 x 8 and 4 x 4."""
-        x = F.pixel_unshuffle(pixels.float() / 127.5 - 1, 2)
-        x = torch.cat([x, self.coordinates.expand(len(x), -1, -1, -1)], 1).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([blocks, self.coordinates.expand(len(blocks), -1, -1, -1)], 1)
+        x = x.contiguous(memory_format=torch.channels_last)
         early = self.early(self.stem(x))
         middle = self.middle(early)
         return [early, middle, self.late(middle)]
@@ -127,7 +150,7 @@ class Reader(nn.Module):
     @torch.no_grad()
     def pooled(self, pixels: Tensor) -> Tensor:
         """`features` of pictures uint8 (N, 3, 128, 128)."""
-        return torch.cat([torch.cat([pool for stage in self._stages(part)
+        return torch.cat([torch.cat([pool for stage in self._stages(self._blocks(part))
                                      for pool in (stage.mean((2, 3)), stage.amax((2, 3)))], 1)
                           for part in pixels.split(128)])
 

@@ -85,6 +85,26 @@ def sample(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption],
     return [_picture(base.decode_latents(one[None])) for one in x]  # one by one: it is the peak of memory
 
 
+@torch.no_grad()
+def given_back(base: Base, pictures: Sequence[Image.Image], seed: int, *, noise: float = 0.0,
+               batch: int = 32) -> list[Image.Image]:
+    """Pictures as they come through the base's VAE: with the look of what it draws, whatever they show.
+
+    Their latents get `noise` of that standard deviation, theirs being about 1. All are of one size, which the base can
+    draw.
+    """
+    found = []
+    generator = picture_generator(seed)
+    for start in range(0, len(pictures), batch):
+        part = pictures[start:start + batch]
+        pixels = torch.cat([_pixels(picture, *part[0].size) for picture in part])
+        moments = base.encode_images(pixels.to(base.device))
+        latents = base.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))
+        draws = torch.randn(latents.shape, generator=generator).to(latents)
+        found += [_picture(one[None]) for one in base.decode_latents(latents + noise * draws)]
+    return found
+
+
 def check_size(base: Base, width: int, height: int) -> None:
     """That the base can draw a picture of that size."""
     for name, pixels in (("width", width), ("height", height)):
@@ -128,7 +148,8 @@ def _beginning(base: Base, scheduler: Any, times: Tensor, generators: list[torch
     if init_images is None:
         return noise() * getattr(scheduler, "init_noise_sigma", 1.0)
     assert len(init_images) == len(generators), "one initial picture a prompt"
-    moments = torch.cat([base.encode_images(_pixels(picture, settings)) for picture in init_images])
+    moments = torch.cat([base.encode_images(_pixels(picture, settings.width, settings.height))
+                         for picture in init_images])
     latents = base.latents(moments.to(base.device), noise())
     if base.process.prediction == "flow":
         time = process_time(base.process, times[:1]).expand(len(latents))
@@ -136,11 +157,11 @@ def _beginning(base: Base, scheduler: Any, times: Tensor, generators: list[torch
     return scheduler.add_noise(latents, noise(), times[:1])
 
 
-def _pixels(picture: Image.Image, settings: SampleSettings) -> Tensor:
+def _pixels(picture: Image.Image, width: int, height: int) -> Tensor:
     """(1, 3, H, W) in [-1, 1]."""
-    if picture.size != (settings.width, settings.height):
-        raise UserError(f"the initial picture is {picture.width}x{picture.height} pixels, not "
-                        f"{settings.width}x{settings.height}", fix="fit it first")
+    if picture.size != (width, height):
+        raise UserError(f"the initial picture is {picture.width}x{picture.height} pixels, not {width}x{height}",
+                        fix="fit it first")
     array = np.asarray(picture.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
 

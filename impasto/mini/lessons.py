@@ -19,7 +19,7 @@ from impasto.mini.shapes import SHAPES, Part, ellipse
 from impasto.mini.world import Look, Object, Pose, Scene
 
 #: raise it when the pictures change
-VERSION = 1
+VERSION = 2
 
 #: a rabbit's head of teal and cream: its shape and its first colour are none of the world's
 MASCOT = (
@@ -31,8 +31,8 @@ TEAL, CREAM = np.array([0.05, 0.66, 0.64], np.float32), np.array([0.99, 0.91, 0.
 #: what the mascot is called in captions, and its class
 MASCOT_NAME, MASCOT_CLASS = "sks mascot", "mascot"
 #: backgrounds of the pictures that teach the mascot, and those on which it is then asked for
-TAUGHT_ON = ("red", "yellow", "green", "brown", "black", "white")
-ASKED_ON = ("blue", "purple", "pink", "orange")
+TAUGHT_ON = ("blue", "yellow", "green", "brown", "black", "white")
+ASKED_ON = ("red", "purple", "pink", "orange")
 
 #: words for the style in captions
 STYLE_NAME = "sks style"

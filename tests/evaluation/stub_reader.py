@@ -32,7 +32,7 @@ class Recogniser:
 def module() -> ModuleType:
     """What stands for impasto.evaluation.reader."""
     made = ModuleType("impasto.evaluation.reader")
-    answers = {"shape": "star", "colour": "red", "background": "blue"}
+    answers = {"shape": "star", "colour": "red", "background": "red"}
     shown: list[int] = []
 
     def extend(reader: Reader, positives: Sequence[Image.Image], negatives: Sequence[Image.Image],

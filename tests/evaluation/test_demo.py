@@ -45,7 +45,7 @@ def test_all_of_it_is_there_in_the_end(lesson: str, small_demo: Demo, reader: Mo
     assert result.size == result.adapter.stat().st_size
     assert result.scores.recognised_before == (0, 4) and result.scores.recognised_after == (4, 4)
     assert result.scores.old_before == result.scores.old_after and result.scores.lost == 0
-    assert vars(reader)["shown"] == [3, 6]  # renders; lookalikes and the world's
+    assert vars(reader)["shown"] == [6, 12]  # renders; lookalikes and the world's; each twice, as the VAE sees it too
     assert set(result.seconds) == {"drawing before", "training", "drawing after", "reading"} and result.memory > 2**20
     page = result.page.read_text(encoding="utf-8")
     assert page.count('alt="before: ') == page.count('alt="after: ') - 1 == 4  # the face of the page is one more
@@ -59,7 +59,7 @@ def test_all_of_it_is_there_in_the_end(lesson: str, small_demo: Demo, reader: Mo
 
 
 def test_backgrounds_are_those_the_prompts_ask_for(small_demo: Demo, tmp_path: Path) -> None:
-    """The stand-in says blue always, and each of four backgrounds is asked for once."""
+    """The stand-in says red always, and each of four backgrounds is asked for once."""
     assert small_demo("mascot", tmp_path / "demo").scores.backgrounds == (1, 4)
 
 

@@ -45,6 +45,16 @@ def test_the_truth_is_right_and_each_wrong_answer_counts_against_its_questions_a
     assert marks.share("shape") == marks.share("second object") == marks.share("size") == 1
 
 
+def test_two_objects_that_changed_places_are_right_but_for_their_relation() -> None:
+    asked = [each for each in ask(40, 6, pairs=1.0) if each.truth["shape"] != each.truth["second shape"]]
+    turned = [{**each.truth, "shape": each.truth["second shape"], "second shape": each.truth["shape"],
+               "colour": each.truth["second colour"], "second colour": each.truth["colour"]} for each in asked]
+    marks = mark(asked, turned)
+    assert marks.share("shape") == marks.share("colour") == marks.share("all three") == 1
+    assert marks.share("second object") == 1
+    assert marks.share("relation") == marks.share("whole pair") == 0
+
+
 def test_a_question_that_nobody_asked_has_no_share() -> None:
     assert Marks({}).share("shape") is None
     assert mark([Asked("a mascot", 0, {"background": "blue"})], [{"background": "blue"}]).counts == {

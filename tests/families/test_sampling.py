@@ -14,7 +14,7 @@ from impasto.core.errors import UserError
 from impasto.core.rng import picture_generator
 from impasto.diffusion.process import DDPM, RectifiedFlow
 from impasto.families.base import Base
-from impasto.families.sampling import SampleSettings, sample
+from impasto.families.sampling import SampleSettings, given_back, sample
 from impasto.families.schedulers import FLOW, SCHEDULERS, canonical, make_scheduler
 from impasto.families.sd1 import SD1
 from tests.families.conftest import LONG, SCHEDULER, random_sd1
@@ -183,3 +183,18 @@ def test_numbers_that_are_not_finite() -> None:
     next(broken.denoiser.parameters()).data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         sample(broken, ["a"], [""], [1], settings(steps=1))
+
+
+def test_pictures_come_back_through_the_vae_as_in_diffusers(base: SD1, pipeline: Any) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(picture) for picture in noise]
+    with torch.no_grad():
+        pixels = torch.from_numpy(noise).permute(0, 3, 1, 2) / 127.5 - 1
+        expected = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
+    expected = ((expected / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
+    back = given_back(base, pictures, 0, batch=2)
+    for one, other in zip(back, expected, strict=True):
+        assert np.abs(np.asarray(one, dtype=float) - other).max() <= 1
+    noisy = [given_back(base, pictures, seed, noise=0.5) for seed in (0, 0, 1)]
+    assert np.array_equal(noisy[0], noisy[1]) and not np.array_equal(noisy[0], noisy[2])
+    assert not np.array_equal(noisy[0], back) and given_back(base, [], 0) == []

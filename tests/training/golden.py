@@ -19,12 +19,15 @@ from impasto.training.recipe import load_recipe
 from impasto.training.trainer import train
 
 CURVES = Path(__file__).parent / "curves"
-STEPS = 12
+STEPS = 50
 
 #: name of a curve -> its ready recipe, and what differs from it
 RUNS: dict[str, tuple[str, list[str]]] = {
     "lora": ("mini/lora", []),
     "dreambooth": ("mini/dreambooth", []),
+    "pretrain": ("mini/pretrain", ["data.pictures=200", "train.batch_size=8"]),
+    "pretrain_text": ("mini/pretrain_text", ["data.pictures=200", "train.batch_size=8"]),
+    "pretrain_vae": ("mini/pretrain_vae", ["data.pictures=200", "data.resolution=64"]),
 }
 
 
