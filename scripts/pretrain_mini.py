@@ -25,15 +25,23 @@ RUNS: list[tuple[str, str, list[str]]] = [
     # a VAE learns edges and colours on small pictures first, at a quarter of the time
     ("mini/pretrain_vae", "mini-vae-64", ["data.resolution=64", "data.pictures=40000", "train.steps=1200",
                                           "train.batch_size=4", "train.learning_rate=4e-3"]),
-    ("mini/pretrain_vae", "mini-vae", ["base.init=weights", "base.path={runs}/mini-vae-64/mini-vae-64"]),
+    ("mini/pretrain_vae", "mini-vae", ["base.init=weights", "base.path={runs}/mini-vae-64/mini-vae-64",
+                                       "train.steps=1600"]),
     # whose decoder goes on learning, while latents stay as they are
     ("mini/pretrain_vae", "mini-vae-decoder", ["base.init=weights", "base.path={runs}/mini-vae/mini-vae",
-                                               "method.parts=['vae-decoder']", "train.learning_rate=2e-3"]),
+                                               "method.parts=['vae-decoder']", "train.learning_rate=2e-3",
+                                               "train.steps=2400"]),
     ("mini/pretrain_text", "mini-text", []),
     # a UNet learns what words mean on small pictures first, too
     ("mini/pretrain", "mini-64", ["base.path={runs}/mini-text/mini-text", "base.vae={runs}/mini-vae/mini-vae/vae",
                                   "data.resolution=64", "data.pictures=12000", "train.steps=700", "output.dtype=fp32"]),
-    ("mini/pretrain", "mini", ["base.path={runs}/mini-64/mini-64", "base.vae={runs}/mini-vae/mini-vae/vae"]),
+    # then on large ones, three times, each beginning where the last ended and seeing other pictures
+    ("mini/pretrain", "mini-a", ["base.path={runs}/mini-64/mini-64", "base.vae={runs}/mini-vae/mini-vae/vae",
+                                 "train.steps=1300", "output.dtype=fp32"]),
+    ("mini/pretrain", "mini-b", ["base.path={runs}/mini-a/mini-a", "train.steps=2000", "train.warmup=50",
+                                 "train.seed=1", "data.pictures=16000", "output.dtype=fp32"]),
+    ("mini/pretrain", "mini-c", ["base.path={runs}/mini-b/mini-b", "train.steps=3600", "train.warmup=50",
+                                 "train.seed=7"]),
 ]
 
 
