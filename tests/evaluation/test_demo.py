@@ -22,14 +22,19 @@ from impasto.evaluation.demo import Stopped, run_demo
 from impasto.evaluation.demo_folder import Place
 from impasto.evaluation.demo_page import figures, line
 from impasto.evaluation.demo_result import (
+    AT_LEAST_AFTER,
+    AT_LEAST_BACKGROUNDS,
+    AT_MOST_BEFORE,
+    AT_MOST_LOST,
     DemoResult,
     Score,
     Scores,
 )
-from impasto.evaluation.lesson import LESSONS, old_asked
+from impasto.evaluation.lesson import LESSONS, Amounts, old_asked
 from impasto.mini import lessons
 from impasto.training.recipe import load_recipe
 from impasto.training.trainer import train
+from tests.mini.weights import needs_base, needs_reader
 
 Demo = Callable[..., DemoResult]
 
@@ -197,3 +202,14 @@ def test_poor_figures_are_told_as_such() -> None:
 
 def test_command_lines_are_quoted_for_any_shell() -> None:
     assert line("impasto", "generate", "a red star", 'x=["a b"]') == "impasto generate \"a red star\" \"x=['a b']\""
+
+
+@pytest.mark.slow
+@needs_base
+@needs_reader
+def test_the_embedded_base_learns_a_mascot_and_forgets_next_to_nothing(tmp_path: Path) -> None:
+    scores = run_demo("mascot", tmp_path / "demo", amounts=Amounts()).scores
+    assert scores.recognised_before.share <= AT_MOST_BEFORE
+    assert scores.recognised_after.share >= AT_LEAST_AFTER
+    assert scores.backgrounds.share >= AT_LEAST_BACKGROUNDS
+    assert scores.lost <= AT_MOST_LOST
