@@ -14,20 +14,19 @@ from impasto.core.progress import Reporter
 from impasto.data import cache as caching
 from impasto.data.cache import Cache
 from impasto.data.frontier import Frontier
-from impasto.data.options import DataOptions
 from impasto.data.phrasing import PLAIN, Phrasing
 from impasto.families.base import Base, TextStates
 
 if TYPE_CHECKING:
-    from impasto.data.source import Item
+    from impasto.data.items import Item
 
 
 class Encoding:
     """What is to be encoded before the run, gathered from all pictures and then done."""
 
-    def __init__(self, base: Base, fingerprint: dict[str, str], cache: Cache, data: DataOptions,
-                 rule: Frontier, device: torch.device) -> None:
-        self.base, self.cache, self.data, self.rule, self.device = base, cache, data, rule, device
+    def __init__(self, base: Base, fingerprint: dict[str, str], cache: Cache, rule: Frontier,
+                 device: torch.device) -> None:
+        self.base, self.cache, self.rule, self.device = base, cache, rule, device
         self.image_encoder = caching.image_encoder_key(base, fingerprint)
         self.text_encoder = caching.text_encoder_key(base, fingerprint)
         self.latents: dict[str, Callable[[], dict[str, Tensor]]] = {}
@@ -48,8 +47,8 @@ class Encoding:
 
     def _latent_keys(self, item: Item, flips: tuple[bool, ...] | None = None) -> tuple[str, ...]:
         keys = []
-        for flip in (flips or self.rule.flips) if self.rule.latents else ():
-            cut_as = (item.picture, item.placement, flip, self.data.background)
+        for flip in (flips or item.handling.flips) if self.rule.latents else ():
+            cut_as = (item.picture, item.placement, flip, item.handling.background)
             keys.append(caching.latent_key(*cut_as, self.image_encoder))
             self.latents[keys[-1]] = functools.partial(caching.encode_picture, self.base, *cut_as,
                                                        device=self.device)

@@ -3,6 +3,7 @@ called, and which of them are held out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pydantic
@@ -77,7 +78,13 @@ class DataOptions(Section):
                        "all trainers, as faces and writing are not symmetric.")
     background: str = Field("white", description="Colour under transparent pixels: a CSS name or #rrggbb.")
     cache: str | None = Field(None, description="Folder for encoded pictures and captions; default: the "
-                              "user's cache directory.")
+                              "user's cache directory. Several sets have one.")
+    repeats: int = Field(1, ge=1, description="How often each picture comes in an epoch (kohya's num_repeats).")
+    share: float | None = Field(None, gt=0, description="Of several sets, in place of repeats: which part of all "
+                                "samples comes from this one, beside the shares of the others (1 and 3: a quarter). "
+                                "All sets have one, or none.")
+    loss_weight: float = Field(1.0, ge=0, description="Of its pictures' losses; held-out pictures weigh 1 "
+                               "(OneTrainer's loss_weight).")
 
     @pydantic.field_validator("background")
     @classmethod
@@ -126,6 +133,17 @@ class DataOptions(Section):
             raise ValueError(f"resolution {self.resolution} is not between bucket_min {low} and "
                              f"bucket_max {high}")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_frequency(self) -> DataOptions:
+        if self.share is not None and self.repeats != 1:
+            raise ValueError("give repeats or share, not both")
+        return self
+
+    @property
+    def sets(self) -> Sequence[DataOptions]:
+        """The one set that it is: `DataSets` has several."""
+        return (self,)
 
     @property
     def shortest(self) -> int:
