@@ -93,6 +93,9 @@ ROWS: dict[str, Row] = {
     "concepts": Row("data.folder", text),
     "concept.path": Row("data.folder", text),
     "concept.balancing": Row("train.epochs", number, neutral=(1,)),
+    "concept.loss_weight": Row("data.loss_weight", number, neutral=(1,)),
+    "concept.image.enable_resolution_override": Row("data.resolution", flag, neutral=(False,)),
+    "concept.image.resolution_override": Row(why="it is off", needless=True),
     "concept.text.prompt_path": Row("data.caption", text),
     "concept.text.enable_tag_shuffling": Row("data.shuffle_tags", flag),
     "concept.text.tag_delimiter": Row("data.tag_separator", text, neutral=(",",)),
@@ -186,10 +189,8 @@ ROWS: dict[str, Row] = {
            "concept.image.enable_random_hue concept.image.enable_fixed_hue concept.image.random_hue_max_strength "
            "concept.image.enable_random_circular_mask_shrink concept.image.enable_random_mask_rotate_crop "
            "concept.image_variations=1"),
-    **rows("all pictures have one resolution", "concept.image.enable_resolution_override "
-           "concept.image.resolution_override=512", here="data.resolution"),
-    **rows("each picture counts alike", "concept.loss_weight=1 concept.balancing_strategy=REPEATS"),
-    **rows("a recipe has one folder of pictures: put all of them under it", "other_concepts", here="data.folder"),
+    **rows("each picture comes as often", "concept.balancing_strategy=REPEATS", here="data.repeats"),
+    **rows("it is no folder of pictures to learn from", "other_concepts", here="data.folder"),
     **rows("the loss counts the whole picture", "masked_training unmasked_probability=0.1 unmasked_weight=0.1 "
            "normalize_masked_area_loss masked_prior_preservation_weight custom_conditioning_image"),
     **rows(_NO_SUCH_LOSS, "log_cosh_strength huber_strength huber_delta=1 vb_loss_strength=1", here="objective.loss"),

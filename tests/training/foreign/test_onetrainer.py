@@ -58,7 +58,8 @@ CONCEPTS = [
                "random_hue_max_strength": 0.0},
      "text": {"prompt_source": "sample", "prompt_path": "", "enable_tag_shuffling": True, "tag_delimiter": ",",
               "keep_tags_count": 1}, "concept_stats": {"image_count": 12}},
-    {"name": "cat", "path": "pictures/cat", "type": "STANDARD"},
+    {"name": "cat", "path": "pictures/cat", "type": "STANDARD", "balancing": 2.5, "loss_weight": 0.5,
+     "image": {"enable_resolution_override": True, "resolution_override": "640", "enable_crop_jitter": True}},
     {"name": "check", "path": "pictures/check", "type": "VALIDATION"},
 ]
 SAMPLES = [
@@ -72,14 +73,15 @@ SAMPLES = [
 WANTED = {
     "validation.fraction": 0.0,
     "base.path": "models/v1-5.ckpt", "base.vae": "vae.pt", "base.clip_skip": 1,
-    "data.folder": "pictures/dog", "data.shuffle_tags": True, "data.keep_tags": 1, "data.flip": True,
-    "data.resolution": 768, "data.buckets": True,
+    "data.0.folder": "pictures/dog", "data.0.shuffle_tags": True, "data.0.keep_tags": 1, "data.0.flip": True,
+    "data.0.resolution": 768, "data.0.buckets": True, "data.0.repeats": 10,
+    "data.1.folder": "pictures/cat", "data.1.resolution": 640, "data.1.buckets": True, "data.1.loss_weight": 0.5,
     "method.kind": "lora", "method.rank": 8, "method.alpha": 4.0, "method.dropout": 0.1,
     "method.targets": [*LAYERS, "text-encoder"], "method.text_encoder_learning_rate": 2e-5,
     "objective.weighting": "min_snr", "objective.gamma": 5.0, "objective.noise_offset": 0.05,
     "objective.times": "logit_normal", "objective.times_std": 1.5, "objective.times_mean": -0.2,
     "objective.times_range": [0.1, 0.8],
-    "train.learning_rate": 4e-4, "train.schedule": "cosine", "train.warmup": 50, "train.epochs": 200,
+    "train.learning_rate": 4e-4, "train.schedule": "cosine", "train.warmup": 50, "train.epochs": 20,
     "train.batch_size": 4, "train.accumulation": 2, "train.ema": 0.99 ** 0.5, "train.device": "cuda",
     "train.precision": "bf16", "train.clip": 0.5, "train.checkpointing": False, "train.optimizer": "adamw8bit",
     "train.betas": [0.8, 0.99], "train.eps": 1e-6, "train.weight_decay": 0.02,
@@ -95,7 +97,7 @@ FATES = {
              "embedding.placeholder"],
     "needless": ["__version", "model_type", "cache_dir", "unet.weight_dtype", "prior.train", "learning_rate",
                  "optimizer_defaults.ADAMW.beta1", "concept.name", "concept.concept_stats.image_count",
-                 "secrets.huggingface_token", "concept.balancing"],
+                 "secrets.huggingface_token"],
     "without effect": ["debug_mode", "loss_scaler", "optimizer.fused", "optimizer.amsgrad", "unmasked_weight",
                        "sample.width", "timestep_shift", "concept.image.random_hue_max_strength"],
     "unknown": ["wizardry", "unet.sparkle"],
@@ -126,8 +128,10 @@ def test_a_whole_config_key_by_key(way: str, tmp_path: Path) -> None:
         for name in names:
             assert fate(found, name) == expected, name
     assert "hunter2" not in found.toml() + str(found.plain())
-    assert next(left.value for left in found.lost if left.key == "other_concepts") == [
-        "pictures/cat (standard)", "pictures/check (validation)"]
+    assert next(left.value for left in found.lost if left.key == "other_concepts") == ["pictures/check (validation)"]
+    (part,) = [left for left in found.lost if left.key == "concepts.2.balancing"]
+    assert (part.here, part.instead) == ("data.1.repeats", 1)
+    assert fate(found, "concepts.2.image.enable_crop_jitter") == "lost"
     assert len(found.files) == (1 if way == "inside" else 3)
 
 
