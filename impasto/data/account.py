@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from impasto.data.augment import Augment
 from impasto.data.buckets import bucket_sizes
 from impasto.data.captions import Captions
 from impasto.data.dataset import Listing
@@ -30,6 +31,11 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
             (f"of {label(number, data)} " if len(data.sets) > 1 else "") + (f"{one.repeats} times" if one.repeats > 1
                                                                            else "once")
             for number, one in enumerate(data.sets)))
+    for number, one in enumerate(data.sets):
+        if (augment := Augment.of(one)).facts:
+            ways = ", ".join(name.replace("_", " ") for name, value in augment.facts if value and name != "variants")
+            where = f" of {label(number, data)}" if len(data.sets) > 1 else ""
+            lines.append(f"each picture{where} is shown in {augment.variants} versions, by {ways}; kept encoded")
     shares = [one.share or 0.0 for one in data.sets]
     if any(shares):
         lines.append("of the samples " + ", ".join(f"{share / sum(shares):.1%} are of {label(number, data)}"

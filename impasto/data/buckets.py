@@ -133,13 +133,18 @@ def check_sizes(options: DataOptions, cell: int, name: str = "data") -> None:
 
 def cut(image: Image.Image, placement: Placement, flip: bool = False) -> Tensor:
     """The picture as its bucket shows it: (3, H, W), fp32 in [-1, 1]. Lanczos, centre crop, then mirrored."""
-    import torch
-
     height, width = placement.resized
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     (top, left), (height, width) = placement.crop, placement.bucket
     image = image.crop((left, top, left + width, top + height))
+    return to_tensor(image, flip)
+
+
+def to_tensor(image: Image.Image, flip: bool = False) -> Tensor:
+    """A picture as numbers, (3, H, W), fp32 in [-1, 1]; mirrored if asked for."""
+    import torch
+
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from impasto.core.progress import Reporter
 from impasto.data import cache as caching
+from impasto.data.augment import Variant
 from impasto.data.cache import Cache
 from impasto.data.frontier import Frontier
 from impasto.data.phrasing import PLAIN, Phrasing
@@ -34,8 +35,9 @@ class Encoding:
 
     def keyed(self, items: Iterable[Item]) -> list[Item]:
         """The items with their cache keys, and what those keys stand for noted down."""
-        return [replace(item, latent_keys=self._latent_keys(item), text_keys=self._text_keys(item))
-                for item in items]
+        return [replace(item, latent_keys=self._latent_keys(item, [
+            (item.variant(number), flip) for number in range(item.handling.augment.variants)
+            for flip in item.handling.flips]), text_keys=self._text_keys(item)) for item in items]
 
     def keyed_plain(self, items: Iterable[Item]) -> list[Item]:
         """Likewise of held-out pictures: nothing about them is left to chance."""
@@ -43,12 +45,13 @@ class Encoding:
             words = item.phrasing.plain(item.caption)
             return {words: self.caption(words, item.phrasing)} if self.rule.text else {}
 
-        return [replace(item, latent_keys=self._latent_keys(item, (False,)), text_keys=text(item)) for item in items]
+        return [replace(item, latent_keys=self._latent_keys(item, [(Variant(item.placement), False)]),
+                        text_keys=text(item)) for item in items]
 
-    def _latent_keys(self, item: Item, flips: tuple[bool, ...] | None = None) -> tuple[str, ...]:
+    def _latent_keys(self, item: Item, shown: Sequence[tuple[Variant, bool]]) -> tuple[str, ...]:
         keys = []
-        for flip in (flips or item.handling.flips) if self.rule.latents else ():
-            cut_as = (item.picture, item.placement, flip, item.handling.background)
+        for variant, flip in shown if self.rule.latents else ():
+            cut_as = (item.picture, variant, flip, item.handling.background)
             keys.append(caching.latent_key(*cut_as, self.image_encoder))
             self.latents[keys[-1]] = functools.partial(caching.encode_picture, self.base, *cut_as,
                                                        device=self.device)

@@ -1,8 +1,8 @@
 """The frontier rule: what is encoded once and cached, and what in every step.
 
 Where nothing trainable and nothing random lies upstream, an encoder's output is computed once. A finite
-choice (a mirrored picture, a few wildcards) caches every variant. An encoder that is trained, or ever was in
-this run, is never cached. The planner asks this same function.
+choice (a mirrored picture, its variants, a few wildcards) caches every variant. An encoder that is trained, or ever
+was in this run, is never cached. The planner asks this same function.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from impasto.core.progress import Reporter
 from impasto.data.account import unused
+from impasto.data.augment import Augment, Variant
 from impasto.data.buckets import Placement, bucket_sizes, place, too_small
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Picture, Problem, memory_of, refuse, survey
@@ -23,11 +24,12 @@ class Handling:
     background: str = "white"
     caption_dropout: float = 0.0
     number: int = 0  # of the set
+    augment: Augment = Augment()
 
     @classmethod
     def of(cls, data: DataOptions, number: int = 0) -> Handling:
         """The handling that set `number` asks for."""
-        return cls(data.flip, data.background, data.caption_dropout, number)
+        return cls(data.flip, data.background, data.caption_dropout, number, Augment.of(data))
 
     @property
     def flips(self) -> tuple[bool, ...]:
@@ -43,11 +45,15 @@ class Item:
     caption: str  # as it was read
     placement: Placement
     weight: float  # of its loss
-    latent_keys: tuple[str, ...] = ()  # plain, then mirrored; empty if the step encodes pictures
+    latent_keys: tuple[str, ...] = ()  # of each variant, plain, then mirrored; empty if the step encodes pictures
     text_keys: Mapping[str, str] = field(default_factory=dict)  # by what may be said; empty if the step encodes it
     labels: tuple[int, ...] = ()  # what is known of it beside its caption; only the drawn world tells
     phrasing: Phrasing = PLAIN  # what is done with its caption
     handling: Handling = Handling()  # what is done with it
+
+    def variant(self, number: int) -> Variant:
+        """One of the ways in which the run shows it."""
+        return self.handling.augment.variant(self.placement, self.picture.digest, number)
 
 
 def draw_world(data: DataOptions, seed: int, count: int, number: int = 0) -> list[Item]:

@@ -10,6 +10,10 @@ import pydantic
 from PIL import ImageColor
 from pydantic import Field
 
+#: keys that leave something about a picture to chance, and how many versions it then has
+CHANCES = ("random_crop", "zoom", "rotate", "brightness", "contrast", "saturation", "hue")
+VARIANTS = 8
+
 #: where a template takes the caption
 PLACES = ("{caption}", "{}")
 
@@ -76,6 +80,21 @@ class DataOptions(Section):
         "bucket_no_upscale).")
     flip: bool = Field(False, description="Each picture mirrored in half of its uses; off by default in "
                        "all trainers, as faces and writing are not symmetric.")
+    random_crop: bool = Field(False, description="What is cut off lies anywhere around the picture, not alike on both "
+                              "sides (kohya's random_crop).")
+    zoom: float = Field(0.0, ge=0, le=1, description="Pictures are enlarged by up to so much more than their bucket "
+                        "asks for (0.2: a fifth), and less of them is seen.")
+    rotate: float = Field(0.0, ge=0, le=45, description="Degrees by which pictures are turned at most, either way; "
+                          "they are enlarged so far that no corner is empty.")
+    brightness: float = Field(0.0, ge=0, le=1, description="By how much brightness is changed at most, either way "
+                              "(0.1: times 0.9 to 1.1, torchvision's ColorJitter).")
+    contrast: float = Field(0.0, ge=0, le=1, description="Likewise.")
+    saturation: float = Field(0.0, ge=0, le=1, description="Likewise.")
+    hue: float = Field(0.0, ge=0, le=0.5, description="Part of the colour circle by which hues are shifted at most, "
+                       "either way (torchvision's ColorJitter).")
+    variants: int = Field(VARIANTS, ge=1, description="Versions of each picture that chance makes by the seven keys "
+                          "above, as a function of its content. All are encoded once and kept, and each use takes "
+                          "one of them.")
     background: str = Field("white", description="Colour under transparent pixels: a CSS name or #rrggbb.")
     cache: str | None = Field(None, description="Folder for encoded pictures and captions; default: the "
                               "user's cache directory. Several sets have one.")
@@ -132,6 +151,12 @@ class DataOptions(Section):
         if self.buckets and not low <= self.resolution <= high:
             raise ValueError(f"resolution {self.resolution} is not between bucket_min {low} and "
                              f"bucket_max {high}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _variants_of_something(self) -> DataOptions:
+        if self.variants != VARIANTS and not any(getattr(self, name) for name in CHANCES):
+            raise ValueError(f"variants is of {', '.join(CHANCES)}, and none of them is asked for")
         return self
 
     @pydantic.model_validator(mode="after")

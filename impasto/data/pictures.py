@@ -8,6 +8,7 @@ from impasto.core.errors import UserError
 from impasto.core.files import key_of
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
+from impasto.data.augment import Augment
 from impasto.data.dataset import list_folder, located
 from impasto.data.heldout import beyond, divide
 from impasto.data.items import Item, collect, draw_world
@@ -72,7 +73,8 @@ def data_fingerprint(data: DataOptions | DataSets, streams: Sequence[Sequence[It
         own = [[item for item in streams[0] if item.handling.number == number] for number in range(len(data.sets))]
         return key_of("sets", [data_fingerprint(one, [items]) for one, items in zip(data.sets, own, strict=True)],
                       [data_fingerprint(data.sets[0], streams[1:])] * (len(streams) > 1))
-    one, phrasing = data.sets[0], Phrasing.of(data.sets[0]).facts
+    one = data.sets[0]
+    more = [facts for facts in (Phrasing.of(one).facts, Augment.of(one).facts) if facts]
     return key_of(one.flip, one.background,
                   [[(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
-                  *([phrasing] if phrasing else []))
+                  *more)

@@ -13,7 +13,8 @@ import torch
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
 from impasto.data.account import accounts, wordings
-from impasto.data.buckets import check_sizes, cut
+from impasto.data.augment import Variant
+from impasto.data.buckets import check_sizes
 from impasto.data.cache import Cache
 from impasto.data.dataset import list_folder, located
 from impasto.data.encoding import Encoding
@@ -134,20 +135,26 @@ class Source:
         """A batch of items of one shape, at these places of the effective batch."""
         flips = [item.handling.flip and seed_for(self.share.seed, step, s, "flip") % 2 == 1
                  for item, s in zip(items, samples, strict=True)]
+        numbers = [seed_for(self.share.seed, step, s, "variant") % item.handling.augment.variants
+                   for item, s in zip(items, samples, strict=True)]
         said = [self.says(item, step, sample) for item, sample in zip(items, samples, strict=True)]
-        return self._made(samples, items, flips, said)
+        shown = [item.variant(number) for item, number in zip(items, numbers, strict=True)]
+        keys = [item.latent_keys[number * len(item.handling.flips) + flip] if self.rule.latents else ""
+                for item, number, flip in zip(items, numbers, flips, strict=True)]
+        return self._made(samples, items, shown, flips, keys, said)
 
     def validation_batch(self, places: Sequence[int]) -> Batch:
         """Held-out pictures of one shape, by their places in `held_out`: as they are, with their whole captions."""
         items = [self.held_out[place] for place in places]
         said = [item.phrasing.plain(item.caption) for item in items]
-        return self._made(places, items, [False] * len(items), said)
+        keys = [item.latent_keys[0] if self.rule.latents else "" for item in items]
+        return self._made(places, items, [Variant(item.placement) for item in items], [False] * len(items), keys, said)
 
-    def _made(self, samples: Sequence[int], items: Sequence[Item], flips: Sequence[bool],
-              said: Sequence[str]) -> Batch:
-        """A batch of items, mirrored or not, of which this is said."""
-        placements = [item.placement.flipped() if flip else item.placement
-                      for item, flip in zip(items, flips, strict=True)]
+    def _made(self, samples: Sequence[int], items: Sequence[Item], shown: Sequence[Variant], flips: Sequence[bool],
+              keys: Sequence[str], said: Sequence[str]) -> Batch:
+        """A batch of items, shown so, mirrored or not, of which this is said; `keys` are those of cached moments."""
+        placements = [variant.placement.flipped() if flip else variant.placement
+                      for variant, flip in zip(shown, flips, strict=True)]
         geometry = Geometry(original=torch.tensor([p.original for p in placements]),
                             crop=torch.tensor([p.crop for p in placements]),
                             target=torch.tensor([p.bucket for p in placements]))
@@ -156,15 +163,14 @@ class Source:
         if self.label_sizes:
             batch.labels = torch.tensor([item.labels or NOTHING for item in items])
         if self.rule.latents:
-            keys = [item.latent_keys[flip] for item, flip in zip(items, flips, strict=True)]
             batch.moments = torch.cat([entry["moments"] for entry in self.cache.load_all(keys)])
         elif self.rule.pixels:
-            batch.pixels = torch.stack([cut(item.picture.read(item.handling.background), item.placement, flip)
-                                        for item, flip in zip(items, flips, strict=True)])
+            batch.pixels = torch.stack([variant.show(item.picture.read(item.handling.background), flip)
+                                        for item, variant, flip in zip(items, shown, flips, strict=True)])
         if self.rule.text:
-            keys = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
+            texts = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
                     for item, words in zip(items, said, strict=True)]
-            batch.text = self.stack_text(self.cache.load_all(keys))
+            batch.text = self.stack_text(self.cache.load_all(texts))
         elif self.rule.captions:
             batch.captions = [item.phrasing.encoded_as(words) for item, words in zip(items, said, strict=True)]
         return batch

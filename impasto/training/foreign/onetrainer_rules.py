@@ -11,6 +11,7 @@ from impasto.families import FAMILIES
 from impasto.methods import METHODS
 from impasto.training.foreign.engine import Imported, Subset, Work, accepts
 from impasto.training.foreign.onetrainer import (
+    CHANCES,
     DEFAULTS,
     FAMILIES_OF,
     LAYERS,
@@ -44,12 +45,13 @@ def translate(settings: Mapping[str, Any], files: Iterable[str], further: Sequen
     _optimizer_and_rates(work, trains)
     shared = {key: settings[key] for key in ("resolution", "aspect_ratio_bucketing") if key in settings}
     for subset in further:
-        work.add_set(subset, shared, (_often, _pictures, _tags))
+        work.add_set(subset, shared, (_often, _pictures, _chance, _tags))
     if further:
         _often(work)
     _loop(work, trains)
     _loss(work)
     _pictures(work)
+    _chance(work)
     _tags(work)
     _units(work)
     if str(work.get("validation", False)).lower() != "true":
@@ -245,6 +247,29 @@ def _often(work: Work) -> None:
         work.put("data.repeats", int(often), key)
     else:
         work.lose(key, "pictures come a whole number of times in an epoch; data.share takes any", "data.repeats")
+
+
+def _chance(work: Work) -> None:
+    """What is left to chance in pictures: a switch, and how much of it there is at most; and how many versions."""
+    image, asked = "concept.image", work.on("concept.image.enable_crop_jitter")
+    for switch, to in CHANCES.items():
+        key = next(key for key, row in ROWS.items() if row.to == to and key != f"{image}.{switch}")
+        most = work.read(key, number, 0.0)
+        if not work.on(f"{image}.{switch}"):
+            if most:
+                work.spare(key, why="it is off")
+            continue
+        if not most:
+            work.spare(f"{image}.{switch}", why="there is none of it")
+            continue
+        asked = True
+        hue = to == "data.hue"
+        put(work, to, most / 2 if hue else most, key, f"{image}.{switch}", why="half of it, as OneTrainer takes it"
+            if hue else "enlarged until no corner is empty" if to == "data.rotate" else "")
+    variations = "concept.image_variations"
+    if asked and work.get(variations) is not None:
+        put(work, "data.variants", work.read(variations, whole, 1), variations)
+    work.spare(variations, why="nothing is left to chance")
 
 
 def _tags(work: Work) -> None:
