@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,8 +50,8 @@ def check(
         raise UserError("[data] is missing", where=source, fix="say which pictures: data.folder=…")
     if html is not None:
         refuse_existing([html], force)
-    if recipe.data.source == "world":
-        _world(recipe.data, as_json)
+    if all(one.source == "world" for one in recipe.data.sets):
+        _world(recipe.data.sets, as_json)
         return
     from impasto.cli.dataset_text import lines
     from impasto.data.check import check_all, plain, verdict
@@ -74,8 +75,9 @@ def check(
         raise typer.Exit(1)
 
 
-def _world(data: DataOptions, as_json: bool) -> None:
-    line = f"fit to train: {data.pictures:,} pictures of the drawn world, each made when it is needed"
+def _world(sets: Sequence[DataOptions], as_json: bool) -> None:
+    count = sum(one.pictures or 0 for one in sets)
+    line = f"fit to train: {count:,} pictures of the drawn world, each made when it is needed"
     if as_json:
         emit({"fit": True, "verdict": line, "advice": [], "page": None, "folders": []})
     else:

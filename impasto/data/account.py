@@ -6,12 +6,45 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from impasto.data.augment import Augment
+from impasto.data.buckets import bucket_sizes
 from impasto.data.captions import Captions
 from impasto.data.dataset import Listing
 from impasto.data.options import DataOptions
+from impasto.data.sets import DataSets, label
 
 if TYPE_CHECKING:
-    from impasto.data.source import Item
+    from impasto.data.items import Item
+
+
+def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictures: Sequence[Item],
+             held_out: Sequence[Item]) -> list[str]:
+    """`account` of each set, of class pictures and of held-out ones; and how often each set's pictures come."""
+    buckets = [bucket_sizes(one) for one in data.sets]
+    lines = []
+    for number, one in enumerate(data.sets):
+        own = [item for item in pictures if item.handling.number == number]
+        lines += account("pictures" if len(data.sets) == 1 else f"pictures of {label(number, data)} "
+                         f"({one.folder or 'the drawn world'})", own, buckets[number])
+    if any(one.repeats > 1 for one in data.sets):
+        lines.append("in an epoch a picture comes " + ", ".join(
+            (f"of {label(number, data)} " if len(data.sets) > 1 else "") + (f"{one.repeats} times" if one.repeats > 1
+                                                                           else "once")
+            for number, one in enumerate(data.sets)))
+    for number, one in enumerate(data.sets):
+        if (augment := Augment.of(one)).facts:
+            ways = ", ".join(name.replace("_", " ") for name, value in augment.facts if value and name != "variants")
+            where = f" of {label(number, data)}" if len(data.sets) > 1 else ""
+            lines.append(f"each picture{where} is shown in {augment.variants} versions, by {ways}; kept encoded")
+    shares = [one.share or 0.0 for one in data.sets]
+    if any(shares):
+        lines.append("of the samples " + ", ".join(f"{share / sum(shares):.1%} are of {label(number, data)}"
+                                                   for number, share in enumerate(shares)))
+    if class_pictures:
+        lines += account("class pictures", class_pictures, buckets[0])
+    if held_out:
+        lines += account("held-out pictures", held_out, sorted({size for sizes in buckets for size in sizes}))
+    return lines
 
 
 def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]]) -> list[str]:

@@ -114,29 +114,37 @@ def too_small(size: Size, options: DataOptions) -> str:
     return f"is too small ({size[1]}x{size[0]} pixels): {why}"
 
 
-def check_sizes(options: DataOptions, cell: int) -> None:
-    """Raise a `UserError` for sizes that a base whose latent cells have sides of `cell` pixels cannot have."""
+def check_sizes(options: DataOptions, cell: int, name: str = "data") -> None:
+    """Raise a `UserError` for sizes that a base whose latent cells have sides of `cell` pixels cannot have.
+
+    `name` is what the set is called: "data", or "data.1" of several.
+    """
     sides = {"bucket_step": options.bucket_step} | ({} if options.buckets else {"resolution": options.resolution})
     for key, side in sides.items():
         if side % cell:
             raise UserError(f"{side} is not a multiple of {cell} pixels, the side of this base's latent cells",
-                            where=f"data.{key}",
+                            where=f"{name}.{key}",
                             fix=f"use {max(side // cell, 1) * cell} or {-(-side // cell) * cell}")
     if not bucket_sizes(options):
         raise UserError(f"no bucket has sides that are multiples of {options.bucket_step} from {options.shortest} "
                         f"to {options.longest} and an area up to {options.resolution}x{options.resolution}",
-                        where="data", fix="lower data.bucket_min or data.bucket_step")
+                        where=name, fix=f"lower {name}.bucket_min or {name}.bucket_step")
 
 
 def cut(image: Image.Image, placement: Placement, flip: bool = False) -> Tensor:
     """The picture as its bucket shows it: (3, H, W), fp32 in [-1, 1]. Lanczos, centre crop, then mirrored."""
-    import torch
-
     height, width = placement.resized
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     (top, left), (height, width) = placement.crop, placement.bucket
     image = image.crop((left, top, left + width, top + height))
+    return to_tensor(image, flip)
+
+
+def to_tensor(image: Image.Image, flip: bool = False) -> Tensor:
+    """A picture as numbers, (3, H, W), fp32 in [-1, 1]; mirrored if asked for."""
+    import torch
+
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write, cache_dir, key_of
 from impasto.core.progress import Reporter
-from impasto.data.buckets import Placement, cut
+from impasto.data.augment import Variant
 from impasto.data.dataset import Picture
 from impasto.data.frontier import VAE
 from impasto.families.base import Base, Caption, TextStates
@@ -109,10 +109,11 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
-def latent_key(picture: Picture, placement: Placement, flip: bool, background: str, encoder: str) -> str:
-    """The key of a picture's moments: content, cut and encoder."""
+def latent_key(picture: Picture, variant: Variant, flip: bool, background: str, encoder: str) -> str:
+    """The key of a picture's moments: content, cut, what else is done to it, and encoder."""
+    placement, facts = variant.placement, variant.facts
     return key_of("moments", RECIPE, picture.digest, placement.resized, placement.crop, placement.bucket,
-                  flip, background, encoder)
+                  flip, background, encoder, *([facts] if facts else []))
 
 
 def image_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
@@ -120,10 +121,10 @@ def image_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
     return key_of(fingerprint[VAE], precision(base, VAE))
 
 
-def encode_picture(base: Base, picture: Picture, placement: Placement, flip: bool, background: str,
+def encode_picture(base: Base, picture: Picture, variant: Variant, flip: bool, background: str,
                    device: torch.device) -> dict[str, Tensor]:
     """A picture's moments (1, 2C, h, w), fp32. Raises `UserError` if they are not finite."""
-    pixels = cut(picture.read(background), placement, flip)[None].to(device)
+    pixels = variant.show(picture.read(background), flip)[None].to(device)
     with torch.no_grad():
         moments = base.encode_images(pixels).float()
     if not torch.isfinite(moments).all():

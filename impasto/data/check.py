@@ -75,14 +75,20 @@ def check(inventory: Inventory, *, near: bool = True) -> Checked:
 def check_all(inventories: Sequence[Inventory], *, near: bool = True) -> list[Checked]:
     """All folders of a run, and what they have in common."""
     checked = [check(inventory, near=near) for inventory in inventories]
-    if len(checked) == 2:
-        own = {look.digest: name for name, look in inventories[0].looks.items()}
-        both = {name: f"is {own[look.digest]}" for name, look in inventories[1].looks.items() if look.digest in own}
-        if both:
-            place = sum(finding.level is Level.REFUSED for finding in checked[1].findings)
-            checked[1].findings.insert(place, Finding(
+    own: dict[str, str] = {}
+    for folder in checked:
+        looks = folder.inventory.looks
+        both = {name: f"is {own[look.digest]}" for name, look in looks.items() if look.digest in own}
+        if both and folder.inventory.of_class:
+            place = sum(finding.level is Level.REFUSED for finding in folder.findings)
+            folder.findings.insert(place, Finding(
                 Level.WARNING, "in both", f"{are(both, 'picture')} among the pictures to learn from too",
                 "take them out of prior.folder: class pictures are to show others", both))
+        elif both:
+            folder.findings.append(Finding(Level.NOTE, "in several sets", f"{are(both, 'picture')} in a set before too",
+                                           "", both))
+        of = folder.inventory.title.partition(" of ")[2]
+        own = {look.digest: f"{name} of {of}" if of else name for name, look in looks.items()} | own
     return checked
 
 
@@ -92,7 +98,12 @@ def verdict(checked: Sequence[Checked]) -> Verdict:
     wanted = Level.WARNING if fit else Level.REFUSED
     advice = list(dict.fromkeys(f"{finding.kind}: {finding.fix}" for folder in checked
                                 for finding in folder.findings if finding.level is wanted and finding.fix))
-    used = " and ".join(number(len(folder.used), folder.inventory.title.removesuffix("s")) for folder in checked)
+    counts = Counter[str]()
+    for folder in checked:
+        counts["class picture" if folder.inventory.of_class else "picture"] += len(folder.used)
+    sets = sum(not folder.inventory.of_class for folder in checked)
+    used = " and ".join(number(count, noun) + (f" in {sets} sets" if noun == "picture" and sets > 1 else "")
+                        for noun, count in counts.items())
     if not fit:
         bad = sum(len(folder.unused) for folder in checked)
         files = sum(len(set(finding.names) - set(folder.inventory.listing.pictures)) for folder in checked

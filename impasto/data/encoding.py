@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from impasto.core.progress import Reporter
 from impasto.data import cache as caching
+from impasto.data.augment import Variant
 from impasto.data.cache import Cache
 from impasto.data.frontier import Frontier
-from impasto.data.options import DataOptions
 from impasto.data.phrasing import PLAIN, Phrasing
 from impasto.families.base import Base, TextStates
 
 if TYPE_CHECKING:
-    from impasto.data.source import Item
+    from impasto.data.items import Item
 
 
 class Encoding:
     """What is to be encoded before the run, gathered from all pictures and then done."""
 
-    def __init__(self, base: Base, fingerprint: dict[str, str], cache: Cache, data: DataOptions,
-                 rule: Frontier, device: torch.device) -> None:
-        self.base, self.cache, self.data, self.rule, self.device = base, cache, data, rule, device
+    def __init__(self, base: Base, fingerprint: dict[str, str], cache: Cache, rule: Frontier,
+                 device: torch.device) -> None:
+        self.base, self.cache, self.rule, self.device = base, cache, rule, device
         self.image_encoder = caching.image_encoder_key(base, fingerprint)
         self.text_encoder = caching.text_encoder_key(base, fingerprint)
         self.latents: dict[str, Callable[[], dict[str, Tensor]]] = {}
@@ -35,8 +35,9 @@ class Encoding:
 
     def keyed(self, items: Iterable[Item]) -> list[Item]:
         """The items with their cache keys, and what those keys stand for noted down."""
-        return [replace(item, latent_keys=self._latent_keys(item), text_keys=self._text_keys(item))
-                for item in items]
+        return [replace(item, latent_keys=self._latent_keys(item, [
+            (item.variant(number), flip) for number in range(item.handling.augment.variants)
+            for flip in item.handling.flips]), text_keys=self._text_keys(item)) for item in items]
 
     def keyed_plain(self, items: Iterable[Item]) -> list[Item]:
         """Likewise of held-out pictures: nothing about them is left to chance."""
@@ -44,12 +45,13 @@ class Encoding:
             words = item.phrasing.plain(item.caption)
             return {words: self.caption(words, item.phrasing)} if self.rule.text else {}
 
-        return [replace(item, latent_keys=self._latent_keys(item, (False,)), text_keys=text(item)) for item in items]
+        return [replace(item, latent_keys=self._latent_keys(item, [(Variant(item.placement), False)]),
+                        text_keys=text(item)) for item in items]
 
-    def _latent_keys(self, item: Item, flips: tuple[bool, ...] | None = None) -> tuple[str, ...]:
+    def _latent_keys(self, item: Item, shown: Sequence[tuple[Variant, bool]]) -> tuple[str, ...]:
         keys = []
-        for flip in (flips or self.rule.flips) if self.rule.latents else ():
-            cut_as = (item.picture, item.placement, flip, self.data.background)
+        for variant, flip in shown if self.rule.latents else ():
+            cut_as = (item.picture, variant, flip, item.handling.background)
             keys.append(caching.latent_key(*cut_as, self.image_encoder))
             self.latents[keys[-1]] = functools.partial(caching.encode_picture, self.base, *cut_as,
                                                        device=self.device)

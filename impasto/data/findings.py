@@ -150,9 +150,12 @@ def _cuts(inventory: Inventory) -> Iterator[Finding]:
 
 def _batches(inventory: Inventory) -> Iterator[Finding]:
     """Buckets that cannot fill a batch."""
+    if inventory.data.share is not None:
+        return  # batches are filled from one round to the next
     counts = Counter(p.bucket for p in inventory.placed.values())
-    thin = {f"{width}x{height}": number(count, "picture") for (height, width), count in sorted(counts.items())
-            if count < inventory.batch}
+    thin = {f"{width}x{height}": number(counts[height, width], "picture")
+            for (height, width), uses in sorted(inventory.uses.items())
+            if uses + inventory.company[height, width] < inventory.batch}
     if thin:
         yield Finding(Level.WARNING, "thin buckets",
                       f"{number(len(thin), 'bucket')} of fewer pictures than a batch of {inventory.batch}: in their "

@@ -1,8 +1,8 @@
 """The frontier rule: what is encoded once and cached, and what in every step.
 
 Where nothing trainable and nothing random lies upstream, an encoder's output is computed once. A finite
-choice (a mirrored picture, a few wildcards) caches every variant. An encoder that is trained, or ever was in
-this run, is never cached. The planner asks this same function.
+choice (a mirrored picture, its variants, a few wildcards) caches every variant. An encoder that is trained, or ever
+was in this run, is never cached. The planner asks this same function.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from impasto.data.options import DataOptions
+from impasto.data.sets import DataSets
 
 #: what most objectives look at
 READS = frozenset({"pictures", "captions"})
@@ -27,13 +28,13 @@ class Frontier:
     pixels: bool
     text: bool
     captions: bool
-    #: variants of each picture that are cached: mirrored or not
+    #: variants of a picture that are cached: mirrored or not, where its set asks for both
     flips: tuple[bool, ...]
     #: components that the step needs beside the denoiser
     needs: frozenset[str]
 
 
-def frontier(trains: Collection[str], text_encoders: Collection[str], data: DataOptions,
+def frontier(trains: Collection[str], text_encoders: Collection[str], data: DataOptions | DataSets,
              reads: Collection[str] = READS, *, many: bool = False) -> Frontier:
     """What is cached when the components named in `trains` are trained, on a base with these `text_encoders`, for
     an objective that looks at what `reads` names.
@@ -44,8 +45,8 @@ def frontier(trains: Collection[str], text_encoders: Collection[str], data: Data
     """
     pictures, captions = "pictures" in reads, "captions" in reads
     pixels = pictures and VAE in trains
-    chance = many or data.shuffle_tags or data.tag_dropout > 0
+    chance = many or any(one.shuffle_tags or one.tag_dropout > 0 for one in data.sets)
     texts = captions and (chance or bool(set(text_encoders) & set(trains)))
     needs = frozenset((VAE,) if pixels else ()) | frozenset(text_encoders if texts else ())
     return Frontier(pictures and not pixels, pixels, captions and not texts, texts,
-                    (False, True) if data.flip else (False,), needs)
+                    (False, True) if any(one.flip for one in data.sets) else (False,), needs)

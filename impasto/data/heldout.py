@@ -7,6 +7,7 @@ folder changes at most one of them. A copy of a held-out picture would teach wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from impasto.core.errors import UserError
@@ -14,7 +15,7 @@ from impasto.core.rng import seed_for
 from impasto.data.options import ValidationOptions
 
 if TYPE_CHECKING:
-    from impasto.data.source import Item
+    from impasto.data.items import Item
 
 #: where a recipe does not say: the share of different pictures, of at least so many, and at most so many are held out
 SHARE, FEWEST, MOST = 0.1, 8, 16
@@ -43,11 +44,12 @@ def divide(items: Sequence[Item], own: Sequence[Item] | None, options: Validatio
         chosen = {item.picture.digest for item in own}
     else:
         turn = sorted(contents, key=lambda digest: (seed_for(seed, "held out", digest), digest))
-        chosen = set(turn[:how_many(len(contents), options.fraction)])
+        chosen = _first(turn, how_many(len(contents), options.fraction), items)
     kept = [item for item in items if item.picture.digest not in chosen]
-    out = [item for item in items if item.picture.digest in chosen]
-    if not kept:
-        raise UserError("every picture is held out, and none is left to learn from", where="validation",
+    out = [replace(item, weight=1.0) for item in items if item.picture.digest in chosen]
+    if empty := sorted({item.handling.number for item in out} - {item.handling.number for item in kept}):
+        of = f" of data.{empty[0]}" if kept else ""
+        raise UserError(f"every picture{of} is held out, and none is left to learn from", where="validation",
                         fix="add pictures, or do without: validation.fraction=0")
     if own is not None:
         lines = [f"pictures that are copies of held-out ones, and are not learned from: {len(out)}"] if out else []
@@ -56,3 +58,19 @@ def divide(items: Sequence[Item], own: Sequence[Item] | None, options: Validatio
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     lines = [f"held out to validate with, and not learned from: {', '.join(names[:5])}{more}"] if out else []
     return kept, out, lines
+
+
+def _first(turn: Sequence[str], count: int, items: Sequence[Item]) -> set[str]:
+    """The first contents of a turn, so many; but of several sets none loses its last picture."""
+    sets: dict[int, set[str]] = {}
+    for item in items:
+        sets.setdefault(item.handling.number, set()).add(item.picture.digest)
+    if len(sets) == 1:
+        return set(turn[:count])
+    chosen: set[str] = set()
+    for digest in turn:
+        if len(chosen) == count:
+            break
+        if all(own - chosen - {digest} for own in sets.values()):
+            chosen.add(digest)
+    return chosen

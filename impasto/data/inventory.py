@@ -5,15 +5,17 @@ What a run refuses is told by the functions that a run refuses with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.buckets import Placement, bucket_sizes, check_sizes, place
 from impasto.data.captions import read_captions
-from impasto.data.dataset import Listing, Problem, list_folder, located, memory_of
+from impasto.data.dataset import Listing, Problem, Size, list_folder, located, memory_of
 from impasto.data.looks import Look, look_over
 from impasto.data.options import DataOptions, PriorOptions, of_class_pictures
 from impasto.data.phrasing import Phrasing
+from impasto.data.sets import DataSets, label
 from impasto.data.wording import count_chunks, file_oddities
 
 #: side of a latent cell in pixels, of all of Stable Diffusion's VAEs
@@ -24,7 +26,7 @@ CELL = 8
 class Inventory:
     """A folder's files and all facts about them, by the pictures' names."""
 
-    title: str  # pictures, or class pictures
+    title: str  # pictures, pictures of data.1, or class pictures
     listing: Listing
     data: DataOptions
     batch: int  # pictures in a micro-batch
@@ -38,6 +40,8 @@ class Inventory:
     overruled: dict[str, str] = field(default_factory=dict)  # pictures of which two files say different things
     unread: dict[str, str] = field(default_factory=dict)  # files of captions that are not read, and why
     cut: dict[str, str] = field(default_factory=dict)  # what data.max_tokens leaves out of a picture's caption
+    of_class: bool = False  # [prior]'s
+    company: Counter[Size] = field(default_factory=Counter)  # uses of other sets' pictures in an epoch, by bucket
 
     @property
     def phrasing(self) -> Phrasing:
@@ -45,24 +49,36 @@ class Inventory:
         return Phrasing.of(self.data)
 
     @property
+    def uses(self) -> Counter[Size]:
+        """How often pictures of each bucket come in an epoch."""
+        return Counter(placement.bucket for placement in self.placed.values() for _ in range(self.data.repeats))
+
+    @property
     def placed(self) -> dict[str, Placement]:
         """The cuts of the pictures that are large enough."""
         return {name: placement for name, placement in self.placements.items() if placement is not None}
 
 
-def take_inventories(data: DataOptions, prior: PriorOptions | None, batch: int,
+def take_inventories(data: DataOptions | DataSets, prior: PriorOptions | None, batch: int,
                      report: Reporter = SILENT) -> list[Inventory]:
-    """The inventory of `[data]`'s folder, and of `[prior]`'s where it names one.
+    """The inventory of each set's folder, and of `[prior]`'s where it names one. The drawn world has none.
 
     Raises `UserError` for a folder that is missing or empty and for sizes that no base could have.
     """
-    check_sizes(data, CELL)
-    assert data.folder is not None, "the drawn world has no folder"
-    folders = [("pictures", located(data.folder), data)]
+    folders: list[tuple[str, str, DataOptions]] = []
+    for number, one in enumerate(data.sets):
+        check_sizes(one, CELL, label(number, data))
+        if one.folder is not None:
+            title = f"pictures of {label(number, data)}" if len(data.sets) > 1 else "pictures"
+            folders.append((title, one.folder, one))
+    own = len(folders)
     if prior is not None and prior.folder is not None:
-        folders.append(("class pictures", located(prior.folder), of_class_pictures(data, prior)))
-    listings = [(title, list_folder(folder), options) for title, folder, options in folders]
-    return [take_inventory(listing, options, batch, report, title) for title, listing, options in listings]
+        folders.append(("class pictures", prior.folder, of_class_pictures(data.sets[0], prior)))
+    listings = [(title, list_folder(located(folder)), options) for title, folder, options in folders]
+    found = [take_inventory(listing, options, batch, report, title) for title, listing, options in listings]
+    whole = sum((each.uses for each in found[:own]), Counter[Size]())
+    return [replace(each, of_class=place >= own, company=Counter() if place >= own else whole - each.uses)
+            for place, each in enumerate(found)]
 
 
 def take_inventory(listing: Listing, data: DataOptions, batch: int, report: Reporter = SILENT,

@@ -3,11 +3,16 @@ called, and which of them are held out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pydantic
 from PIL import ImageColor
 from pydantic import Field
+
+#: keys that leave something about a picture to chance, and how many versions it then has
+CHANCES = ("random_crop", "zoom", "rotate", "brightness", "contrast", "saturation", "hue")
+VARIANTS = 8
 
 #: where a template takes the caption
 PLACES = ("{caption}", "{}")
@@ -75,9 +80,30 @@ class DataOptions(Section):
         "bucket_no_upscale).")
     flip: bool = Field(False, description="Each picture mirrored in half of its uses; off by default in "
                        "all trainers, as faces and writing are not symmetric.")
+    random_crop: bool = Field(False, description="What is cut off lies anywhere around the picture, not alike on both "
+                              "sides (kohya's random_crop).")
+    zoom: float = Field(0.0, ge=0, le=1, description="Pictures are enlarged by up to so much more than their bucket "
+                        "asks for (0.2: a fifth), and less of them is seen.")
+    rotate: float = Field(0.0, ge=0, le=45, description="Degrees by which pictures are turned at most, either way; "
+                          "they are enlarged so far that no corner is empty.")
+    brightness: float = Field(0.0, ge=0, le=1, description="By how much brightness is changed at most, either way "
+                              "(0.1: times 0.9 to 1.1, torchvision's ColorJitter).")
+    contrast: float = Field(0.0, ge=0, le=1, description="Likewise.")
+    saturation: float = Field(0.0, ge=0, le=1, description="Likewise.")
+    hue: float = Field(0.0, ge=0, le=0.5, description="Part of the colour circle by which hues are shifted at most, "
+                       "either way (torchvision's ColorJitter).")
+    variants: int = Field(VARIANTS, ge=1, description="Versions of each picture that chance makes by the seven keys "
+                          "above, as a function of its content. All are encoded once and kept, and each use takes "
+                          "one of them.")
     background: str = Field("white", description="Colour under transparent pixels: a CSS name or #rrggbb.")
     cache: str | None = Field(None, description="Folder for encoded pictures and captions; default: the "
-                              "user's cache directory.")
+                              "user's cache directory. Several sets have one.")
+    repeats: int = Field(1, ge=1, description="How often each picture comes in an epoch (kohya's num_repeats).")
+    share: float | None = Field(None, gt=0, description="Of several sets, in place of repeats: which part of all "
+                                "samples comes from this one, beside the shares of the others (1 and 3: a quarter). "
+                                "All sets have one, or none.")
+    loss_weight: float = Field(1.0, ge=0, description="Of its pictures' losses; held-out pictures weigh 1 "
+                               "(OneTrainer's loss_weight).")
 
     @pydantic.field_validator("background")
     @classmethod
@@ -126,6 +152,23 @@ class DataOptions(Section):
             raise ValueError(f"resolution {self.resolution} is not between bucket_min {low} and "
                              f"bucket_max {high}")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _variants_of_something(self) -> DataOptions:
+        if self.variants != VARIANTS and not any(getattr(self, name) for name in CHANCES):
+            raise ValueError(f"variants is of {', '.join(CHANCES)}, and none of them is asked for")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_frequency(self) -> DataOptions:
+        if self.share is not None and self.repeats != 1:
+            raise ValueError("give repeats or share, not both")
+        return self
+
+    @property
+    def sets(self) -> Sequence[DataOptions]:
+        """The one set that it is: `DataSets` has several."""
+        return (self,)
 
     @property
     def shortest(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import final
@@ -12,36 +12,23 @@ import torch
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
-from impasto.data.account import account, unused, wordings
-from impasto.data.buckets import Placement, bucket_sizes, check_sizes, cut, place, too_small
-from impasto.data.cache import Cache, key_of
-from impasto.data.captions import read_captions
-from impasto.data.dataset import Listing, Picture, Problem, list_folder, located, memory_of, refuse, survey
-from impasto.data.drawn import Drawn
+from impasto.data.account import accounts, wordings
+from impasto.data.augment import Variant
+from impasto.data.buckets import check_sizes
+from impasto.data.cache import Cache
+from impasto.data.dataset import list_folder, located
 from impasto.data.encoding import Encoding
 from impasto.data.frontier import READS, Frontier, frontier
-from impasto.data.heldout import beyond, divide
+from impasto.data.items import Item, collect
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions, of_class_pictures
 from impasto.data.order import Order
-from impasto.data.phrasing import PLAIN, Phrasing
+from impasto.data.pictures import data_fingerprint, pictures_of
 from impasto.data.prior import draw_prior
+from impasto.data.sets import DataSets, cache_folder, label
+from impasto.data.shares import SharedOrder
 from impasto.families.base import Base, Geometry, TextStates
-from impasto.mini.labels import LABEL_SIZES
+from impasto.mini.labels import LABEL_SIZES, NOTHING
 from impasto.objectives.batch import Batch
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture as the run uses it: a fact for reports, and the way to its batch."""
-
-    picture: Picture
-    caption: str  # as it was read
-    placement: Placement
-    weight: float  # of its loss
-    latent_keys: tuple[str, ...] = ()  # plain, then mirrored; empty if the step encodes pictures
-    text_keys: Mapping[str, str] = field(default_factory=dict)  # by what may be said; empty if the step encodes it
-    labels: tuple[int, ...] = ()  # what is known of it beside its caption; only the drawn world tells
-    phrasing: Phrasing = PLAIN  # what is done with its caption
 
 
 @dataclass(frozen=True)
@@ -70,9 +57,9 @@ class Share:
 class Source:
     """What the trainer draws its batches from. Of the base it keeps `stack_text` alone."""
 
-    pictures: tuple[Item, ...]  # in the order of their names
+    pictures: tuple[Item, ...]  # set by set, in the order of their names
     class_pictures: tuple[Item, ...]  # empty without [prior]
-    data: DataOptions
+    data: DataOptions | DataSets
     rule: Frontier
     share: Share
     cache: Cache
@@ -81,18 +68,26 @@ class Source:
     label_sizes: tuple[int, ...] = ()  # how many values each of the items' labels has
     varied: bool = False  # captions are encoded in the step since chance makes too many of them
     notes: list[str] = field(default_factory=list)  # what lies in the folder and is not used
-    held_out: tuple[Item, ...] = ()  # pictures that are only looked at to validate, in the order of their names
+    held_out: tuple[Item, ...] = ()  # pictures that are only looked at to validate, likewise
 
     def __post_init__(self) -> None:
-        def stream(items: Sequence[Item], name: str) -> tuple[Sequence[Item], Order]:
-            sizes = [item.placement.bucket for item in items]
-            return items, Order.over(sizes, self.share.group, self.share.seed, name)
-
-        self._streams = [stream(self.pictures, "pictures")]
+        self._streams = [self._stream()]
         if self.class_pictures:
-            self._streams.append(stream(self.class_pictures, "class pictures"))
+            sizes = [item.placement.bucket for item in self.class_pictures]
+            order = Order.over(sizes, self.share.group, self.share.seed, "class pictures")
+            self._streams.append((self.class_pictures, order))
         self._ahead: dict[int, Future[list[list[Batch]]]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def _stream(self) -> tuple[Sequence[Item], Order | SharedOrder]:
+        """The pictures, each as often as it comes in an epoch, and their order."""
+        sets, group, seed = self.data.sets, self.share.group, self.share.seed
+        shares = [one.share for one in sets if one.share is not None]
+        if shares:
+            places = [(item.placement.bucket, item.handling.number) for item in self.pictures]
+            return self.pictures, SharedOrder.over(places, shares, group, seed, "pictures")
+        items = [item for item in self.pictures for _ in range(sets[item.handling.number].repeats)]
+        return items, Order.over([item.placement.bucket for item in items], group, seed, "pictures")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -101,13 +96,14 @@ class Source:
 
     @property
     def epoch_steps(self) -> int:
-        """Optimizer steps in which every picture comes at least once."""
+        """Optimizer steps in which every picture comes as often as its set says, or, of sets with shares, about once
+        at least."""
         return -(-self._streams[0][1].epoch_length // self.share.accumulation)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of contents, captions and cuts, in order: equal where a run may go on."""
-        return data_fingerprint(self.data, [items for items, _ in self._streams])
+        return data_fingerprint(self.data, [self.pictures, *([self.class_pictures] if self.class_pictures else [])])
 
     # --- batches -----------------------------------------------------------------------------------------
     def micro_batches(self, step: int) -> list[list[Batch]]:
@@ -137,84 +133,78 @@ class Source:
 
     def _batch(self, step: int, samples: Sequence[int], items: Sequence[Item]) -> Batch:
         """A batch of items of one shape, at these places of the effective batch."""
-        flips = [self.data.flip and seed_for(self.share.seed, step, s, "flip") % 2 == 1 for s in samples]
+        flips = [item.handling.flip and seed_for(self.share.seed, step, s, "flip") % 2 == 1
+                 for item, s in zip(items, samples, strict=True)]
+        numbers = [seed_for(self.share.seed, step, s, "variant") % item.handling.augment.variants
+                   for item, s in zip(items, samples, strict=True)]
         said = [self.says(item, step, sample) for item, sample in zip(items, samples, strict=True)]
-        return self._made(samples, items, flips, said)
+        shown = [item.variant(number) for item, number in zip(items, numbers, strict=True)]
+        keys = [item.latent_keys[number * len(item.handling.flips) + flip] if self.rule.latents else ""
+                for item, number, flip in zip(items, numbers, flips, strict=True)]
+        return self._made(samples, items, shown, flips, keys, said)
 
     def validation_batch(self, places: Sequence[int]) -> Batch:
         """Held-out pictures of one shape, by their places in `held_out`: as they are, with their whole captions."""
         items = [self.held_out[place] for place in places]
         said = [item.phrasing.plain(item.caption) for item in items]
-        return self._made(places, items, [False] * len(items), said)
+        keys = [item.latent_keys[0] if self.rule.latents else "" for item in items]
+        return self._made(places, items, [Variant(item.placement) for item in items], [False] * len(items), keys, said)
 
-    def _made(self, samples: Sequence[int], items: Sequence[Item], flips: Sequence[bool],
-              said: Sequence[str]) -> Batch:
-        """A batch of items, mirrored or not, of which this is said."""
-        placements = [item.placement.flipped() if flip else item.placement
-                      for item, flip in zip(items, flips, strict=True)]
+    def _made(self, samples: Sequence[int], items: Sequence[Item], shown: Sequence[Variant], flips: Sequence[bool],
+              keys: Sequence[str], said: Sequence[str]) -> Batch:
+        """A batch of items, shown so, mirrored or not, of which this is said; `keys` are those of cached moments."""
+        placements = [variant.placement.flipped() if flip else variant.placement
+                      for variant, flip in zip(shown, flips, strict=True)]
         geometry = Geometry(original=torch.tensor([p.original for p in placements]),
                             crop=torch.tensor([p.crop for p in placements]),
                             target=torch.tensor([p.bucket for p in placements]))
         batch = Batch(list(samples), [item.picture.name for item in items],
                       torch.tensor([item.weight for item in items]), geometry=geometry)
         if self.label_sizes:
-            batch.labels = torch.tensor([item.labels for item in items])
+            batch.labels = torch.tensor([item.labels or NOTHING for item in items])
         if self.rule.latents:
-            keys = [item.latent_keys[flip] for item, flip in zip(items, flips, strict=True)]
             batch.moments = torch.cat([entry["moments"] for entry in self.cache.load_all(keys)])
         elif self.rule.pixels:
-            batch.pixels = torch.stack([cut(item.picture.read(self.data.background), item.placement, flip)
-                                        for item, flip in zip(items, flips, strict=True)])
+            batch.pixels = torch.stack([variant.show(item.picture.read(item.handling.background), flip)
+                                        for item, variant, flip in zip(items, shown, flips, strict=True)])
         if self.rule.text:
-            keys = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
+            texts = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
                     for item, words in zip(items, said, strict=True)]
-            batch.text = self.stack_text(self.cache.load_all(keys))
+            batch.text = self.stack_text(self.cache.load_all(texts))
         elif self.rule.captions:
             batch.captions = [item.phrasing.encoded_as(words) for item, words in zip(items, said, strict=True)]
         return batch
 
     def says(self, item: Item, step: int, sample: int) -> str:
         """A picture's caption in one use: a function of the seed, the step and its place in the batch."""
-        if self.drops(step, sample):
+        share = item.handling.caption_dropout
+        if share > 0 and seed_for(self.share.seed, step, sample, "caption") / 2**63 < share:
             return ""
         return item.phrasing.say(item.caption, functools.partial(seed_for, self.share.seed, step, sample, "caption"))
-
-    def drops(self, step: int, sample: int) -> bool:
-        """Whether a sample's caption is left out in this step."""
-        share = self.data.caption_dropout
-        return share > 0 and seed_for(self.share.seed, step, sample, "caption") / 2**63 < share
 
     # --- what the user is told ---------------------------------------------------------------------------
     def describe(self) -> list[str]:
         """Every picture accounted for, in a few lines."""
-        buckets = bucket_sizes(self.data)
-        lines = account("pictures", self.pictures, buckets)
-        if self.class_pictures:
-            lines += account("class pictures", self.class_pictures, buckets)
-        if self.held_out:
-            lines += account("held-out pictures", self.held_out, buckets)
+        lines = accounts(self.data, self.pictures, self.class_pictures, self.held_out)
         trained = "as their encoder is trained"
         encoded = [f"{what} are encoded {'once' if once else f'in each step, {why}'}" for what, once, live, why in (
             ("pictures", self.rule.latents, self.rule.pixels, trained),
             ("captions", self.rule.text, self.rule.captions, "as they vary" if self.varied else trained))
             if once or live]
         length = self.epoch_steps
-        return [*lines, *wordings(self.pictures), *self.notes, "; ".join(encoded),
+        return [*lines, *self._wordings(), *self.notes, "; ".join(encoded),
                 f"an epoch is {length} step{'s' if length > 1 else ''}"]
 
-
-def data_fingerprint(data: DataOptions, streams: Sequence[Sequence[Item]]) -> str:
-    """`Source.fingerprint` of pictures, and of class pictures if there are any."""
-    phrasing = Phrasing.of(data).facts
-    return key_of(data.flip, data.background,
-                  [[(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
-                  *([phrasing] if phrasing else []))
+    def _wordings(self) -> list[str]:
+        """What becomes of captions, set by set."""
+        return [line for number in range(len(self.data.sets))
+                for line in wordings([item for item in self.pictures if item.handling.number == number])]
 
 
 # --- preparing ---------------------------------------------------------------------------------------------
 
 
-def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *, trains: frozenset[str],
+def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions | None, *, trains: frozenset[str],
                    batch_size: int, accumulation: int, seed: int, device: torch.device | str,
                    reads: frozenset[str] = READS, report: Reporter = SILENT, rank: int = 0, world: int = 1,
                    validation: ValidationOptions | None = None) -> Source:
@@ -226,72 +216,24 @@ def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *,
     are drawn with the base as it is. Raises one `UserError` with all files of a folder that cannot be used.
     """
     share = Share(batch_size, accumulation, seed, rank, world)
-    check_sizes(data, base.cell)
+    for number, one in enumerate(data.sets):
+        check_sizes(one, base.cell, label(number, data))
     fingerprint = base.fingerprint()
     notes: list[str] = []
     class_items: list[Item] = []
     items, held_out = pictures_of(data, validation, seed, report, notes)
     if prior is not None:
-        class_data = of_class_pictures(data, prior)
+        class_data = of_class_pictures(data.sets[0], prior)
         listing = list_folder(located(prior.folder)) if prior.folder is not None else \
-            draw_prior(base, fingerprint, prior, data.resolution, report, rank, world)
+            draw_prior(base, fingerprint, prior, class_data.resolution, report, rank, world)
         class_items = collect(listing, class_data, report, "class pictures", prior.weight, notes)
     many = any(item.phrasing.variants(item.caption) is None for item in (*items, *class_items))
     rule = frontier(trains, base.text_encoder_names, data, reads, many=many)
-    cache = Cache.at(data.cache)
-    encoding = Encoding(base, fingerprint, cache, data, rule, torch.device(device))
+    cache = Cache.at(cache_folder(data))
+    encoding = Encoding(base, fingerprint, cache, rule, torch.device(device))
     items, class_items, held_out = encoding.keyed(items), encoding.keyed(class_items), encoding.keyed_plain(held_out)
-    no_caption = encoding.caption("") if data.caption_dropout else ""
+    no_caption = encoding.caption("") if any(one.caption_dropout for one in data.sets) else ""
     encoding.run(report, rank, world)
     return Source(tuple(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
-                  LABEL_SIZES if data.source == "world" else (), notes=notes,
+                  LABEL_SIZES if any(one.source == "world" for one in data.sets) else (), notes=notes,
                   varied=rule.captions and not set(base.text_encoder_names) & trains, held_out=tuple(held_out))
-
-
-def pictures_of(data: DataOptions, validation: ValidationOptions | None, seed: int, report: Reporter = SILENT,
-                notes: list[str] | None = None) -> tuple[list[Item], list[Item]]:
-    """The pictures to learn from, and those that are held out. Raises `UserError` as `collect` and `divide` do."""
-    if data.source == "world":
-        assert data.pictures is not None
-        drawn = draw_world(data, seed, data.pictures + beyond(data.pictures, validation))
-        return drawn[:data.pictures], drawn[data.pictures:]
-    items = collect(list_folder(located(str(data.folder))), data, report, notes=notes)
-    if validation is None:
-        return items, []
-    own = None if validation.folder is None else \
-        collect(list_folder(located(validation.folder)), data, report, "held-out pictures", notes=notes)
-    items, held_out, told = divide(items, own, validation, seed)
-    if notes is not None:
-        notes += told
-    return items, held_out
-
-
-def draw_world(data: DataOptions, seed: int, count: int) -> list[Item]:
-    """The drawn world's first pictures, each made when it is read: none of them is ever a file."""
-    whole = (data.resolution, data.resolution)
-    phrasing = Phrasing.of(data)
-    return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole), 1.0, labels=picture.labels,
-                 phrasing=phrasing)
-            for picture in (Drawn.number(i, data.resolution, seed, data.doodles) for i in range(count))]
-
-
-def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = "pictures",
-            weight: float = 1.0, notes: list[str] | None = None) -> list[Item]:
-    """All pictures of a folder with captions and cuts, or one `UserError` with all that is wrong.
-
-    What is there and not used is told in `notes`.
-    """
-    pictures, problems = survey(listing, memory_of(listing.folder), report, title)
-    captions = read_captions(listing, data)
-    buckets, phrasing = bucket_sizes(data), Phrasing.of(data)
-    items = []
-    for picture in pictures:
-        placement = place(picture.size, data, buckets)
-        if placement is None:
-            problems.append(Problem(picture.name, too_small(picture.size, data)))
-        elif picture.name in captions.texts:
-            items.append(Item(picture, captions.texts[picture.name], placement, weight, phrasing=phrasing))
-    refuse([*problems, *captions.problems], listing.folder)
-    if notes is not None:
-        notes += unused(listing, data, captions)
-    return items

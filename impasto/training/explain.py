@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import pydantic
 
+from impasto.data.sets import DataSets
 from impasto.methods import METHODS
 from impasto.objectives import OBJECTIVES
-from impasto.training.recipe import Recipe, apply_override, load_recipe, read_tree
+from impasto.training.overrides import apply_override
+from impasto.training.recipe import Recipe, load_recipe, read_tree
 
 Origin = Literal["recipe", "command line", "default"]
 
@@ -35,7 +37,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Part:
-    """One section of the recipe: its name ("train", "method.1" of several), what it is, its settings in their order.
+    """One section: its name ("train", "method.1", "data.0" of several), what it is, its settings in order.
 
     A section that the recipe does without has none.
     """
@@ -77,13 +79,18 @@ def _parts(recipe: Recipe, origins: dict[str, Any]) -> Iterator[Part]:
             for number, (method, own) in enumerate(zip(section, given, strict=True)):
                 about = _first_line(METHODS.get(method.kind))
                 yield _part(f"method.{number}" if len(section) > 1 else "method", about, method, own)
+        elif isinstance(section, DataSets):
+            for number, (one, own) in enumerate(zip(section.sets, origins["data"], strict=True)):
+                yield _part(f"data.{number}", _after_colon(_first_line(type(one))), one, own)
         elif name == "objective":
             yield _part(name, _first_line(OBJECTIVES.get(section.kind)), section, origins.get(name, {}))
         elif section is None:
             model = next(kind for kind in getattr(field.annotation, "__args__", ()) if kind is not type(None))
             yield Part(name, _after_colon(_first_line(model)), ())
         else:
-            yield _part(name, _after_colon(_first_line(type(section))), section, origins.get(name, {}))
+            given = origins.get(name, {})
+            own = given[0] if isinstance(given, list) else given
+            yield _part(name, _after_colon(_first_line(type(section))), section, own)
 
 
 def _part(name: str, about: str, section: pydantic.BaseModel, given: dict[str, Any]) -> Part:

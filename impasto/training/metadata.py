@@ -53,9 +53,11 @@ def _arguments(options: dict[str, Any]) -> str:
 
 def shareable(plain: dict[str, Any]) -> dict[str, Any]:
     """The recipe with every place cut to its last part, a base's hub id apart, and without whom to tell of it."""
-    for section, key in PLACES:
-        place = plain.get(section) and plain[section].get(key)
-        if place and not ((section, key) == ("base", "path") and is_hub_id(place)):
-            plain[section][key] = PurePath(place).name
+    for name, key in PLACES:
+        tables = plain.get(name) or {}
+        for section in tables if isinstance(tables, list) else [tables]:
+            place = section.get(key)
+            if place and not ((name, key) == ("base", "path") and is_hub_id(place)):
+                section[key] = PurePath(place).name
     plain["output"] = {key: value for key, value in plain["output"].items() if key not in TOLD}
     return plain

@@ -24,7 +24,8 @@ class Previews:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         options, data = recipe.sample, recipe.data
-        fallback = [Phrasing.of(data).plain(data.caption.strip())] if data is not None and data.caption else []
+        fallback = list(dict.fromkeys(Phrasing.of(one).plain(one.caption.strip()) for one in data.sets
+                                      if one.caption)) if data is not None else []
         self.prompts = (options.prompts or fallback) if options.every else []
         self.options, self.folder = options, folder
         side = options.size or (data.resolution if data is not None else 512)

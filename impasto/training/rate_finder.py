@@ -127,8 +127,10 @@ def _check(recipe: Recipe) -> None:
                         fix=f"leave train.learning_rate at {entry.rate:g}")
     data, options = recipe.data, recipe.validation
     none = options.folder is None and options.fraction == 0
-    if data is not None and data.source == "folder" and options.folder is None and options.fraction is None:
-        none = len(list_folder(located(str(data.folder))).pictures) < FEWEST
+    if data is not None and options.folder is None and options.fraction is None:
+        counts = [len(list_folder(located(str(one.folder))).pictures) if one.source == "folder" else FEWEST
+                  for one in data.sets]
+        none = sum(counts) < FEWEST
     if none:
         raise UserError("no picture is held out, and there is nothing to judge rates by", where="--find-rate",
                         fix="validation.folder=… or validation.fraction=0.1")

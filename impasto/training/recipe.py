@@ -17,11 +17,13 @@ from pydantic import Field, SerializeAsAny
 
 from impasto.core.errors import UserError, nearest
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions
+from impasto.data.sets import DataSets, one_or_several
 from impasto.methods import METHODS
 from impasto.methods.base import MethodOptions
 from impasto.objectives import OBJECTIVES
 from impasto.objectives.base import ObjectiveOptions
 from impasto.training.optimizers import OPTIMIZERS, SHARED
+from impasto.training.overrides import apply_override
 from impasto.training.sharing.repository import repository
 from impasto.training.trackers import TRACKERS
 
@@ -196,10 +198,11 @@ AnyObjective = Annotated[SerializeAsAny[ObjectiveOptions], pydantic.BeforeValida
 
 
 class Recipe(Section):
-    """All of it. `[base]` and `[method]` are needed always, `[data]` to train."""
+    """All of it. `[base]` and `[method]` are needed always, `[data]` to train; `[[data]]` several times is several
+    sets of pictures."""
 
     base: BaseOptions
-    data: DataOptions | None = None
+    data: DataOptions | DataSets | None = None
     prior: PriorOptions | None = None
     method: list[AnyMethod] = Field(min_length=1)
     objective: AnyObjective = Field(default_factory=lambda: _objective({}))
@@ -207,6 +210,11 @@ class Recipe(Section):
     validation: ValidationOptions = ValidationOptions.model_validate({})
     sample: SampleOptions = SampleOptions.model_validate({})
     output: OutputOptions = OutputOptions.model_validate({})
+
+    @pydantic.field_validator("data", mode="before")
+    @classmethod
+    def _one_set_or_several(cls, value: Any) -> Any:
+        return one_or_several(value)
 
     @pydantic.field_validator("method", mode="before")
     @classmethod
@@ -225,7 +233,8 @@ class Recipe(Section):
 
     @pydantic.model_validator(mode="after")
     def _of_one_world(self) -> Recipe:
-        if self.data is not None and self.data.source == "world" and self.validation.folder is not None:
+        drawn = self.data is not None and any(one.source == "world" for one in self.data.sets)
+        if drawn and self.validation.folder is not None:
             raise ValueError("the drawn world draws its held-out pictures too: leave validation.folder out")
         return self
 
@@ -239,9 +248,14 @@ class DataSections(Section):
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
-    data: DataOptions | None = None
+    data: DataOptions | DataSets | None = None
     prior: PriorOptions | None = None
     train: TrainOptions = TrainOptions.model_validate({})
+
+    @pydantic.field_validator("data", mode="before")
+    @classmethod
+    def _one_set_or_several(cls, value: Any) -> Any:
+        return one_or_several(value)
 
 
 # --- reading -----------------------------------------------------------------------------------------------
@@ -314,42 +328,6 @@ def make_recipe(tree: dict[str, Any], *, where: object = "recipe") -> Recipe:
         raise _first_problem(error, tree, where) from None
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in the tree. The value is TOML, or else plain text.
-
-    `method.rank=8` sets the only method's, `method.1.rank=8` the second one's.
-    """
-    key, sign, text = override.partition("=")
-    path = key.strip().split(".")
-    if not sign or len(path) < 2:
-        raise UserError("is not section.key=value", where=override)
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *sections, last = path
-    node: Any = tree
-    for depth, name in enumerate(sections):
-        if isinstance(node, list):
-            node = _item(node, name, override)
-            continue
-        node = node.setdefault(name, {})
-        if isinstance(node, list) and not path[depth + 1].isdigit():
-            if len(node) != 1:
-                raise UserError(f"there are {len(node)} methods", where=override,
-                                fix=f"say which: {name}.0.{last}, {name}.1.{last}, …")
-            node = node[0]
-    if not isinstance(node, dict):
-        raise UserError(f"{'.'.join(sections)} is not a section", where=override)
-    node[last] = value
-
-
-def _item(items: list[Any], index: str, override: str) -> Any:
-    if not index.isdigit() or int(index) >= len(items):
-        raise UserError(f"there is no method {index}", where=override, fix=f"they count from 0 to {len(items) - 1}")
-    return items[int(index)]
-
-
 def _first_problem(error: pydantic.ValidationError, tree: dict[str, Any], where: object) -> UserError:
     """Pydantic's first complaint as one line, an unknown key with the nearest known one."""
     problems = error.errors()  # a typo comes first: it is why the key that was meant seems to be missing
@@ -362,7 +340,9 @@ def _first_problem(error: pydantic.ValidationError, tree: dict[str, Any], where:
     if problem["type"] == "missing":
         return UserError(f"{dotted!r} is missing", where=where, fix=f"add it, or say {dotted}=… on the command line")
     message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    given = problem["input"]
+    tables = isinstance(given, list) and any(isinstance(item, dict) for item in given)
+    shown = "" if isinstance(given, dict) or tables else f" (got {given!r})"
     return UserError(f"{dotted}: {message}{shown}" if dotted else message, where=where)
 
 

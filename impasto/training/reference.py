@@ -27,7 +27,7 @@ BAR = "\\|"
 
 SECTIONS: list[tuple[str, str, type[pydantic.BaseModel]]] = [
     ("base", "the checkpoint", BaseOptions),
-    ("data", "the pictures", DataOptions),
+    ("data", "the pictures; `[[data]]`, several times, for several sets", DataOptions),
     ("prior", "class pictures; leave the section out to do without", PriorOptions),
     *((f'method] kind = "{name}"', "what is trained", METHODS.get(name).Options) for name in METHODS),
     *((f'objective] kind = "{name}"', "what is minimised", OBJECTIVES.get(name).Options) for name in OBJECTIVES),
@@ -41,7 +41,8 @@ SECTIONS: list[tuple[str, str, type[pydantic.BaseModel]]] = [
 def reference() -> str:
     """The whole page, Markdown."""
     lines = ["# Recipe keys", "",
-             "Any of them may stand in a TOML file, or as `section.key=value` on the command line."]
+             "Any of them may stand in a TOML file, or as `section.key=value` on the command line; "
+             "`data.1.key=value` of several sets, `method.1.key=value` of several methods."]
     for name, what, model in SECTIONS:
         title = f"[{name}" if "]" in name else f"[{name}]"
         lines += ["", f"## `{title}` {what}", "", "| key | default | |", "|---|---|---|", *_rows(model)]

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT
-from impasto.data.dataset import list_folder
+from impasto.data.dataset import list_folder, located
+from impasto.data.items import collect
 from impasto.data.options import of_class_pictures
-from impasto.data.source import collect, data_fingerprint, located, pictures_of
+from impasto.data.pictures import data_fingerprint, pictures_of
+from impasto.data.sets import label
 from impasto.families.fingerprint import fingerprint
 from impasto.families.load import locate
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.header import read_header
 from impasto.training.environment import choose_device, describe, differences
-from impasto.training.recipe import Recipe, apply_override, make_recipe
+from impasto.training.overrides import apply_override
+from impasto.training.recipe import Recipe, make_recipe
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _compare_base(recipe: Recipe, before: dict[str, str], found: Reproduction) -
 
 def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
     data, prior = recipe.data, recipe.prior
-    if data is None or data.source != "folder":
+    if data is None or all(one.source != "folder" for one in data.sets):
         return
     if prior is not None and prior.folder is None:
         found.unknown.append("the class pictures: they are drawn by the run itself")
@@ -109,10 +112,11 @@ def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
     try:
         streams = [pictures_of(data, recipe.validation, recipe.train.seed)[0]]
         if prior is not None:
-            own = of_class_pictures(data, prior)
+            own = of_class_pictures(data.sets[0], prior)
             streams.append(collect(list_folder(located(str(prior.folder))), own, SILENT, weight=prior.weight))
     except UserError as error:
-        found.unknown.append(f"the pictures: {error.what}; say where they are: data.folder=…")
+        found.unknown.append(f"the pictures: {error.what}; say where they are: "
+                             f"{label(0, data)}.folder=…")
         return
     if data_fingerprint(data, streams) != before:
         found.differs.append("the pictures, their captions or their cuts are others")

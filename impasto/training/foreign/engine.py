@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import pydantic
@@ -46,13 +46,26 @@ class Left:
     instead: Any = None
 
 
+@dataclass(frozen=True)
+class Subset:
+    """Settings of one more set of pictures, under the names that the first one's have, and what to call them."""
+
+    label: str  # "datasets.0.subsets.1"
+    settings: Mapping[str, Any]
+    prefix: str = ""  # that is not told: "concept."
+
+    def key(self, key: str) -> str:
+        """A key of its as people are told of it."""
+        return f"{self.label}.{key.removeprefix(self.prefix)}" if key else ""
+
+
 @dataclass
 class Imported:
     """The recipe, as a tree that `make_recipe` takes, and what became of each key of the other trainer's."""
 
     trainer: str
     files: list[str]
-    tree: dict[str, dict[str, Any]]
+    tree: dict[str, Any]
     carried: list[Carried] = field(default_factory=list)
     lost: list[Left] = field(default_factory=list)
     needless: list[Left] = field(default_factory=list)
@@ -86,6 +99,7 @@ class Work:
         self.table, self.settings = table, dict(settings)
         self.waiting = dict(self.settings)
         self.told = Imported(trainer, [], {})
+        self.further: list[tuple[Subset, Work]] = []
 
     def get(self, key: str, default: Any = None) -> Any:
         """A setting's value, or the default where it says nothing; it is still to be told of."""
@@ -141,6 +155,8 @@ class Work:
         for key, value in list(self.waiting.items()):
             self._by_table(key, value)
         assert not self.waiting, self.waiting
+        for number, (subset, work) in enumerate(self.further, 1):
+            self._adopt(number, subset, work)
         self.told.files = list(files)
         recipe = self._settle()
         if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.base.path) and "base.path" not in self.told.to_fill_in:
@@ -149,6 +165,29 @@ class Work:
         self.told.lost = [Left(each.key, each.value, each.why, each.here, value_at(recipe, each.here))
                           for each in self.told.lost]
         return self.told
+
+    def add_set(self, subset: Subset, shared: Mapping[str, Any], rules: Iterable[Callable[[Work], None]]) -> None:
+        """One more set of pictures, by rules as the first one's, of its own settings and those that all share."""
+        work = Work(self.told.trainer, self.table, {**shared, **subset.settings})
+        for rule in rules:
+            rule(work)
+        self.further.append((subset, work))
+
+    def _adopt(self, number: int, subset: Subset, work: Work) -> None:
+        """Take over what became of a set's settings; what a recipe has once must be what the first set has."""
+        for key, value in list(work.waiting.items()):
+            work._by_table(key, value)
+        own, told = subset.settings, work.told
+        for done in told.carried:
+            if done.to.startswith("data."):
+                self.told.carried.append(replace(done, key=subset.key(done.key), to=_of_set(done.to, number)))
+            elif done.key in own and done.becomes != self.becomes(done.to):
+                self.told.lost.append(Left(subset.key(done.key), done.value, "all sets have one", done.to))
+        for ours, theirs in ((self.told.lost, told.lost), (self.told.needless, told.needless),
+                             (self.told.unknown, told.unknown)):
+            ours += [replace(left, key=subset.key(left.key), here=_of_set(left.here, number)) for left in theirs
+                     if left.key in own]
+        self.told.without_effect += [subset.key(key) for key in told.without_effect if key in own]
 
     def _by_table(self, key: str, value: Any) -> None:
         parents = [f"{key[:i]}.*" for i, c in enumerate(key) if c == "."]
@@ -197,10 +236,12 @@ class Work:
         try:
             Recipe.model_validate(self.told.tree)
         except pydantic.ValidationError as error:
-            where = ".".join(str(part) for part in error.errors()[0]["loc"] if not isinstance(part, int))
-            needed = ("base.path", "method.kind", "data.folder")
-            keys = [each.to for each in reversed(self.told.carried) if each.to not in needed]
-            return next((key for key in keys if where == key or key.startswith(f"{where}.") or not where), None)
+            location = error.errors()[0]["loc"]
+            where = ".".join(str(part) for part in location if location[0] == "data" or not isinstance(part, int))
+            needed = re.compile(r"base\.path|method\.kind|data\.(\d+\.)?folder")
+            keys = [each.to for each in reversed(self.told.carried) if not needed.fullmatch(each.to)]
+            return next((key for key in keys for spelled in (key, _of_set(key, 0))
+                         if where == spelled or spelled.startswith(f"{where}.") or not where), None)
         return None
 
 
@@ -223,19 +264,35 @@ def accepts(key: str, value: Any) -> bool:
 def value_at(recipe: Recipe, key: str) -> Any:
     """The value of "train.steps", or of "method.rank" of the only method; None where it has no such key."""
     section, _, name = key.partition(".")
+    number, dot, rest = name.partition(".")
+    place, name = (int(number), rest) if dot and number.isdigit() else (0, name)
     tree: Any = recipe.plain().get(section) if key else None
     if isinstance(tree, list):
-        tree = tree[0]
+        tree = tree[place]
     return tree.get(name) if isinstance(tree, dict) else None
 
 
-def _tree(carried: Iterable[Carried]) -> dict[str, dict[str, Any]]:
-    """The recipe, its sections in their order."""
+def _of_set(key: str, number: int) -> str:
+    """ "data.1.folder" of "data.folder"; another key as it is."""
+    section, _, name = key.partition(".")
+    return f"data.{number}.{name}" if section == "data" and not name.partition(".")[0].isdigit() else key
+
+
+def _tree(carried: Iterable[Carried]) -> dict[str, Any]:
+    """The recipe, its sections in their order; sets of pictures as a list where there are several."""
     tree: dict[str, dict[str, Any]] = {section: {} for section in Recipe.model_fields}
+    sets: dict[int, dict[str, Any]] = {}
     for each in carried:
         section, _, name = each.to.partition(".")
-        tree[section][name] = each.becomes
-    return {section: values for section, values in tree.items() if values}
+        number, dot, rest = name.partition(".")
+        if section == "data" and dot and number.isdigit():
+            sets.setdefault(int(number), {})[rest] = each.becomes
+        else:
+            tree[section][name] = each.becomes
+    made: dict[str, Any] = {section: values for section, values in tree.items() if values}
+    if sets:
+        made["data"] = [tree["data"], *(sets[number] for number in sorted(sets))]
+    return {section: made[section] for section in Recipe.model_fields if section in made}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

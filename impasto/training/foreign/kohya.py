@@ -52,7 +52,6 @@ SAMPLERS = {
 }
 
 _NOT_SO = "tags are shuffled and left out alike from the first step to the last"
-_MIDDLE = "pictures are cut in the middle and keep their colours"
 _NO_OTHER_SCHEDULE = "the rate stays constant, or falls as a half cosine or linearly"
 
 ROWS: dict[str, Row] = {
@@ -63,7 +62,7 @@ ROWS: dict[str, Row] = {
     "train_data_dir": Row("data.folder", text),
     "image_dir": Row("data.folder", text),
     "class_tokens": Row("data.caption", text),
-    "num_repeats": Row("train.epochs", whole, neutral=(1,)),
+    "num_repeats": Row("data.repeats", whole, neutral=(1,)),
     "dataset_repeats": Row("train.epochs", whole, neutral=(1,)),
     "reg_data_dir": Row("prior.folder", text),
     "reg.image_dir": Row("prior.folder", text),
@@ -165,11 +164,13 @@ ROWS: dict[str, Row] = {
            here="data.caption_dropout"),
     **rows("lay it into the folder of pictures: a merged .json there is found", "in_json metadata_file",
            here="data.caption_source"),
-    **rows(_MIDDLE, "color_aug face_crop_aug_range random_crop"),
+    "random_crop": Row("data.random_crop", flag),
+    **rows("its changes of hue and gamma are other ones", "color_aug", here="data.hue"),
+    **rows("nobody looks for faces", "face_crop_aug_range", here="data.random_crop"),
     **rows("pictures are resized by Lanczos' filter", "resize_interpolation=lanczos"),
     **rows("the loss counts the whole picture", "masked_loss conditioning_data_dir alpha_mask"),
-    **rows("a recipe has one folder of pictures, and one way to treat them: put all of them under it", "datasets.*",
-           here="data.folder"),
+    **rows("a recipe has one folder of class pictures, and one way to treat them: put all of them under it",
+           "datasets.*", here="prior.folder"),
     **rows("class pictures are treated like the others", "reg.*"),
     **rows("it is a variable of the shell's, and the file does not set it", "variables.*"),
     **rows("the file cannot be seen from here: give it as a second one", "config_file dataset_config"),

@@ -9,9 +9,10 @@ from typing import Any
 
 from impasto.core.errors import UserError
 from impasto.training.foreign.document import Document, Source, can_be_seen, read_document
-from impasto.training.foreign.engine import Imported
+from impasto.training.foreign.engine import Imported, Subset
 from impasto.training.foreign.kohya import OTHER_SCRIPTS, ROWS, SCRIPTS
 from impasto.training.foreign.kohya_command import Command, read_command
+from impasto.training.foreign.kohya_pictures import shared_by_sets
 from impasto.training.foreign.kohya_rules import translate
 
 #: keys that only kohya's scripts have, one of which no config is without
@@ -46,9 +47,11 @@ class Kohya(Source):
         for key, found in (("config_file", configs), ("dataset_config", datasets)):
             if found:
                 settings.pop(key, None)
-        for dataset in datasets:
-            settings |= one_dataset(dataset)
-        return translate(dict(_spread(settings)), command.script, files)
+        subsets = [subset for dataset in datasets for subset in subsets_of(dataset)]
+        own = [subset for subset, of_class in subsets if not of_class]
+        shared = shared_by_sets(settings)
+        settings |= _first(own, [subset for subset, of_class in subsets if of_class])
+        return translate(dict(_spread(settings)), command.script, files, own[1:], shared)
 
 
 def _named(name: Any, documents: Sequence[Document], suffix: str = "") -> list[Document]:
@@ -82,29 +85,33 @@ def _spread(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{key}.{name.strip()}", own.strip() if sign else True
 
 
-def one_dataset(document: Document) -> dict[str, Any]:
-    """The first subset of pictures and the first of class pictures, as flat keys; of others, what differs.
+def subsets_of(document: Document) -> list[tuple[Subset, bool]]:
+    """The subsets of a dataset config, and whether each is of class pictures.
 
-    A subset has what its dataset and [general] say, unless it says it otherwise.
+    A subset has what its dataset and [general] say, unless it says it otherwise. Raises `UserError`.
     """
-    subsets: list[tuple[str, dict[str, Any], bool]] = []
+    found: list[tuple[Subset, bool]] = []
     try:
         general = document.data.get("general", {})
         for i, dataset in enumerate(document.data["datasets"]):
             own = general | {key: value for key, value in dataset.items() if key != "subsets"}
             for j, subset in enumerate(dataset.get("subsets", [])):
-                whole = {str(key): value for key, value in (own | subset).items()}
-                subsets.append((f"datasets.{i}.subsets.{j}", whole, bool(whole.pop("is_reg", False))))
+                whole = {_CALLED.get(str(key), str(key)): value for key, value in (own | subset).items()}
+                of_class = bool(whole.pop("is_reg", False))
+                found.append((Subset(f"datasets.{i}.subsets.{j}", whole), of_class))
     except (AttributeError, TypeError):
         raise UserError("its datasets are not as kohya's scripts have them", where=document.path,
                         fix="[[datasets]] with [[datasets.subsets]] in each") from None
-    main = next((each for _, each, of_class in subsets if not of_class), {})
-    regular = next((each for _, each, of_class in subsets if of_class), {})
-    found = {_CALLED.get(key, key): value for key, value in main.items()}
-    found |= {f"reg.{key}": value for key, value in regular.items()
-              if key in ("image_dir", "num_repeats", "class_tokens") or main.get(key) != value}
-    for label, subset, of_class in subsets:
-        same = regular if of_class else main
-        if subset is not same:
-            found |= {f"{label}.{key}": value for key, value in subset.items() if same.get(key) != value}
+    return found
+
+
+def _first(own: Sequence[Subset], of_class: Sequence[Subset]) -> dict[str, Any]:
+    """The first subset of pictures and the first of class pictures, as flat keys; of other class pictures, what
+    differs."""
+    main = own[0].settings if own else {}
+    regular = of_class[0].settings if of_class else {}
+    found = dict(main) | {f"reg.{key}": value for key, value in regular.items()
+                          if key in ("image_dir", "num_repeats", "class_tokens") or main.get(key) != value}
+    for subset in of_class[1:]:
+        found |= {subset.key(key): value for key, value in subset.settings.items() if regular.get(key) != value}
     return found

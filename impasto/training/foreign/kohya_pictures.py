@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from impasto.training.foreign.document import can_be_seen, lines_of
-from impasto.training.foreign.engine import Work
-from impasto.training.foreign.table import number, text, whole
+from impasto.training.foreign.engine import Left, Subset, Work
+from impasto.training.foreign.kohya import ROWS
+from impasto.training.foreign.table import nothing, number, text, whole
 
 THEIRS = "kohya's own default, where the file says nothing"
+
+#: keys that are of one set of pictures alone
+OF_ONE = ("train_data_dir", "image_dir", "class_tokens", "num_repeats", "dataset_repeats")
 
 #: a file of prompts is not larger, bytes
 PROMPTS = 1_000_000
@@ -23,12 +28,16 @@ def put(work: Work, to: str, becomes: Any, *keys: str, why: str = "") -> None:
     work.put(to, becomes, *there, why=why or ("" if there else THEIRS))
 
 
-def pictures(work: Work) -> None:
-    """The folder, its captions and its class pictures, as far as the folder can be seen from here."""
+def pictures(work: Work) -> list[Subset]:
+    """The folder, its captions and its class pictures, as far as the folder can be seen from here.
+
+    Returns further sets of pictures, where kohya's folder holds several.
+    """
+    several: list[Subset] = []
     if work.get("image_dir"):
         work.spare("train_data_dir", "reg_data_dir", "in_json", why="the dataset config goes before it")
     else:
-        _folder(work, "data", "train_data_dir", "")
+        several = _folder(work, "data", "train_data_dir", "")
         _folder(work, "prior", "reg_data_dir", "reg.")
     if not work.get("train_data_dir") and not work.get("image_dir"):
         work.fill("data.folder", "photos", "no folder of pictures is named")
@@ -43,25 +52,47 @@ def pictures(work: Work) -> None:
         work.told.notes.append("kohya reads .caption files where caption_extension is not given; Impasto reads what is "
                                "there, .txt before .caption (data.caption_source)")
     captions(work)
+    return several
 
 
-def _folder(work: Work, section: str, key: str, prefix: str) -> None:
-    """One of kohya's folders of folders: if there is a single one in it, that is ours."""
-    if not work.get(key):
+def shared_by_sets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings, those that hold for every set of pictures that does not say otherwise."""
+    return {key: value for key, value in settings.items()
+            if key not in OF_ONE and key in ROWS and ROWS[key].to.startswith("data.")}
+
+
+def further_set(work: Work, subset: Subset, shared: Mapping[str, Any]) -> None:
+    """One more set of pictures, as kohya treats it: what it does not say itself is `shared`."""
+    if nothing(subset.settings.get("image_dir")):
+        work.told.lost.append(Left(subset.label, None, "it names no folder"))
         return
+    work.add_set(subset, shared, (_caption_of_set, captions, sizes))
+
+
+def _caption_of_set(work: Work) -> None:
+    _caption(work, "data", "class_tokens", "image_dir")
+
+
+def _folder(work: Work, section: str, key: str, prefix: str) -> list[Subset]:
+    """One of kohya's folders of folders: each in it is a set of pictures, of class pictures a single one can be."""
+    if not work.get(key):
+        return []
     found = numbered(str(work.get(key)))
-    if len(found) == 1:
-        (folder, repeats, words), = found
-        work.put(f"{section}.folder", str(folder), key, why="the only folder of pictures in it")
+    if len(found) == 1 or found and section == "data":
+        folder, repeats, words = found[0]
+        which = "only" if len(found) == 1 else "first"
+        work.put(f"{section}.folder", str(folder), key, why=f"the {which} folder of pictures in it")
         implied = {f"{prefix}num_repeats": repeats, f"{prefix}class_tokens": words, f"{prefix}image_dir": str(folder)}
         work.settings |= implied
         work.waiting |= {name: value for name, value in implied.items() if not name.endswith("image_dir")}
-        return
+        return [Subset(f"{key}.{folder.name}", {"image_dir": str(folder), "num_repeats": repeats,
+                                                "class_tokens": words}) for folder, repeats, words in found[1:]]
     names = ", ".join(folder.name for folder, _, _ in found)
     work.told.notes.append(
         f"kohya takes repeats and captions from the names of folders in {work.get(key)} "
         f"({names or 'as in 10_sks dog: 10 times, caption sks dog'}); here all pictures come equally often, once in "
         f"an epoch: give {section}.caption or .txt captions")
+    return []
 
 
 def numbered(folder: str) -> list[tuple[Path, int, str]]:

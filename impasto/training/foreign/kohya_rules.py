@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from impasto.core.errors import UserError
 from impasto.families import FAMILIES
-from impasto.training.foreign.engine import Imported, Work
+from impasto.training.foreign.engine import Imported, Subset, Work
 from impasto.training.foreign.kohya import ROWS, SCHEDULES, SCRIPTS
 from impasto.training.foreign.kohya_method import lora, optimizer, rates, whole_network
-from impasto.training.foreign.kohya_pictures import pictures, prompts, put, sizes
+from impasto.training.foreign.kohya_pictures import further_set, pictures, prompts, put, shared_by_sets, sizes
 from impasto.training.foreign.table import nothing, number, text, whole
 
 #: what tells the method where no script is named
@@ -21,8 +21,13 @@ _OF_THE_WHOLE = {"train_text_encoder": "full", "in_json": "full", "learning_rate
                  "stop_text_encoder_training": "dreambooth", "learning_rate_te": "dreambooth"}
 
 
-def translate(settings: Mapping[str, Any], script: str, files: Iterable[str]) -> Imported:
-    """kohya's settings, one flat table of them, as a recipe. `script` is the one that they are for, "" if unknown."""
+def translate(settings: Mapping[str, Any], script: str, files: Iterable[str],
+              further: Sequence[Subset] = (), shared: Mapping[str, Any] | None = None) -> Imported:
+    """kohya's settings, one flat table of them, as a recipe; and those of further sets of pictures, which have what is
+    `shared` too.
+
+    `script` is the one that they are for, "" if unknown.
+    """
     work = Work("kohya's sd-scripts", ROWS, settings)
     if "token_string" in settings:
         raise UserError("is for textual inversion, for which there is no method here", where=" and ".join(files))
@@ -37,8 +42,10 @@ def translate(settings: Mapping[str, Any], script: str, files: Iterable[str]) ->
         work.fill("base.path", "base.safetensors", "no base is named")
     trains = lora(work) if kind == "lora" else whole_network(work, kind)
     rates(work, kind, trains, optimizer(work))
-    pictures(work)
+    folders = pictures(work)
     sizes(work)
+    for subset in further or folders:
+        further_set(work, subset, shared if further and shared is not None else shared_by_sets(work.settings))
     _length(work)
     _loss(work)
     _schedule(work)
@@ -59,6 +66,9 @@ def _length(work: Work) -> None:
     """Steps or epochs, an epoch being as many passes as pictures are repeated; and the warm-up."""
     repeats_key = next((key for key in ("num_repeats", "dataset_repeats") if work.get(key) is not None), "")
     repeats = work.read(repeats_key, whole, 1)
+    if work.further and repeats_key == "num_repeats":
+        work.put("data.repeats", repeats, repeats_key)
+        repeats = 1
     epochs, steps = work.read("max_train_epochs", whole, 0), work.read("max_train_steps", whole, 1600)
     every = work.read("save_every_n_epochs", whole, 0)
     if epochs:

@@ -46,6 +46,11 @@ PRECISIONS = {"float_32": "fp32", "tfloat_32": "fp32", "float_16": "fp16", "bflo
 FORMATS = {"kohya_lora": "kohya", "legacy_lora": "kohya", "safetensors": "auto", "diffusers_lora": "diffusers",
            "diffusers": "diffusers"}
 
+#: switches of what chance does with a picture; how much of it there is at most, another key says
+CHANCES = {"enable_random_rotate": "data.rotate", "enable_random_brightness": "data.brightness",
+           "enable_random_contrast": "data.contrast", "enable_random_saturation": "data.saturation",
+           "enable_random_hue": "data.hue"}
+
 #: older names of keys
 RENAMED = {
     **{f"train_{part}": f"{part}.train" for part in ("unet", "text_encoder", "text_encoder_2")},
@@ -59,7 +64,7 @@ RENAMED = {
 
 _NO_SUCH_LOSS = "the loss is one of mse, l1, huber and smooth_l1 (sd-scripts' huber)"
 _AS_WRITTEN = "captions keep their letters as they are written"
-_PICTURES = "pictures are cut in the middle, mirrored at most, and keep their colours"
+_PICTURES = "nothing is done to all pictures alike, and the loss counts the whole picture"
 _OTHER_PART = "no such part is trained, or it is not one of Stable Diffusion's"
 
 #: what else OneTrainer's optimizers have, with the value that is without effect where that is not None or False
@@ -93,6 +98,9 @@ ROWS: dict[str, Row] = {
     "concepts": Row("data.folder", text),
     "concept.path": Row("data.folder", text),
     "concept.balancing": Row("train.epochs", number, neutral=(1,)),
+    "concept.loss_weight": Row("data.loss_weight", number, neutral=(1,)),
+    "concept.image.enable_resolution_override": Row("data.resolution", flag, neutral=(False,)),
+    "concept.image.resolution_override": Row(why="it is off", needless=True),
     "concept.text.prompt_path": Row("data.caption", text),
     "concept.text.enable_tag_shuffling": Row("data.shuffle_tags", flag),
     "concept.text.tag_delimiter": Row("data.tag_separator", text, neutral=(",",)),
@@ -100,6 +108,14 @@ ROWS: dict[str, Row] = {
     "concept.text.tag_dropout_enable": Row("data.tag_dropout", flag, neutral=(False,)),
     "concept.text.tag_dropout_probability": Row("data.tag_dropout", number),
     "concept.image.enable_random_flip": Row("data.flip", flag),
+    "concept.image.enable_crop_jitter": Row("data.random_crop", flag, neutral=(False,)),
+    **{f"concept.image.{name}": Row(to, flag, neutral=(False,)) for name, to in CHANCES.items()},
+    "concept.image.random_rotate_max_angle": Row("data.rotate", number, neutral=(0,)),
+    "concept.image.random_brightness_max_strength": Row("data.brightness", number, neutral=(0,)),
+    "concept.image.random_contrast_max_strength": Row("data.contrast", number, neutral=(0,)),
+    "concept.image.random_saturation_max_strength": Row("data.saturation", number, neutral=(0,)),
+    "concept.image.random_hue_max_strength": Row("data.hue", number, neutral=(0,)),
+    "concept.image_variations": Row("data.variants", whole),
     "resolution": Row("data.resolution", whole),
     "aspect_ratio_bucketing": Row("data.buckets", flag),
     # what is trained
@@ -176,20 +192,12 @@ ROWS: dict[str, Row] = {
     "concept.text.caps_randomize_mode": Row(why=_AS_WRITTEN, neutral=("capslock, title, first, random",)),
     **rows("captions are beside the pictures, in tables, or one for all", "concept.text.prompt_source=sample",
            here="data.caption"),
-    **rows(_PICTURES, "concept.image.enable_crop_jitter concept.image.enable_fixed_flip "
-           "concept.image.enable_random_rotate concept.image.enable_fixed_rotate "
-           "concept.image.random_rotate_max_angle concept.image.enable_random_brightness "
-           "concept.image.enable_fixed_brightness concept.image.random_brightness_max_strength "
-           "concept.image.enable_random_contrast concept.image.enable_fixed_contrast "
-           "concept.image.random_contrast_max_strength concept.image.enable_random_saturation "
-           "concept.image.enable_fixed_saturation concept.image.random_saturation_max_strength "
-           "concept.image.enable_random_hue concept.image.enable_fixed_hue concept.image.random_hue_max_strength "
-           "concept.image.enable_random_circular_mask_shrink concept.image.enable_random_mask_rotate_crop "
-           "concept.image_variations=1"),
-    **rows("all pictures have one resolution", "concept.image.enable_resolution_override "
-           "concept.image.resolution_override=512", here="data.resolution"),
-    **rows("each picture counts alike", "concept.loss_weight=1 concept.balancing_strategy=REPEATS"),
-    **rows("a recipe has one folder of pictures: put all of them under it", "other_concepts", here="data.folder"),
+    **rows(_PICTURES, "concept.image.enable_fixed_flip concept.image.enable_fixed_rotate "
+           "concept.image.enable_fixed_brightness concept.image.enable_fixed_contrast "
+           "concept.image.enable_fixed_saturation concept.image.enable_fixed_hue "
+           "concept.image.enable_random_circular_mask_shrink concept.image.enable_random_mask_rotate_crop"),
+    **rows("each picture comes as often", "concept.balancing_strategy=REPEATS", here="data.repeats"),
+    **rows("it is no folder of pictures to learn from", "other_concepts", here="data.folder"),
     **rows("the loss counts the whole picture", "masked_training unmasked_probability=0.1 unmasked_weight=0.1 "
            "normalize_masked_area_loss masked_prior_preservation_weight custom_conditioning_image"),
     **rows(_NO_SUCH_LOSS, "log_cosh_strength huber_strength huber_delta=1 vb_loss_strength=1", here="objective.loss"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from impasto.core.errors import UserError
 from impasto.training.foreign.document import Document, Source, can_be_seen, lines_of, read_document
-from impasto.training.foreign.engine import Imported, flatten
+from impasto.training.foreign.engine import Imported, Subset, flatten
 from impasto.training.foreign.onetrainer import FAMILIES_OF, METHODS_OF, RENAMED, TRANSFORMERS
 from impasto.training.foreign.onetrainer_rules import translate
 
@@ -46,8 +46,8 @@ class OneTrainer(Source):
                     settings[key] = found.data
                     files = list(dict.fromkeys([*files, str(found.path)]))
         concepts, samples = settings.pop("concepts", None), settings.pop("samples", None)
-        flat = dict(flatten(settings)) | _concept(concepts) | _preview(samples)
-        return translate(flat, files)
+        own, further = _concepts_of(concepts)
+        return translate(dict(flatten(settings)) | own | _preview(samples), files, further)
 
 
 def _concepts(data: list[Any]) -> bool:
@@ -94,15 +94,21 @@ def _beside(name: Any, config: Path) -> Document | None:
     return None
 
 
-def _concept(concepts: Any) -> dict[str, Any]:
-    """The first concept that trains, flat; of the others, their folders and kinds."""
+def _concepts_of(concepts: Any) -> tuple[dict[str, Any], list[Subset]]:
+    """The first concept that trains, flat, and further ones; of those that do not, their folders and kinds."""
     if not isinstance(concepts, list) or not _concepts(concepts):
-        return {} if not concepts else {"other_concepts": json.dumps(concepts)[:80]}
-    active = [each for each in concepts if each.get("enabled", True)]
-    main = next((each for each in active if each.get("type", "STANDARD") == "STANDARD"), {})
-    others = [f"{each.get('path')} ({str(each.get('type', 'STANDARD')).lower()})" for each in active
-              if each is not main]
-    found = dict(flatten(main, "concept.")) | ({"other_concepts": others} if others else {})
+        return {} if not concepts else {"other_concepts": json.dumps(concepts)[:80]}, []
+    active = [(i, each) for i, each in enumerate(concepts) if each.get("enabled", True)]
+    trained = [(i, each) for i, each in active if each.get("type", "STANDARD") == "STANDARD"]
+    others = [f"{each.get('path')} ({str(each['type']).lower()})" for i, each in active if (i, each) not in trained]
+    first = _concept(trained[0][1]) if trained else {}
+    further = [Subset(f"concepts.{i}", _concept(each), "concept.") for i, each in trained[1:]]
+    return first | ({"other_concepts": others} if others else {}), further
+
+
+def _concept(concept: Mapping[str, Any]) -> dict[str, Any]:
+    """A concept, flat, its one caption out of the file that holds it."""
+    found = dict(flatten(concept, "concept."))
     if str(found.get("concept.text.prompt_source", "sample")) == "concept":
         caption = _only_line(str(found.get("concept.text.prompt_path", "")))
         if caption:

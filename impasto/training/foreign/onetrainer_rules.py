@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from impasto.families import FAMILIES
 from impasto.methods import METHODS
-from impasto.training.foreign.engine import Imported, Work, accepts
+from impasto.training.foreign.engine import Imported, Subset, Work, accepts
 from impasto.training.foreign.onetrainer import (
+    CHANCES,
     DEFAULTS,
     FAMILIES_OF,
     LAYERS,
@@ -26,8 +27,8 @@ THEIRS = "OneTrainer's own default, where the file says nothing"
 UNET, TEXT = "unet", "text-encoder"
 
 
-def translate(settings: Mapping[str, Any], files: Iterable[str]) -> Imported:
-    """OneTrainer's settings, flat, as a recipe."""
+def translate(settings: Mapping[str, Any], files: Iterable[str], further: Sequence[Subset] = ()) -> Imported:
+    """OneTrainer's settings, flat, as a recipe; and further concepts as further sets of pictures."""
     work = Work("OneTrainer", ROWS, settings)
     family = FAMILIES_OF.get(str(work.get("model_type", "STABLE_DIFFUSION_15")), "")
     if family not in FAMILIES:
@@ -42,9 +43,15 @@ def translate(settings: Mapping[str, Any], files: Iterable[str]) -> Imported:
     else:
         trains = _method(work)
     _optimizer_and_rates(work, trains)
+    shared = {key: settings[key] for key in ("resolution", "aspect_ratio_bucketing") if key in settings}
+    for subset in further:
+        work.add_set(subset, shared, (_often, _pictures, _chance, _tags))
+    if further:
+        _often(work)
     _loop(work, trains)
     _loss(work)
     _pictures(work)
+    _chance(work)
     _tags(work)
     _units(work)
     if str(work.get("validation", False)).lower() != "true":
@@ -144,7 +151,8 @@ def _factor(work: Work) -> tuple[float, str]:
 
 def _loop(work: Work, trains: set[str]) -> None:
     """Length, warm-up, averaging; and what its text encoder does after a while."""
-    epochs, repeats = work.read("epochs", whole, DEFAULTS["epochs"]), work.read("concept.balancing", number, 1.0)
+    epochs = work.read("epochs", whole, DEFAULTS["epochs"])
+    repeats = 1.0 if work.further else work.read("concept.balancing", number, 1.0)
     strategy = str(work.get("concept.balancing_strategy", "REPEATS"))
     if strategy == "REPEATS" and repeats == int(repeats) and repeats >= 1:
         put(work, "train.epochs", epochs * int(repeats), "epochs",
@@ -211,12 +219,57 @@ def _pictures(work: Work) -> None:
     """The folder, the caption of a concept with one, the resolution."""
     if not work.get("concept.path"):
         work.fill("data.folder", "photos", "no concept is in the file, nor in one that can be seen from here")
+    if work.on("concept.image.enable_resolution_override"):
+        own = "concept.image.resolution_override"
+        work.put("data.resolution", work.read(own, whole, 512), own, "concept.image.enable_resolution_override")
+        if "resolution" in work.waiting:
+            work.spare("resolution", why="the concept has a resolution of its own")
+        return
     sizes = re.findall(r"\d+", str(work.get("resolution", "")))
     if len(sizes) == 1 or len(set(sizes)) == 1:
         work.put("data.resolution", int(sizes[0][:9]), "resolution")
     elif sizes:
         work.put("data.resolution", int(sizes[0][:9]), "resolution", why="the first of several")
         work.told.notes.append(f"resolution is {work.get('resolution')}: here all pictures have one")
+
+
+def _often(work: Work) -> None:
+    """How often a concept of several comes in an epoch: so many times, where that is a whole number."""
+    key = "concept.balancing"
+    if work.get(key) is None:
+        return
+    often = work.read(key, number, 1.0)
+    if str(work.get("concept.balancing_strategy", "REPEATS")) != "REPEATS":
+        work.lose(key, f"a number of samples in an epoch, which no set has here: give all sets a share by their "
+                  f"{often:g} beside the others'", "data.share")
+        work.spare("concept.balancing_strategy", why=f"it is told with {key}")
+    elif often >= 1 and often == int(often):
+        work.put("data.repeats", int(often), key)
+    else:
+        work.lose(key, "pictures come a whole number of times in an epoch; data.share takes any", "data.repeats")
+
+
+def _chance(work: Work) -> None:
+    """What is left to chance in pictures: a switch, and how much of it there is at most; and how many versions."""
+    image, asked = "concept.image", work.on("concept.image.enable_crop_jitter")
+    for switch, to in CHANCES.items():
+        key = next(key for key, row in ROWS.items() if row.to == to and key != f"{image}.{switch}")
+        most = work.read(key, number, 0.0)
+        if not work.on(f"{image}.{switch}"):
+            if most:
+                work.spare(key, why="it is off")
+            continue
+        if not most:
+            work.spare(f"{image}.{switch}", why="there is none of it")
+            continue
+        asked = True
+        hue = to == "data.hue"
+        put(work, to, most / 2 if hue else most, key, f"{image}.{switch}", why="half of it, as OneTrainer takes it"
+            if hue else "enlarged until no corner is empty" if to == "data.rotate" else "")
+    variations = "concept.image_variations"
+    if asked and work.get(variations) is not None:
+        put(work, "data.variants", work.read(variations, whole, 1), variations)
+    work.spare(variations, why="nothing is left to chance")
 
 
 def _tags(work: Work) -> None:

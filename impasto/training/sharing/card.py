@@ -16,6 +16,7 @@ import tomli_w
 from huggingface_hub import ModelCardData
 
 from impasto.core.errors import UserError
+from impasto.data.sets import label
 from impasto.deltas.lowrank import LowRank
 from impasto.families.load import is_hub_id
 from impasto.formats.adapters import load_adapter
@@ -150,7 +151,7 @@ def _made(parcel: Parcel, recipe: Recipe | None) -> Iterator[str]:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", toml)), default=0))
     yield from ["", "<details><summary>The recipe, without the places of base and pictures</summary>", "",
                 f"{fence}toml", toml, fence, "", "</details>", "",
-                f"`impasto reproduce {_shown(parcel.weights)} base.path=… data.folder=…` gives it back from the "
+                f"`impasto reproduce {_shown(parcel.weights)} base.path=… {_folders(recipe)}` gives it back from the "
                 "file, and says what differs on another machine."]
 
 
@@ -158,12 +159,26 @@ def public(recipe: Recipe) -> dict[str, Any]:
     """The recipe as anyone may read it: without places on a disk, the name of a base apart."""
     plain = recipe.plain()
     for section, keys in OWN.items():
-        plain[section] = plain.get(section) and {k: v for k, v in plain[section].items() if k not in keys}
+        plain[section] = plain.get(section) and _without(plain[section], keys)
     for key in ("path", "vae"):
         if plain["base"][key] and not is_hub_id(plain["base"][key]):
             plain["base"][key] = PurePath(plain["base"][key]).name
     plain["output"] = {key: plain["output"][key] for key in ("format", "dtype")}
     return plain
+
+
+def _folders(recipe: Recipe) -> str:
+    """The settings that say where the pictures are."""
+    if recipe.data is None:
+        return "data.folder=…"
+    return " ".join(f"{label(number, recipe.data)}.folder=…" for number in range(len(recipe.data.sets)))
+
+
+def _without(tables: Any, keys: tuple[str, ...]) -> Any:
+    """A section, or each of several, without those keys."""
+    if isinstance(tables, list):
+        return [_without(table, keys) for table in tables]
+    return {key: value for key, value in tables.items() if key not in keys}
 
 
 def _rank(method: Any) -> str:

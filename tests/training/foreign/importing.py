@@ -30,8 +30,11 @@ def checked(folder: Path, found: Imported) -> Imported:
 
 
 def became(found: Imported) -> dict[str, Any]:
-    """The recipe's keys, dotted."""
-    return {f"{section}.{key}": value for section, values in found.tree.items() for key, value in values.items()}
+    """The recipe's keys, dotted; of several sets of pictures "data.1.folder"."""
+    tables = {name: values for section, values in found.tree.items() for name, values in (
+        ((f"{section}.{i}", value) for i, value in enumerate(values)) if isinstance(values, list)
+        else [(section, values)])}
+    return {f"{name}.{key}": value for name, values in tables.items() for key, value in values.items()}
 
 
 def fate(found: Imported, key: str) -> str:

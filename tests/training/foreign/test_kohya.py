@@ -365,8 +365,8 @@ def test_what_is_not_done_with_captions(arguments: str, key: str, here: str, tmp
     assert left.here == here and left.why
 
 
-@pytest.mark.parametrize("names", [(), ("10_a", "5_b"), ("none",)])
-def test_several_folders_are_told_of(names: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [(), ("none",)])
+def test_a_folder_without_numbered_ones_is_told_of(names: tuple[str, ...], tmp_path: Path) -> None:
     data = folders(tmp_path / "data", *names)
     found = line(tmp_path, f'--train_data_dir="{data}" --max_train_epochs=3')
     assert became(found)["data.folder"] == str(data) and became(found)["train.epochs"] == 3
@@ -380,6 +380,20 @@ def test_prompts_of_previews(tmp_path: Path) -> None:
     assert keys["sample.prompts"] == ["a dog", "a cat"] and keys["sample.negative"] == "ugly"
     assert keys["sample.guidance"] == 7.0 and "sample.steps" not in keys
     assert any("several --s" in note for note in found.notes)
+
+
+def test_several_folders_are_several_sets(tmp_path: Path) -> None:
+    data = folders(tmp_path / "data", "10_a dog", "5_b", "old")
+    (data / "5_b" / "a.txt").write_text("a cat")
+    found = line(tmp_path, f'--train_data_dir="{data}" --max_train_epochs=3 --resolution=768 --flip_aug '
+                           "--caption_extension=.txt --caption_tag_dropout_rate=0.5")
+    keys = became(found)
+    assert keys["data.0.folder"] == str(data / "10_a dog") and keys["data.1.folder"] == str(data / "5_b")
+    assert (keys["data.0.repeats"], keys["data.1.repeats"], keys["train.epochs"]) == (10, 5, 3)
+    assert keys["data.0.caption"] == "a dog" and "data.1.caption" not in keys
+    assert "here are caption files" in reason(found, "train_data_dir.5_b.class_tokens")
+    for key, value in {"resolution": 768, "flip": True, "tag_dropout": 0.5, "buckets": False}.items():
+        assert keys[f"data.0.{key}"] == keys[f"data.1.{key}"] == value
 
 
 DATASET = """
@@ -402,7 +416,9 @@ keep_tokens = 2
   [[datasets.subsets]]
   image_dir = 'two'
   keep_tokens = 3
-  num_repeats = 10
+  num_repeats = 3
+  wizardry = 1
+  caption_tag_dropout_rate = 7
 
   [[datasets.subsets]]
   is_reg = true
@@ -410,8 +426,13 @@ keep_tokens = 2
   class_tokens = 'dog'
   flip_aug = true
 
+  [[datasets.subsets]]
+  is_reg = true
+  image_dir = 'more classes'
+
 [[datasets]]
 resolution = 768
+batch_size = 2
 
   [[datasets.subsets]]
   image_dir = 'three'
@@ -421,14 +442,20 @@ resolution = 768
 
 def check_dataset(found: Imported) -> None:
     keys = became(found)
-    assert keys["data.folder"] == "one" and keys["data.resolution"] == 512 and keys["data.buckets"] is True
+    assert [keys[f"data.{i}.folder"] for i in range(3)] == ["one", "two", "three"]
+    assert [keys[f"data.{i}.repeats"] for i in range(3)] == [10, 3, 10]
+    assert [keys[f"data.{i}.resolution"] for i in range(3)] == [512, 512, 768]
+    assert [keys[f"data.{i}.keep_tags"] for i in range(3)] == [2, 3, 1]
+    assert all(keys[f"data.{i}.buckets"] and keys[f"data.{i}.shuffle_tags"] and keys[f"data.{i}.caption_source"] ==
+               "txt" for i in range(3))
+    assert [keys.get(f"data.{i}.bucket_max") for i in range(3)] == [None, None, 1024]  # kohya's own, at any size
     assert keys["train.batch_size"] == 4 and keys["prior.folder"] == "classes"
-    other = {left.key: left.value for left in found.lost if left.key.startswith("datasets.")}
-    assert other == {"datasets.0.subsets.1.image_dir": "two", "datasets.0.subsets.1.keep_tokens": 3,
-                     "datasets.1.subsets.0.image_dir": "three", "datasets.1.subsets.0.resolution": 768,
-                     "datasets.1.subsets.0.keep_tokens": 1}
-    lost = {left.key: left.value for left in found.lost}
-    assert keys["data.keep_tags"] == 2 and keys["data.shuffle_tags"] is True and lost["reg.flip_aug"] is True
+    lost = {left.key: left.value for left in (*found.lost, *found.unknown)}
+    assert {key: value for key, value in lost.items() if key.startswith("datasets.")} == {
+        "datasets.0.subsets.3.image_dir": "more classes", "datasets.1.subsets.0.train_batch_size": 2,
+        "datasets.0.subsets.1.wizardry": 1, "datasets.0.subsets.1.caption_tag_dropout_rate": 7}
+    assert lost["reg.flip_aug"] is True
+    assert "all sets have one" in reason(found, "datasets.1.subsets.0.train_batch_size")
     assert "give data.caption" in reason(found, "class_tokens")
     assert "give prior.caption" in reason(found, "reg.class_tokens")
 
@@ -453,8 +480,22 @@ def test_a_config_with_its_dataset_config(way: str, suffix: str, tmp_path: Path)
     paths = [tmp_path / "config.toml", *([dataset] if way == "given" else [])]
     found = checked(tmp_path, import_recipe(paths))
     check_dataset(found)
-    assert became(found)["base.path"] == "a.ckpt" and became(found)["train.epochs"] == 20
+    assert became(found)["base.path"] == "a.ckpt" and became(found)["train.epochs"] == 2
     assert fate(found, "train_data_dir") == "needless" and found.files == [str(tmp_path / "config.toml"), str(dataset)]
+
+
+def test_what_a_command_says_holds_for_all_subsets_that_do_not(tmp_path: Path) -> None:
+    (tmp_path / "d.toml").write_text("""
+        [[datasets]]
+        subsets = [{image_dir = "a", color_aug = true, is_reg = false}, {image_dir = "b", flip_aug = false}, {},
+                   {image_dir = "c", num_repeats = 0}]
+        """)
+    found = line(tmp_path, "--dataset_config=d.toml --flip_aug --caption_dropout_rate=0.1 --class_tokens=x")
+    keys = became(found)
+    assert (keys["data.0.flip"], keys.get("data.1.flip"), keys["data.2.flip"]) == (True, False, True)
+    assert [keys[f"data.{i}.caption_dropout"] for i in range(3)] == [0.1] * 3
+    assert "it names no folder" in reason(found, "datasets.0.subsets.2")
+    assert next(each for each in found.lost if each.key == "datasets.0.subsets.3.num_repeats").instead == 1
 
 
 def test_a_command_with_its_config_the_command_goes_first(tmp_path: Path) -> None:

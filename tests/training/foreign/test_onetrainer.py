@@ -58,7 +58,9 @@ CONCEPTS = [
                "random_hue_max_strength": 0.0},
      "text": {"prompt_source": "sample", "prompt_path": "", "enable_tag_shuffling": True, "tag_delimiter": ",",
               "keep_tags_count": 1}, "concept_stats": {"image_count": 12}},
-    {"name": "cat", "path": "pictures/cat", "type": "STANDARD"},
+    {"name": "cat", "path": "pictures/cat", "type": "STANDARD", "balancing": 2.5, "loss_weight": 0.5,
+     "image": {"enable_resolution_override": True, "resolution_override": "640", "enable_fixed_hue": True,
+               "enable_random_rotate": True, "random_rotate_max_angle": 5.0}, "image_variations": 1},
     {"name": "check", "path": "pictures/check", "type": "VALIDATION"},
 ]
 SAMPLES = [
@@ -72,14 +74,16 @@ SAMPLES = [
 WANTED = {
     "validation.fraction": 0.0,
     "base.path": "models/v1-5.ckpt", "base.vae": "vae.pt", "base.clip_skip": 1,
-    "data.folder": "pictures/dog", "data.shuffle_tags": True, "data.keep_tags": 1, "data.flip": True,
-    "data.resolution": 768, "data.buckets": True,
+    "data.0.folder": "pictures/dog", "data.0.shuffle_tags": True, "data.0.keep_tags": 1, "data.0.flip": True,
+    "data.0.resolution": 768, "data.0.buckets": True, "data.0.repeats": 10,
+    "data.0.random_crop": True, "data.1.rotate": 5.0, "data.1.variants": 1,
+    "data.1.folder": "pictures/cat", "data.1.resolution": 640, "data.1.buckets": True, "data.1.loss_weight": 0.5,
     "method.kind": "lora", "method.rank": 8, "method.alpha": 4.0, "method.dropout": 0.1,
     "method.targets": [*LAYERS, "text-encoder"], "method.text_encoder_learning_rate": 2e-5,
     "objective.weighting": "min_snr", "objective.gamma": 5.0, "objective.noise_offset": 0.05,
     "objective.times": "logit_normal", "objective.times_std": 1.5, "objective.times_mean": -0.2,
     "objective.times_range": [0.1, 0.8],
-    "train.learning_rate": 4e-4, "train.schedule": "cosine", "train.warmup": 50, "train.epochs": 200,
+    "train.learning_rate": 4e-4, "train.schedule": "cosine", "train.warmup": 50, "train.epochs": 20,
     "train.batch_size": 4, "train.accumulation": 2, "train.ema": 0.99 ** 0.5, "train.device": "cuda",
     "train.precision": "bf16", "train.clip": 0.5, "train.checkpointing": False, "train.optimizer": "adamw8bit",
     "train.betas": [0.8, 0.99], "train.eps": 1e-6, "train.weight_decay": 0.02,
@@ -91,11 +95,11 @@ WANTED = {
 FATES = {
     "lost": ["learning_rate_min_factor", "huber_strength", "perturbation_noise_weight", "masked_training",
              "lora_decompose", "text_encoder.stop_training_after", "text_encoder.dropout_probability",
-             "optimizer.cautious", "backup_after", "other_concepts", "concept.image.enable_crop_jitter",
+             "optimizer.cautious", "backup_after", "other_concepts",
              "embedding.placeholder"],
     "needless": ["__version", "model_type", "cache_dir", "unet.weight_dtype", "prior.train", "learning_rate",
                  "optimizer_defaults.ADAMW.beta1", "concept.name", "concept.concept_stats.image_count",
-                 "secrets.huggingface_token", "concept.balancing"],
+                 "secrets.huggingface_token"],
     "without effect": ["debug_mode", "loss_scaler", "optimizer.fused", "optimizer.amsgrad", "unmasked_weight",
                        "sample.width", "timestep_shift", "concept.image.random_hue_max_strength"],
     "unknown": ["wizardry", "unet.sparkle"],
@@ -126,8 +130,10 @@ def test_a_whole_config_key_by_key(way: str, tmp_path: Path) -> None:
         for name in names:
             assert fate(found, name) == expected, name
     assert "hunter2" not in found.toml() + str(found.plain())
-    assert next(left.value for left in found.lost if left.key == "other_concepts") == [
-        "pictures/cat (standard)", "pictures/check (validation)"]
+    assert next(left.value for left in found.lost if left.key == "other_concepts") == ["pictures/check (validation)"]
+    (part,) = [left for left in found.lost if left.key == "concepts.2.balancing"]
+    assert (part.here, part.instead) == ("data.1.repeats", 1)
+    assert fate(found, "concepts.2.image.enable_fixed_hue") == "lost"
     assert len(found.files) == (1 if way == "inside" else 3)
 
 
@@ -163,6 +169,13 @@ def test_what_the_file_does_not_say_is_onetrainers_default(tmp_path: Path) -> No
     ({"loss_weight_fn": "DEBIASED_ESTIMATION", "loss_weight_strength": 5.0}, {"objective.weighting": "debiased",
                                                                              "objective.gamma": None}),
     ({"resolution": "512,768"}, {"data.resolution": 512}),
+    ({"concepts": [{"path": "a", "image_variations": 4, "image": {
+        "enable_random_hue": True, "random_hue_max_strength": 0.2, "enable_random_contrast": False,
+        "random_contrast_max_strength": 0.5, "enable_random_brightness": True,
+        "random_brightness_max_strength": 0.1}}]},
+     {"data.hue": 0.1, "data.contrast": None, "data.brightness": 0.1, "data.variants": 4}),
+    ({"concepts": [{"path": "a", "image_variations": 4, "image": {"enable_random_hue": True}}]},
+     {"data.hue": None, "data.variants": None}),
     ({"resolution": "640x640"}, {"data.resolution": 640}),
     ({"sample_after_unit": "NEVER", "sample_after": 10}, {"sample.every": 0}),
     ({"backup_after": 200, "backup_after_unit": "STEP"}, {"output.checkpoint_every": 200}),

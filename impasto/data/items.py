@@ -1,0 +1,89 @@
+"""Pictures as a run uses them: each with its caption, its cut, and what is done with it in each use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from impasto.core.progress import Reporter
+from impasto.data.account import unused
+from impasto.data.augment import Augment, Variant
+from impasto.data.buckets import Placement, bucket_sizes, place, too_small
+from impasto.data.captions import read_captions
+from impasto.data.dataset import Listing, Picture, Problem, memory_of, refuse, survey
+from impasto.data.drawn import Drawn
+from impasto.data.options import DataOptions
+from impasto.data.phrasing import PLAIN, Phrasing
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What a set's options say of each use of its pictures."""
+
+    flip: bool = False
+    background: str = "white"
+    caption_dropout: float = 0.0
+    number: int = 0  # of the set
+    augment: Augment = Augment()
+
+    @classmethod
+    def of(cls, data: DataOptions, number: int = 0) -> Handling:
+        """The handling that set `number` asks for."""
+        return cls(data.flip, data.background, data.caption_dropout, number, Augment.of(data))
+
+    @property
+    def flips(self) -> tuple[bool, ...]:
+        """Mirrored or not: what a use may be."""
+        return (False, True) if self.flip else (False,)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture as the run uses it: a fact for reports, and the way to its batch."""
+
+    picture: Picture
+    caption: str  # as it was read
+    placement: Placement
+    weight: float  # of its loss
+    latent_keys: tuple[str, ...] = ()  # of each variant, plain, then mirrored; empty if the step encodes pictures
+    text_keys: Mapping[str, str] = field(default_factory=dict)  # by what may be said; empty if the step encodes it
+    labels: tuple[int, ...] = ()  # what is known of it beside its caption; only the drawn world tells
+    phrasing: Phrasing = PLAIN  # what is done with its caption
+    handling: Handling = Handling()  # what is done with it
+
+    def variant(self, number: int) -> Variant:
+        """One of the ways in which the run shows it."""
+        return self.handling.augment.variant(self.placement, self.picture.digest, number)
+
+
+def draw_world(data: DataOptions, seed: int, count: int, number: int = 0) -> list[Item]:
+    """The drawn world's first pictures, each made when it is read: none of them is ever a file."""
+    whole = (data.resolution, data.resolution)
+    phrasing, handling = Phrasing.of(data), Handling.of(data, number)
+    return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole), data.loss_weight,
+                 labels=picture.labels, phrasing=phrasing, handling=handling)
+            for picture in (Drawn.number(i, data.resolution, seed, data.doodles) for i in range(count))]
+
+
+def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = "pictures",
+            weight: float = 1.0, notes: list[str] | None = None, number: int = 0) -> list[Item]:
+    """All pictures of a folder with captions and cuts, as those of set `number`, or one `UserError` with all that is
+    wrong.
+
+    What is there and not used is told in `notes`.
+    """
+    pictures, problems = survey(listing, memory_of(listing.folder), report, title)
+    captions = read_captions(listing, data)
+    buckets, phrasing, handling = bucket_sizes(data), Phrasing.of(data), Handling.of(data, number)
+    items = []
+    for picture in pictures:
+        placement = place(picture.size, data, buckets)
+        if placement is None:
+            problems.append(Problem(picture.name, too_small(picture.size, data)))
+        elif picture.name in captions.texts:
+            items.append(Item(picture, captions.texts[picture.name], placement, weight, phrasing=phrasing,
+                              handling=handling))
+    refuse([*problems, *captions.problems], listing.folder)
+    if notes is not None:
+        notes += unused(listing, data, captions)
+    return items
