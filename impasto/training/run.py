@@ -12,13 +12,11 @@ import contextlib
 import errno
 import json
 import shutil
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -66,28 +64,6 @@ class Run:
         """Where the adapter goes, or a whole base (a folder): after optimizer step `step`, the best, or at the end."""
         tail = "" if step is None else f"-{step}" if step == "best" else f"-{step:06d}"
         return self.folder / f"{self.name}{tail}{'' if folder else '.safetensors'}"
-
-    # --- the recipe --------------------------------------------------------------------------------------
-    def check_recipe(self, plain: dict[str, Any], free: set[str],
-                     renewed: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> None:
-        """Refuse to go on with another recipe, naming the keys; those in `free` do not change the weights.
-
-        `plain` is `Recipe.plain()`; it is kept as recipe.toml, which `impasto train` takes as it is. `renewed` reads
-        the kept one as this version of the program does: keys that came since have their defaults.
-        """
-        path = self.folder / "recipe.toml"
-        now = _flat(without_none(plain))
-        if path.exists() and self.checkpoints():
-            before = _flat(without_none(renewed(tomllib.loads(path.read_text(encoding="utf-8")))))
-            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
-                             and key not in free and key.split(".")[0] not in free)
-            if changed:
-                told = ", ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:4])
-                more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-                raise UserError(f"holds a run with another recipe ({told}{more})", where=self.folder,
-                                fix="choose another output.dir, or put the recipe back")
-        with atomic_write(path) as file:
-            tomli_w.dump(without_none(plain), file)
 
     # --- checkpoints -------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:
@@ -184,19 +160,3 @@ def _verified(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError):
         return None
     return manifest if whole else None
-
-
-def without_none(tree: Any) -> Any:
-    """TOML has no null: a key that is not set is absent."""
-    if isinstance(tree, dict):
-        return {key: without_none(value) for key, value in tree.items() if value is not None}
-    return [without_none(item) for item in tree] if isinstance(tree, list) else tree
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary or list as dotted keys."""
-    if isinstance(tree, dict):  # an empty table has no keys
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): tree}
