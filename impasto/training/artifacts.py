@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from impasto.core.files import require_space
 from impasto.data.source import Source
 from impasto.families.base import Base
 from impasto.families.save import save_folder
@@ -21,6 +22,7 @@ from impasto.objectives.base import Objective
 from impasto.training.environment import DTYPES, describe
 from impasto.training.metadata import metadata
 from impasto.training.recipe import Recipe
+from impasto.training.room import SPARE
 from impasto.training.run import Run
 from impasto.training.shown import Shown
 
@@ -46,9 +48,17 @@ class Artifacts:
         """Where the artifact of an optimizer step goes, or the best one, or the last."""
         return self.run.artifact(step, folder=any(method.in_place for method in self.methods))
 
+    def size(self) -> int:
+        """Bytes of one, metadata left out."""
+        in_place = any(method.in_place for method in self.methods)
+        modules = self.base.components.values() if in_place else \
+            [module for method in self.methods for module in method.modules().values()]
+        return DTYPES[self.recipe.output.dtype].itemsize * sum(p.numel() for m in modules for p in m.parameters())
+
     def save(self, path: Path, step: int) -> None:
         """Write what optimizer step `step` has left at `path`, one of `path`'s. Raises `UserError`."""
         output, best = self.recipe.output, path == self.path("best")
+        require_space(path, self.size() + SPARE, f"the artifact of step {step}")
         with self.shown.weights(), self.base.keeping_latent_scale():
             measured = (batch.to(self.device) for later in range(MEASURED_STEPS)
                         for batches in self.source.micro_batches(step + later) for batch in batches)

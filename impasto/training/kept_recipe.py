@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -18,25 +19,44 @@ FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device", 
              "validation.patience", "validation.keep_best"}
 
 
-def keep_recipe(run: Run, plain: dict[str, Any]) -> None:
-    """Keep `Recipe.plain()` as recipe.toml, which `impasto train` takes as it is.
+def keep_recipe(run: Run, plain: dict[str, Any], *, accept: bool = False) -> None:
+    """Keep `Recipe.plain()` as recipe.toml, which `impasto train` takes as it is; say which keys have changed.
 
     Raises `UserError`, which names the keys, where the directory holds a run with another recipe: one that differs in
-    more than `FREE_KEYS`.
+    more than `FREE_KEYS`. With `accept` it is a warning, and a line of the log.
     """
     path = run.folder / "recipe.toml"
     now = _flat(without_none(plain))
-    if path.exists() and run.checkpoints():
-        before = _flat(without_none(_renewed(tomllib.loads(path.read_text(encoding="utf-8")))))
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
-                         and key not in FREE_KEYS and key.split(".")[0] not in FREE_KEYS)
-        if changed:
-            told = ", ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:4])
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            raise UserError(f"holds a run with another recipe ({told}{more})", where=run.folder,
-                            fix="choose another output.dir, or put the recipe back")
+    if path.exists() and (kept := run.checkpoints()):
+        before = _flat(without_none(_renewed(_read(path))))
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        told = {key: f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in changed}
+        binding = [told[key] for key in changed if not {key, key.split(".")[0]} & FREE_KEYS]
+        if free := [line for line in told.values() if line not in binding]:
+            run.report.note(f"goes on with {_few(free)}")
+        if binding and not accept:
+            raise UserError(f"holds a run with another recipe ({_few(binding)})", where=run.folder,
+                            fix="choose another output.dir, put the recipe back, or go on with this one by "
+                            "--accept-changes")
+        if binding:
+            run.report.warn(f"goes on with another recipe, as told ({_few(binding)}): what comes of it is what neither "
+                            "of the two would have made alone")
+            run.log(event="recipe changed", step=int(kept[0].name), changes=binding)
     with atomic_write(path) as file:
         tomli_w.dump(without_none(plain), file)
+
+
+def _few(lines: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(lines[:4]) + (f" and {len(lines) - 4} more" if len(lines) > 4 else "")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({error}), and tells what this run was begun with", where=path,
+                        fix="put it back, or choose another output.dir") from error
 
 
 def _renewed(tree: dict[str, Any]) -> dict[str, Any]:

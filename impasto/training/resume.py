@@ -45,11 +45,25 @@ class Memory:
         return State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict(),
                                      "beginning": self.verdicts.beginning, "validation": self.validation.state()})
 
+    def size(self) -> int:
+        """Bytes of a checkpoint. An optimizer that has taken no step yet is reckoned to keep two numbers a weight."""
+        tensors = [t for module in self.trained.values() for t in module.state_dict().values()]
+        states, _ = pack_optimizer(self.optimizer)
+        kept = [*tensors, *self.shown.state().values(), *(states.values() or 2 * tensors)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
     def load(self, state: State) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` gave. Raises `UserError` where that is of other weights."""
         for prefix, module in self.trained.items():
-            module.load_state_dict({key.removeprefix(f"{prefix}."): tensor for key, tensor in state.tensors.items()
-                                    if key.startswith(f"{prefix}.")})
+            own = {key.removeprefix(f"{prefix}."): tensor for key, tensor in state.tensors.items()
+                   if key.startswith(f"{prefix}.")}
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                told = " ".join(str(error).split())[:200]
+                raise UserError(f"the checkpoint of step {state.step} holds other weights than this recipe trains "
+                                f"({told})", where=prefix, fix="put the recipe back, or choose another output.dir"
+                                ) from error
         self.shown.load(state.tensors)
         self.verdicts.begin(state.values.get("beginning"))
         self.validation.load(state.values.get("validation"))
@@ -68,6 +82,7 @@ class Circumstances:
     device: torch.device
     group: int  # pictures of a micro-batch in all processes
     processes: Processes
+    accept_changes: bool = False  # other pictures are told of, not refused
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint tells of them, JSON-able."""
@@ -77,8 +92,11 @@ class Circumstances:
     def compare(self, manifest: Mapping[str, Any], run: Run, report: Reporter) -> None:
         """Warn of what may change the last bits. Raises `UserError` for what changes more."""
         if manifest["data"] != self.data:
-            raise UserError("the pictures, their captions or their cuts have changed since this run was stopped",
-                            where=run.folder, fix="put them back, or choose another output.dir")
+            changed = "the pictures, their captions or their cuts have changed since this run was stopped"
+            if not self.accept_changes:
+                raise UserError(changed, where=run.folder, fix="put them back, choose another output.dir, or go on "
+                                "with them by --accept-changes")
+            report.warn(f"{changed}; it goes on with them, as told")
         if manifest["base"] != self.base:
             raise UserError("the base is not the one this run began with", where=self.recipe.base.path,
                             fix="put it back, or choose another output.dir")

@@ -35,6 +35,7 @@ from impasto.training.rates import rate_factor, set_rates, split_by_path
 from impasto.training.recipe import Recipe
 from impasto.training.requests import Requests
 from impasto.training.resume import Circumstances, Memory, resume
+from impasto.training.room import ask_for_room
 from impasto.training.run import Run
 from impasto.training.sharing.after import announce, push_after
 from impasto.training.shown import Shown
@@ -60,10 +61,12 @@ class Outcome:
     ended: str | None = None  # why it is finished before its last step
 
 
-def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None) -> Outcome:
+def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None,
+          accept_changes: bool = False) -> Outcome:
     """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`.
 
-    After step `stop_after` it stops as if it had been asked to. Started by torchrun or accelerate, it is one of
+    After step `stop_after` it stops as if it had been asked to. `accept_changes`: go on with another recipe, or other
+    pictures, than those that the run began with. Started by torchrun or accelerate, it is one of
     several processes that train as one; only the first of them writes and reports.
     """
     if recipe.data is None:
@@ -76,10 +79,10 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
         with processes.all_or_none():  # the others look into the directory when it is whole
             if processes.first:
                 run = held.enter_context(Run.open(folder, name, report))
-                keep_recipe(run, recipe.plain())
+                keep_recipe(run, recipe.plain(), accept=accept_changes)
                 announce(recipe.output, report)
         with processes.all_or_none():
-            trainer = Trainer(recipe, run, report, processes)
+            trainer = Trainer(recipe, run, report, processes, accept_changes=accept_changes)
         outcome = trainer.train(stop_after)
     if outcome.artifact is not None and processes.first:
         push_after(recipe.output, outcome.artifact, report)
@@ -90,7 +93,8 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
 class Trainer:
     """Everything that a run holds in memory, and the loop over it."""
 
-    def __init__(self, recipe: Recipe, run: Run, report: Reporter, processes: Processes | None = None) -> None:
+    def __init__(self, recipe: Recipe, run: Run, report: Reporter, processes: Processes | None = None, *,
+                 accept_changes: bool = False) -> None:
         assert recipe.data is not None
         self.recipe, self.options, self.run, self.report = recipe, recipe.train, run, report
         self.processes = processes or Processes()
@@ -139,7 +143,7 @@ class Trainer:
                                      report)
         self.memory = Memory(self.trained, self.optimizer, self.shown, self.scaler, self.verdicts, self.validation)
         self.circumstances = Circumstances(recipe, self.total, self.source.fingerprint, fingerprint, self.device,
-                                           self.source.share.group, self.processes)
+                                           self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, fingerprint)
         for line in (*self.source.describe(), *self.validation.describe()):
@@ -150,6 +154,8 @@ class Trainer:
         """Take the steps that are left, then save the artifact."""
         started, first = time.monotonic(), resume(self.run, self.memory, self.circumstances, self.report)
         step = first
+        if self.processes.first and first < self.total:
+            ask_for_room(self.run, self.recipe.output, self.memory.size(), self.artifacts.size(), self.report)
         with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
                 Journal(self.run, self.device, first, self.tracking if self.processes.first else None) as journal, \
                 self.report.phase("training", self.total, "steps") as advance:

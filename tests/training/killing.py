@@ -40,7 +40,7 @@ MINUTE = 60.0
 #: imported once, by the process that all sittings are forked from; `impasto` itself imports them when it needs them
 LATE = ["impasto.families.sd1", "impasto.formats.kohya", "impasto.methods.weights", "impasto.objectives.denoise",
         "impasto.families.sampling", "impasto.families.schedulers", "impasto.mini.lessons",
-        "impasto.formats.configs.sd1", "torch._dynamo", "torch.utils.tensorboard.writer"]
+        "impasto.formats.configs.sd1", "torch._dynamo", "impasto.training.board"]
 
 
 @dataclass(frozen=True)

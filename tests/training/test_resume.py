@@ -55,7 +55,7 @@ MOMENTS: dict[str, tuple[Callable[[], None], int]] = {
     "before the first step": (lambda: on_call(trainer.Trainer, "_accumulate", 1, die), 0),
     "in step 4, before any save of it": (lambda: on_call(trainer.Trainer, "_update", 4, die), 2),
     "before the save at 4": (lambda: on_call(run_module.Run, "save", 2, die), 2),
-    "with half of a state file": (lambda: on_call(run_module, "_save_tensors", 2, die_half_written), 2),
+    "with half of a state file": (lambda: on_call(run_module, "save_tensors", 2, die_half_written), 2),
     "before the manifest": (lambda: on_call(run_module, "write_json", 2, die), 2),
     "before the rename": (lambda: on_call(files.os, "rename", 2, die), 2),
     "after the rename": (lambda: on_call(files.os, "rename", 2, die, after=True), 4),
