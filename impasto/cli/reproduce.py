@@ -27,8 +27,8 @@ def reproduce(
     import tomli_w
 
     from impasto.core.files import atomic_write
+    from impasto.training.kept_recipe import without_none
     from impasto.training.reproduce import reproduce as rebuild
-    from impasto.training.run import without_none
 
     found = rebuild(artifact, settings or [])
     plain = without_none(found.recipe.plain())

@@ -26,6 +26,8 @@ def train(
     find_rate: Annotated[bool, typer.Option(
         "--find-rate", help="Try learning rates in short runs, in a temporary folder, and say which one still "
         "improves on held-out pictures.")] = False,
+    accept: Annotated[bool, typer.Option(
+        "--accept-changes", help="Go on with a run although its recipe or its pictures have changed since.")] = False,
     explain: Annotated[bool, typer.Option(
         "--explain", help="Train nothing: say each setting, where it comes from, and why.")] = False,
     as_json: Json = False,
@@ -51,7 +53,7 @@ def train(
         return find(checked, as_json=as_json)
     from impasto.training.trainer import train as run
 
-    outcome = run(checked, RichReporter())
+    outcome = run(checked, RichReporter(), accept_changes=accept)
     if outcome.rank:
         pass  # the first process tells of it
     elif as_json:

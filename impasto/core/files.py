@@ -212,7 +212,10 @@ def locked(path: Path, *, doing: str, fix: str = "wait for it, or choose another
     except OSError as error:
         raise disk_error(error, path) from error
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        try:
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        except OSError as error:
+            raise disk_error(error, path) from error
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, write_json
 from impasto.families.base import Base
 from impasto.families.networks import config_of
 from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.written import holds, save_tensors
 
 
 def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
                 metadata: dict[str, str] | None = None, replace: bool = False) -> None:
-    """Write the base as a folder that diffusers' `from_pretrained` opens, weights in `dtype`; all of it or nothing.
-    With `replace` it takes the place of one that is there.
+    """Write the base as a folder that diffusers' `from_pretrained` opens, weights in `dtype`; all of it or nothing;
+    each file is read back and compared. With `replace` it takes the place of one that is there.
 
     Raises `UserError` where it cannot be written.
     """
@@ -32,7 +33,11 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
             write_json(folder / name / "config.json", config_of(name, network))
             tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in
                        network.state_dict().items() if not key.endswith("position_ids")}
-            save_file(tensors, folder / name / f"{stem}.safetensors", {"format": "pt", **(metadata or {})})
+            file = folder / name / f"{stem}.safetensors"
+            save_tensors(tensors, file, {"format": "pt", **(metadata or {})})
+            if not holds(file, tensors):
+                raise UserError(f"its {name} was written and reads back as something else", where=path,
+                                fix="the disk is failing: save to another one")
             index[name] = ["transformers" if name.startswith("text") else "diffusers", table.parts[name].classes[0]]
         index |= base.save_tools(folder)
         (folder / "scheduler").mkdir()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 from types import TracebackType
 
 import psutil
 import torch
-from torch.utils.tensorboard.writer import SummaryWriter
 
+from impasto.core.errors import UserError
+from impasto.training.board import Board
 from impasto.training.optimizers import effective_rate
 from impasto.training.run import Run
 from impasto.training.trackers.tracking import Tracking
+
+#: seconds that a step takes at least, as far as is told: some clocks stand still for so long
+TICK = 1e-3
 
 
 class Journal:
@@ -23,12 +28,12 @@ class Journal:
         self.validation: float | None = None  # the last loss on held-out pictures
         self.finished = False  # all steps are taken
         self.recent: collections.deque[float] = collections.deque(maxlen=50)
-        self.board: SummaryWriter | None = None
+        self.board: Board | None = None
         if tracking is None:  # another process writes
             return
-        self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=first + 1)
         if first:
             run.log(event="resumed", step=first)
+        self.board = Board(run.folder / "tensorboard", first)
         tracking.begin(first)
 
     def __enter__(self) -> Journal:
@@ -37,7 +42,8 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         if self.board is not None and self.tracking is not None:
-            self.board.close()
+            with contextlib.suppress(UserError):  # every line has been written
+                self.board.close()
             self.tracking.end("failed" if kind else "finished" if self.finished else "stopped")
 
     @property
@@ -56,14 +62,12 @@ class Journal:
         self.recent.append(loss)
         if self.board is None or self.tracking is None:
             return ""
-        rate = effective_rate(optimizer)
+        rate, seconds = effective_rate(optimizer), max(seconds, TICK)
         memory = self.memory()
         figures = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "seconds": round(seconds, 4),
                    "pictures_per_second": round(pictures / seconds, 3), "memory": memory}
         self.run.log(step=step, **figures)
-        self.board.add_scalar("loss", loss, step)
-        self.board.add_scalar("learning_rate", rate, step)
-        self.board.add_scalar("gradient_norm", norm, step)
+        self.board.add(step, loss=loss, learning_rate=rate, gradient_norm=norm)
         self.tracking.figures(step, {**figures, "mean_loss": self.mean_loss or 0.0})
         validation = "" if self.validation is None else f" · validation {self.validation:.4f}"
         return f"loss {self.mean_loss:.4f}{validation} · {pictures / seconds:.2f} pictures/s · {memory / 2**30:.1f} GiB"
@@ -74,6 +78,6 @@ class Journal:
         if self.board is None or self.tracking is None:
             return
         self.run.log(step=step, validation=loss if math.isfinite(loss) else None)  # JSON has no NaN
-        self.board.add_scalar("validation_loss", loss, step)
+        self.board.add(step, validation_loss=loss)
         if math.isfinite(loss):
             self.tracking.validation(step, loss)

@@ -9,24 +9,29 @@ every other file, and only a checkpoint whose manifest verifies counts. Nothing 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import shutil
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from impasto.core.errors import UserError
-from impasto.core.files import atomic_folder, atomic_write, digest, locked, require_space, write_json
+from impasto.core.files import (
+    atomic_folder,
+    atomic_write,
+    digest,
+    disk_error,
+    key_of,
+    locked,
+    require_space,
+    write_json,
+)
 from impasto.core.progress import SILENT, Reporter
+from impasto.formats.written import holds, save_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
@@ -58,7 +63,8 @@ class Run:
             for leftover in folder.glob("checkpoints/*.part"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in [*folder.glob(".*.part"), *folder.glob("previews/.*.part")]:
-                leftover.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it is in nobody's way
+                    leftover.unlink()
             yield cls(folder, name, report)
 
     # --- the artifact ------------------------------------------------------------------------------------
@@ -66,28 +72,6 @@ class Run:
         """Where the adapter goes, or a whole base (a folder): after optimizer step `step`, the best, or at the end."""
         tail = "" if step is None else f"-{step}" if step == "best" else f"-{step:06d}"
         return self.folder / f"{self.name}{tail}{'' if folder else '.safetensors'}"
-
-    # --- the recipe --------------------------------------------------------------------------------------
-    def check_recipe(self, plain: dict[str, Any], free: set[str],
-                     renewed: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> None:
-        """Refuse to go on with another recipe, naming the keys; those in `free` do not change the weights.
-
-        `plain` is `Recipe.plain()`; it is kept as recipe.toml, which `impasto train` takes as it is. `renewed` reads
-        the kept one as this version of the program does: keys that came since have their defaults.
-        """
-        path = self.folder / "recipe.toml"
-        now = _flat(without_none(plain))
-        if path.exists() and self.checkpoints():
-            before = _flat(without_none(renewed(tomllib.loads(path.read_text(encoding="utf-8")))))
-            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
-                             and key not in free and key.split(".")[0] not in free)
-            if changed:
-                told = ", ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:4])
-                more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-                raise UserError(f"holds a run with another recipe ({told}{more})", where=self.folder,
-                                fix="choose another output.dir, or put the recipe back")
-        with atomic_write(path) as file:
-            tomli_w.dump(without_none(plain), file)
 
     # --- checkpoints -------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:
@@ -106,12 +90,12 @@ class Run:
         if target.exists():  # one that did not verify: a valid one would have been resumed from
             shutil.rmtree(target)
         with atomic_folder(target) as folder:
-            _save_tensors(state.tensors, folder / STATE)
-            if not _holds(folder / STATE, state.tensors):
+            save_tensors(state.tensors, folder / STATE)
+            if not holds(folder / STATE, state.tensors):
                 raise UserError("was written and reads back as something else", where=target,
                                 fix="the disk is failing: choose another output.dir; the checkpoint before is kept")
-            write_json(folder / MANIFEST, {**manifest, "step": state.step, "values": state.values,
-                                           "files": {STATE: digest(folder / STATE)}})
+            whole = {**manifest, "step": state.step, "values": state.values, "files": {STATE: digest(folder / STATE)}}
+            write_json(folder / MANIFEST, {**whole, "seal": _seal(whole)})
         for old in self.checkpoints()[keep:]:
             if keep_every and int(old.name) % keep_every == 0:
                 continue
@@ -132,9 +116,13 @@ class Run:
 
     # --- the log -----------------------------------------------------------------------------------------
     def log(self, **entry: Any) -> None:
-        """Append one line to log.jsonl."""
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Append one line to log.jsonl. Raises `UserError` on a full disk; a line cut short is dropped at a resume."""
+        path = self.folder / "log.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise disk_error(error, path) from error
 
     def rewind_log(self, step: int) -> None:
         """Drop log lines of steps that the resumed run will take again, and a line cut short by a kill."""
@@ -142,7 +130,7 @@ class Run:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
@@ -153,50 +141,18 @@ class Run:
             file.write("".join(line + "\n" for line in kept).encode())
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors; a failed write is an OSError, as it is for any other file."""
-    try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        full = "No space left" in str(error) or "os error 28" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
-
-
-def _holds(path: Path, tensors: dict[str, Tensor]) -> bool:
-    """Whether the file holds just these tensors, bit by bit."""
-    with safe_open(path, "pt") as file:
-        return set(file.keys()) == tensors.keys() and all(
-            _same_bits(file.get_tensor(name), tensor.detach().cpu()) for name, tensor in tensors.items())
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in type, shape and every bit: NaN too."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
-
-
 def _verified(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint whose files are those it names, else None."""
+    """The manifest of a checkpoint if it is as it was written, and so are the files that it names; else None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        whole = all(digest(folder / name) == expected for name, expected in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+        seal = manifest.pop("seal", None)  # older ones have none
+        whole = seal in (None, _seal(manifest)) and all(
+            digest(folder / name) == expected for name, expected in manifest["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
     return manifest if whole else None
 
 
-def without_none(tree: Any) -> Any:
-    """TOML has no null: a key that is not set is absent."""
-    if isinstance(tree, dict):
-        return {key: without_none(value) for key, value in tree.items() if value is not None}
-    return [without_none(item) for item in tree] if isinstance(tree, list) else tree
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary or list as dotted keys."""
-    if isinstance(tree, dict):  # an empty table has no keys
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): tree}
+def _seal(manifest: dict[str, Any]) -> str:
+    """What a change of any value in a manifest changes."""
+    return key_of(json.dumps(manifest, sort_keys=True))

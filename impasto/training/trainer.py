@@ -1,60 +1,49 @@
 """The loop. One, for every method, objective and family; read from top to bottom.
 
-What exact resume takes is elsewhere and small: draws, order and rates are functions of the step; a checkpoint
-holds what is trained, the optimizer's state and the loss scale; everything else follows from the recipe.
+What it leaves for other programs is in `artifacts`, what it takes to go on exactly where it stopped in `resume`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
-import operator
 import signal
 import time
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import Draws, seed_for
 from impasto.data.source import prepare_source
 from impasto.families.load import load_base
-from impasto.families.save import save_folder
-from impasto.formats.adapters import save_adapter
 from impasto.methods import METHODS
 from impasto.methods.base import Method, group_of
 from impasto.objectives import OBJECTIVES
-from impasto.training.environment import DTYPES, Precision, choose_device, describe, differences, settle
+from impasto.training.artifacts import Artifacts
+from impasto.training.environment import Precision, choose_device, settle
 from impasto.training.journal import Journal
-from impasto.training.metadata import metadata
-from impasto.training.optimizer_state import pack_optimizer, unpack_optimizer
+from impasto.training.kept_recipe import keep_recipe
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.previews import Previews, evaluating
 from impasto.training.processes import Processes
 from impasto.training.rates import rate_factor, set_rates, split_by_path
-from impasto.training.recipe import Recipe, make_recipe
+from impasto.training.recipe import Recipe
 from impasto.training.requests import Requests
-from impasto.training.run import Run, State
+from impasto.training.resume import Circumstances, Memory, resume
+from impasto.training.room import ask_for_room
+from impasto.training.run import Run
 from impasto.training.sharing.after import announce, push_after
 from impasto.training.shown import Shown
 from impasto.training.step import step as step_losses
 from impasto.training.stop import StopWish
 from impasto.training.trackers.tracking import Tracking
 from impasto.training.validation import Validation
-from impasto.training.verdicts import Verdicts
-
-#: steps whose batches an objective may measure before an artifact is saved
-MEASURED_STEPS = 16
-
-#: keys that may change between two sittings of a run: they do not touch the weights. A batch may be divided among
-#: more or fewer processes; what it is in all of them together is compared by itself
-FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device", "train.batch_size", "validation.every",
-             "validation.patience", "validation.keep_best"}
+from impasto.training.verdicts import Verdicts, not_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +61,12 @@ class Outcome:
     ended: str | None = None  # why it is finished before its last step
 
 
-def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None) -> Outcome:
+def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None,
+          accept_changes: bool = False) -> Outcome:
     """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`.
 
-    After step `stop_after` it stops as if it had been asked to. Started by torchrun or accelerate, it is one of
+    After step `stop_after` it stops as if it had been asked to. `accept_changes`: go on with another recipe, or other
+    pictures, than those that the run began with. Started by torchrun or accelerate, it is one of
     several processes that train as one; only the first of them writes and reports.
     """
     if recipe.data is None:
@@ -88,29 +79,22 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
         with processes.all_or_none():  # the others look into the directory when it is whole
             if processes.first:
                 run = held.enter_context(Run.open(folder, name, report))
-                run.check_recipe(recipe.plain(), FREE_KEYS, renewed)
+                keep_recipe(run, recipe.plain(), accept=accept_changes)
                 announce(recipe.output, report)
         with processes.all_or_none():
-            trainer = Trainer(recipe, run, report, processes)
+            trainer = Trainer(recipe, run, report, processes, accept_changes=accept_changes)
         outcome = trainer.train(stop_after)
     if outcome.artifact is not None and processes.first:
         push_after(recipe.output, outcome.artifact, report)
     return outcome
 
 
-def renewed(tree: dict[str, Any]) -> dict[str, Any]:
-    """A kept recipe as this version reads it; as it is, where this version has no such keys any more."""
-    try:
-        return make_recipe(tree).plain()
-    except UserError:
-        return tree
-
-
 @final
 class Trainer:
     """Everything that a run holds in memory, and the loop over it."""
 
-    def __init__(self, recipe: Recipe, run: Run, report: Reporter, processes: Processes | None = None) -> None:
+    def __init__(self, recipe: Recipe, run: Run, report: Reporter, processes: Processes | None = None, *,
+                 accept_changes: bool = False) -> None:
         assert recipe.data is not None
         self.recipe, self.options, self.run, self.report = recipe, recipe.train, run, report
         self.processes = processes or Processes()
@@ -124,7 +108,7 @@ class Trainer:
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
                                   device=self.device, dtype=self.precision.dtype, report=report,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)
-        self.fingerprint = self.base.fingerprint()
+        fingerprint = self.base.fingerprint()  # before anything trains
         self.objective = OBJECTIVES.get(recipe.objective.kind)(recipe.objective)
         self.methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]
         trains = frozenset[str]().union(*(method.trains(self.base) for method in self.methods))
@@ -134,14 +118,18 @@ class Trainer:
             reads=self.objective.reads, report=report, rank=self.processes.rank, world=self.processes.count,
             validation=recipe.validation)
         groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
-        self.own = self.objective.prepare(self.base, self.source.label_sizes, self.options.seed)
-        groups += [group_of(module, f"objective.{name}", name) for name, module in self.own.items()]
+        own = self.objective.prepare(self.base, self.source.label_sizes, self.options.seed)
+        groups += [group_of(module, f"objective.{name}", name) for name, module in own.items()]
+        #: everything that trains, under its name in a checkpoint
+        self.trained = {f"method.{i}.{name}": module for i, method in enumerate(self.methods)
+                        for name, module in method.modules().items()}
+        self.trained |= {f"objective.{name}": module for name, module in own.items()}
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = make_optimizer(split_by_path(groups, self.options.rates), self.options, self.device)
         for line in remarks(self.options, self.optimizer):
             report.warn(line)
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
-        self.verdicts = Verdicts(self._trained())
+        self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
         self.previews = Previews(recipe, run.folder / "previews")
         if self.options.checkpointing:
@@ -153,14 +141,21 @@ class Trainer:
         self.pictures = self.options.batch_size * self.options.accumulation * self.processes.count
         self.validation = Validation(recipe.validation, self.source, self.options.seed, self.total, self.pictures,
                                      report)
+        self.memory = Memory(self.trained, self.optimizer, self.shown, self.scaler, self.verdicts, self.validation)
+        self.circumstances = Circumstances(recipe, self.total, self.source.fingerprint, fingerprint, self.device,
+                                           self.source.share.group, self.processes, accept_changes)
+        self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
+                                   self.device, fingerprint)
         for line in (*self.source.describe(), *self.validation.describe()):
             report.note(line)
 
     # --- the loop ----------------------------------------------------------------------------------------
     def train(self, stop_after: int | None = None) -> Outcome:
         """Take the steps that are left, then save the artifact."""
-        started, first = time.monotonic(), self._resume()
+        started, first = time.monotonic(), resume(self.run, self.memory, self.circumstances, self.report)
         step = first
+        if self.processes.first and first < self.total:
+            ask_for_room(self.run, self.recipe.output, self.memory.size(), self.artifacts.size(), self.report)
         with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
                 Journal(self.run, self.device, first, self.tracking if self.processes.first else None) as journal, \
                 self.report.phase("training", self.total, "steps") as advance:
@@ -194,8 +189,8 @@ class Trainer:
             if step > first:
                 self.verdicts.end()
             if self.processes.first:
-                self._save_artifact(self._artifact(), step)
-        return Outcome(self._artifact() if finished else None, step, first, mean, time.monotonic() - started,
+                self.artifacts.save(self.artifacts.path(), step)
+        return Outcome(self.artifacts.path() if finished else None, step, first, mean, time.monotonic() - started,
                        None if finished else wish.asked, self.processes.rank, self.validation.last, ended)
 
     def _accumulate(self, step: int) -> float:
@@ -218,8 +213,8 @@ class Trainer:
                 self.scaler.scale(penalty / self.processes.count).backward()  # gradients are added up
         mean = self.processes.total(total).item()
         if not math.isfinite(mean):
-            self._not_finite(step, [name for names, good in finite
-                                    for name, fine in zip(names, good.tolist(), strict=True) if not fine])
+            own = [name for names, good in finite for name, fine in zip(names, good.tolist(), strict=True) if not fine]
+            raise not_finite(step, self.processes.gathered(own), self.precision, self.run)
         return mean
 
     def _update(self, step: int) -> float:
@@ -239,27 +234,18 @@ class Trainer:
             method.after_step(step)
         return norm.item()
 
-    def _not_finite(self, step: int, own: list[str]) -> None:
-        """Stop with the step, the pictures and advice. The last checkpoint holds the last good state."""
-        names = [name for names in self.processes.gathered(own) for name in names]
-        kept = self.run.checkpoints()
-        advice = "use train.precision=bf16 or fp32" if self.precision.dtype == torch.float16 else \
-            "lower train.learning_rate, or look at these pictures"
-        raise UserError(f"the loss is not finite at step {step + 1}, with {', '.join(names)}", where=self.run.folder,
-                        fix=f"{advice}; the last good state is {kept[0] if kept else 'the start'}")
-
     def _validate(self, step: int, journal: Journal) -> None:
         """The loss of what is shown on held-out pictures; the artifact of the lowest one is kept."""
         loss = math.nan
         if self.processes.first:
             with self.report.phase(f"validation at step {step}"), self.shown.weights(), \
-                    evaluating(self._trained().values()):
+                    evaluating(self.trained.values()):
                 loss = self.validation.loss(self.base, self.objective, self.precision, self.device)
         loss = self.processes.gathered(loss)[0]  # so that all end together
         lowest = self.validation.take(step, loss)
         journal.validated(step, loss)
         if lowest and self.recipe.validation.keep_best and self.processes.first:
-            self._save_artifact(self._artifact("best"), step)
+            self.artifacts.save(self.artifacts.path("best"), step)
 
     # --- what is kept ------------------------------------------------------------------------------------
     def _keep(self, step: int, asked: frozenset[str], *, stopping: bool) -> None:
@@ -270,90 +256,13 @@ class Trainer:
         output = self.recipe.output
         every = output.save_every or output.save_every_epochs * self.source.epoch_steps
         if step < self.total and ("save" in asked or (every and step % every == 0)):
-            self._save_artifact(self._artifact(step), step)
+            self.artifacts.save(self.artifacts.path(step), step)
         if "preview" in asked or self.previews.due(step, self.total):
             self._preview(step)
         if stopping or "save" in asked or step == self.total or step % output.checkpoint_every == 0:
-            tensors, values = pack_optimizer(self.optimizer)
-            for prefix, module in self._trained().items():
-                tensors.update({f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()})
-            tensors.update(self.shown.state())
-            state = State(step, tensors, {"optimizer": values, "scaler": self.scaler.state_dict(),
-                                          "beginning": self.verdicts.beginning,
-                                          "validation": self.validation.state()})
-            manifest = {"total": self.total, "data": self.source.fingerprint, "base": self.fingerprint,
-                        "environment": describe(self.device), "group": self.source.share.group,
-                        "processes": self.processes.count}
-            self.run.save(state, manifest, output.keep, output.keep_every)
+            self.run.save(self.memory.state(step), self.circumstances.manifest(), output.keep, output.keep_every)
 
     def _preview(self, step: int) -> None:
         with self.report.phase(f"preview at step {step}"), self.shown.weights():
             files = self.previews.make(self.base, self.methods, self.precision, step)
         self.tracking.pictures(step, self.previews.prompts, files)
-
-    def _trained(self) -> dict[str, nn.Module]:
-        """Everything that trains, under its name in a checkpoint."""
-        methods = {f"method.{i}.{name}": module for i, method in enumerate(self.methods)
-                   for name, module in method.modules().items()}
-        return methods | {f"objective.{name}": module for name, module in self.own.items()}
-
-    def _artifact(self, step: int | Literal["best"] | None = None) -> Path:
-        """Where the artifact of a step goes, or the best one, or the last."""
-        return self.run.artifact(step, folder=any(method.in_place for method in self.methods))
-
-    def _save_artifact(self, path: Path, step: int) -> None:
-        """What has been learned so far, in a file or folder that other programs read."""
-        output, best = self.recipe.output, path == self._artifact("best")
-        with self.shown.weights(), self.base.keeping_latent_scale():
-            measured = (batch.to(self.device) for later in range(MEASURED_STEPS)
-                        for batches in self.source.micro_batches(step + later) for batch in batches)
-            self.objective.finish(self.base, measured)
-            adapters = [adapter for method in self.methods if (adapter := method.adapter()) is not None]
-            if not adapters:
-                if best or not path.exists():  # else it was saved before a kill, or the run is complete
-                    save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=self._metadata(step),
-                                replace=best)
-                return
-        adapter = functools.reduce(operator.add, adapters)
-        adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
-        save_adapter(adapter, path, format="kohya" if output.format == "auto" else output.format,
-                     dtype=DTYPES[output.dtype], metadata=self._metadata(step))
-
-    def _metadata(self, step: int) -> dict[str, str]:
-        """What the artifact of a step tells of how it was made."""
-        if self.recipe.output.metadata == "none":
-            return {}
-        return metadata(self.recipe, step, base=self.fingerprint, data=self.source.fingerprint,
-                        environment=describe(self.device))
-
-    def _resume(self) -> int:
-        """Load the newest checkpoint, if there is one; the number of steps it holds."""
-        found = self.run.latest()
-        if found is None:
-            if self.processes.first:
-                self.run.rewind_log(-1)  # steps that no checkpoint holds
-            self.verdicts.begin()
-            return 0
-        state, manifest = found
-        if manifest["data"] != self.source.fingerprint:
-            raise UserError("the pictures, their captions or their cuts have changed since this run was stopped",
-                            where=self.run.folder, fix="put them back, or choose another output.dir")
-        if manifest["base"] != self.fingerprint:
-            raise UserError("the base is not the one this run began with", where=self.recipe.base.path,
-                            fix="put it back, or choose another output.dir")
-        for line in self.processes.compared(manifest, self.source.share.group, self.run.folder):
-            self.report.warn(line)
-        for line in differences(manifest["environment"], describe(self.device)):
-            self.report.warn(f"{line}: the last bits of what follows may differ from an uninterrupted run")
-        for prefix, module in self._trained().items():
-            module.load_state_dict({key.removeprefix(f"{prefix}."): tensor for key, tensor in state.tensors.items()
-                                    if key.startswith(f"{prefix}.")})
-        self.shown.load(state.tensors)
-        self.verdicts.begin(state.values.get("beginning"))
-        self.validation.load(state.values.get("validation"))
-        unpack_optimizer(self.optimizer, state.tensors, state.values["optimizer"])
-        self.scaler.load_state_dict(state.values["scaler"])
-        if self.processes.first:
-            self.run.rewind_log(state.step)
-        self.report.note(f"going on after step {state.step}")
-        return state.step

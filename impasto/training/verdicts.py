@@ -1,4 +1,4 @@
-"""What a run has to prove of itself: that whatever was asked to train does train.
+"""What a run has to prove of itself: that whatever was asked to train does train, and that its losses are numbers.
 
 A layer that gets no gradient in the first steps (a text encoder's last layer under clip skip, a part that the loss does
 not reach) and a layer that is at the end what it was at the beginning are errors that name it; in other trainers they
@@ -8,12 +8,14 @@ are a night lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from impasto.core.errors import UserError
+from impasto.training.environment import Precision
+from impasto.training.run import Run
 
 #: optimizer steps within which every layer must have had a gradient: LoRA's first factor gets its first in step 2
 PATIENCE = 5
@@ -48,6 +50,16 @@ class Verdicts:
         if same:
             raise UserError(f"{_told(same)} did not change in the whole run", where="training",
                             fix="nothing of it was learned: its learning rate may be far too low")
+
+
+def not_finite(step: int, names: Iterable[Sequence[str]], precision: Precision, run: Run) -> UserError:
+    """What to say of a loss that is not finite in optimizer step `step` (from 0), with which pictures in each process,
+    and where the last good state is."""
+    kept = run.checkpoints()
+    advice = "use train.precision=bf16 or fp32" if precision.dtype == torch.float16 else \
+        "lower train.learning_rate, or look at these pictures"
+    return UserError(f"the loss is not finite at step {step + 1}, with {', '.join(n for own in names for n in own)}",
+                     where=run.folder, fix=f"{advice}; the last good state is {kept[0] if kept else 'the start'}")
 
 
 def _layers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

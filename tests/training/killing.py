@@ -28,6 +28,7 @@ import torch
 from impasto.core.files import digest
 from impasto.core.progress import Advance, Reporter
 from impasto.training import trainer
+from impasto.training.artifacts import Artifacts
 from impasto.training.recipe import make_recipe
 from impasto.training.run import MANIFEST, Run
 
@@ -39,7 +40,7 @@ MINUTE = 60.0
 #: imported once, by the process that all sittings are forked from; `impasto` itself imports them when it needs them
 LATE = ["impasto.families.sd1", "impasto.formats.kohya", "impasto.methods.weights", "impasto.objectives.denoise",
         "impasto.families.sampling", "impasto.families.schedulers", "impasto.mini.lessons",
-        "impasto.formats.configs.sd1", "torch._dynamo", "torch.utils.tensorboard.writer"]
+        "impasto.formats.configs.sd1", "torch._dynamo", "impasto.training.board"]
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def train(tree: dict[str, Any], diary: str, cache: str) -> None:
     torch.set_num_threads(1)
     os.environ["IMPASTO_CACHE"] = cache
     report = Diary(Path(diary if os.environ.get("RANK", "0") == "0" else os.devnull))
-    _tell(trainer.Trainer, "_save_artifact", "artifact", report)
+    _tell(Artifacts, "save", "artifact", report)
     _tell(Run, "save", "checkpoint", report)
     trainer.train(make_recipe(tree), report)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from impasto.training import trainer
+from impasto.training import resume, trainer
 from impasto.training.proof import STEPS, verify_resume
 from impasto.training.recipe import Recipe
 
@@ -20,7 +20,7 @@ def test_a_run_is_exact(recipe: Callable[..., Recipe]) -> None:
 
 
 def test_a_lost_optimizer_state_is_found(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "unpack_optimizer", lambda *args: None)
+    monkeypatch.setattr(resume, "unpack_optimizer", lambda *args: None)
     proof = verify_resume(recipe())
     assert not proof.exact and any(name.startswith("method.") for name in proof.differing)
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from impasto.core import files
+from impasto.training import artifacts, trainer
 from impasto.training import run as run_module
-from impasto.training import trainer
 from impasto.training.recipe import Recipe, make_recipe
 from tests.training.conftest import tree
 
@@ -55,14 +55,14 @@ MOMENTS: dict[str, tuple[Callable[[], None], int]] = {
     "before the first step": (lambda: on_call(trainer.Trainer, "_accumulate", 1, die), 0),
     "in step 4, before any save of it": (lambda: on_call(trainer.Trainer, "_update", 4, die), 2),
     "before the save at 4": (lambda: on_call(run_module.Run, "save", 2, die), 2),
-    "with half of a state file": (lambda: on_call(run_module, "_save_tensors", 2, die_half_written), 2),
+    "with half of a state file": (lambda: on_call(run_module, "save_tensors", 2, die_half_written), 2),
     "before the manifest": (lambda: on_call(run_module, "write_json", 2, die), 2),
     "before the rename": (lambda: on_call(files.os, "rename", 2, die), 2),
     "after the rename": (lambda: on_call(files.os, "rename", 2, die, after=True), 4),
     "after the save at 4": (lambda: on_call(run_module.Run, "save", 2, die, after=True), 4),
     "in step 5": (lambda: on_call(trainer.Trainer, "_accumulate", 5, die), 4),
-    "after the last checkpoint, before the artifact": (lambda: on_call(trainer, "save_adapter", 1, die), 6),
-    "while the artifact is read back": (lambda: on_call(trainer, "save_adapter", 1, die, after=True), 6),
+    "after the last checkpoint, before the artifact": (lambda: on_call(artifacts, "save_adapter", 1, die), 6),
+    "while the artifact is read back": (lambda: on_call(artifacts, "save_adapter", 1, die, after=True), 6),
     "while pictures are cached": (lambda: on_call(trainer, "prepare_source", 1, die, after=True), 0),
 }
 QUICK = ["in step 2, before the first checkpoint", "in step 4, before any save of it", "before the manifest",

@@ -11,6 +11,7 @@ import torch
 
 from impasto.core.errors import UserError
 from impasto.core.progress import Reporter
+from impasto.training.kept_recipe import keep_recipe
 from impasto.training.recipe import Recipe
 from impasto.training.run import Run, State
 from impasto.training.trainer import train
@@ -94,14 +95,14 @@ def test_an_old_checkpoint_is_whole_until_it_is_forgotten(tmp_path: Path, monkey
 def test_another_recipe_is_refused_by_key(tmp_path: Path) -> None:
     with Run.open(tmp_path / "r", "dog") as run:
         plain = {"train": {"steps": 5, "learning_rate": 1e-4, "epochs": None}, "method": [{"kind": "lora", "rank": 4}]}
-        run.check_recipe(plain, {"train.steps"})
+        keep_recipe(run, plain)
         run.save(state(1), {}, keep=2)
-        run.check_recipe({**plain, "train": {**plain["train"], "steps": 9}}, {"train.steps"})
+        keep_recipe(run, {**plain, "train": {**plain["train"], "steps": 9}})
         with pytest.raises(UserError, match="another recipe .*method.0.rank 4 -> 8"):
-            run.check_recipe({**plain, "method": [{"kind": "lora", "rank": 8}]}, {"train.steps"})
-        run.check_recipe({**plain, "train": {**plain["train"], "rates": {}}}, {"train.steps"})  # says nothing
+            keep_recipe(run, {**plain, "method": [{"kind": "lora", "rank": 8}]})
+        keep_recipe(run, {**plain, "train": {**plain["train"], "rates": {}}})  # says nothing
         with pytest.raises(UserError, match="another recipe .*train.rates.unet None -> "):
-            run.check_recipe({**plain, "train": {**plain["train"], "rates": {"unet": 1e-5}}}, {"train.steps"})
+            keep_recipe(run, {**plain, "train": {**plain["train"], "rates": {"unet": 1e-5}}})
 
 
 def test_the_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_full_disk_loses_nothing(recipe: RecipeMaker, monkeypatch: pytest.Monk
     made = recipe("full")
     with monkeypatch.context() as patch:
         calls = [0]
-        owner, name = (run, "_save_tensors") if place == "checkpoint" else (files.os, "replace")
+        owner, name = (run, "save_tensors") if place == "checkpoint" else (files.os, "replace")
         original = getattr(owner, name)
 
         def second_time(*args, **keywords):

@@ -87,7 +87,7 @@ def test_the_loss_is_the_mean_of_the_steps_losses_by_hand(recipe: RecipeMaker, h
     options = recipe(validation={"folder": held_out, "repeats": 3}, method={"dropout": 0.5})
     for each in made(options):
         base, process = each.base, each.base.process
-        with evaluating(each._trained().values()):
+        with evaluating(each.trained.values()):
             ours = each.validation.loss(base, each.objective, each.precision, each.device)
             torch.manual_seed(7)
             assert each.validation.loss(base, each.objective, each.precision, each.device) == ours

@@ -60,7 +60,7 @@ def test_the_beginning_survives_a_resume(recipe: Callable[..., Recipe]) -> None:
 
 def test_a_checkpoint_that_reads_back_otherwise_is_not_saved(recipe: Callable[..., Recipe],
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    original = run._save_tensors
+    original = run.save_tensors
 
     def failing(tensors: dict[str, torch.Tensor], path: Path) -> None:
         original(tensors, path)
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_reads_back_otherwise_is_not_saved(recipe: Callable[..
         data[-5] ^= 4  # one bit, somewhere in a tensor
         path.write_bytes(bytes(data))
 
-    monkeypatch.setattr(run, "_save_tensors", failing)
+    monkeypatch.setattr(run, "save_tensors", failing)
     made = recipe()
     with pytest.raises(UserError, match="reads back as something else.*disk is failing"):
         train(made)

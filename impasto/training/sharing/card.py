@@ -20,8 +20,8 @@ from impasto.data.sets import label
 from impasto.deltas.lowrank import LowRank
 from impasto.families.load import is_hub_id
 from impasto.formats.adapters import load_adapter
+from impasto.training.kept_recipe import without_none
 from impasto.training.recipe import Recipe, make_recipe
-from impasto.training.run import without_none
 from impasto.training.sharing.parcel import Parcel
 from impasto.training.sharing.usage import usage
 

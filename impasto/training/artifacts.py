@@ -1,0 +1,82 @@
+"""What a run leaves for other programs: adapters, or whole bases, in files and folders that they read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from impasto.core.files import require_space
+from impasto.data.source import Source
+from impasto.families.base import Base
+from impasto.families.save import save_folder
+from impasto.formats.adapters import save_adapter
+from impasto.methods.base import Method
+from impasto.objectives.base import Objective
+from impasto.training.environment import DTYPES, describe
+from impasto.training.metadata import metadata
+from impasto.training.recipe import Recipe
+from impasto.training.room import SPARE
+from impasto.training.run import Run
+from impasto.training.shown import Shown
+
+#: steps whose batches an objective may measure before an artifact is saved
+MEASURED_STEPS = 16
+
+
+@dataclass
+class Artifacts:
+    """Saves what has been learned so far, as it is shown."""
+
+    recipe: Recipe
+    run: Run
+    base: Base
+    methods: Sequence[Method]
+    objective: Objective
+    source: Source
+    shown: Shown
+    device: torch.device
+    fingerprint: dict[str, str]  # of the base as the run found it
+
+    def path(self, step: int | Literal["best"] | None = None) -> Path:
+        """Where the artifact of an optimizer step goes, or the best one, or the last."""
+        return self.run.artifact(step, folder=any(method.in_place for method in self.methods))
+
+    def size(self) -> int:
+        """Bytes of one, metadata left out."""
+        in_place = any(method.in_place for method in self.methods)
+        modules = self.base.components.values() if in_place else \
+            [module for method in self.methods for module in method.modules().values()]
+        return DTYPES[self.recipe.output.dtype].itemsize * sum(p.numel() for m in modules for p in m.parameters())
+
+    def save(self, path: Path, step: int) -> None:
+        """Write what optimizer step `step` has left at `path`, one of `path`'s. Raises `UserError`."""
+        output, best = self.recipe.output, path == self.path("best")
+        require_space(path, self.size() + SPARE, f"the artifact of step {step}")
+        with self.shown.weights(), self.base.keeping_latent_scale():
+            measured = (batch.to(self.device) for later in range(MEASURED_STEPS)
+                        for batches in self.source.micro_batches(step + later) for batch in batches)
+            self.objective.finish(self.base, measured)
+            adapters = [adapter for method in self.methods if (adapter := method.adapter()) is not None]
+            if not adapters:
+                if best or not path.exists():  # else it was saved before a kill, or the run is complete
+                    save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=self._metadata(step),
+                                replace=best)
+                return
+        adapter = functools.reduce(operator.add, adapters)
+        adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
+        save_adapter(adapter, path, format="kohya" if output.format == "auto" else output.format,
+                     dtype=DTYPES[output.dtype], metadata=self._metadata(step))
+
+    def _metadata(self, step: int) -> dict[str, str]:
+        """What the artifact of a step tells of how it was made."""
+        if self.recipe.output.metadata == "none":
+            return {}
+        return metadata(self.recipe, step, base=self.fingerprint, data=self.source.fingerprint,
+                        environment=describe(self.device))
