@@ -42,7 +42,8 @@ class Disk:
             for name in ("rename", "replace"):
                 patch.setattr(os, name, self._before(name, getattr(os, name), lambda old, new: new))
             patch.setattr(os, "mkdir", self._before("mkdir", os.mkdir, lambda path, *_: path))
-            patch.setattr(os, "fsync", self._before("fsync", os.fsync, lambda file: os.readlink(f"/proc/self/fd/{file}")))
+            patch.setattr(os, "fsync", self._before("fsync", os.fsync,
+                                                    lambda file: os.readlink(f"/proc/self/fd/{file}")))
             patch.setattr(os, "open", self._opened(os.open))
             patch.setattr(os, "fdopen", self._file(os.fdopen, lambda file: os.readlink(f"/proc/self/fd/{file}")))
             for module in (builtins, io):
