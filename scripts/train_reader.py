@@ -1,6 +1,6 @@
 """Train the reader of pictures from random weights, on drawn scenes of all combinations, broken ones, and nothing.
 
-    python -m scripts.train_reader [--minutes 60] [--scenes 30000] [--redrawn 5000] [--begin FILE --rate 1e-3] [-o FILE]
+    python -m scripts.train_reader [--minutes 60] [--scenes 60000] [--redrawn 5000] [--begin FILE --rate 1e-3] [-o FILE]
 
 So many of the pictures are redrawn by the embedded base, which begins at the drawn picture and is told what it shows:
 they look like what the reader will have to read, and what they show is known all the same. Minutes are of the
@@ -49,7 +49,7 @@ Pool = tuple[Tensor, Tensor]  # pictures uint8 (N, 3, 128, 128), and the numbers
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="of the processor, for the training")
-    parser.add_argument("--scenes", type=int, default=30_000, help="how many pictures to learn from")
+    parser.add_argument("--scenes", type=int, default=60_000, help="how many pictures to learn from: it learns few by heart")
     parser.add_argument("--redrawn", type=int, default=5000, help="how many of them the embedded base redraws")
     parser.add_argument("--begin", type=Path, help="weights to go on from, instead of random ones")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
