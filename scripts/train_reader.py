@@ -49,7 +49,7 @@ Pool = tuple[Tensor, Tensor]  # pictures uint8 (N, 3, 128, 128), and the numbers
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="of the processor, for the training")
-    parser.add_argument("--scenes", type=int, default=60_000, help="how many pictures to learn from: it learns few by heart")
+    parser.add_argument("--scenes", type=int, default=60_000, help="how many pictures to learn from")
     parser.add_argument("--redrawn", type=int, default=5000, help="how many of them the embedded base redraws")
     parser.add_argument("--begin", type=Path, help="weights to go on from, instead of random ones")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
