@@ -40,8 +40,9 @@ def _folder(checked: Checked) -> list[str]:
     inventory = checked.inventory
     data = inventory.data
     found = shapes(checked)
-    buckets = f"buckets of about {data.resolution}x{data.resolution}, in steps of {data.bucket_step}" if data.buckets \
-        else f"squares of {data.resolution}"
+    sides = [one.resolution for one in data.by_resolution]
+    buckets = f"buckets of about {' and '.join(f'{side}x{side}' for side in sides)}, in steps of {data.bucket_step}" \
+        if data.buckets else f"squares of {' and '.join(map(str, sides))}"
     told = [f"{inventory.title}: {safe(str(inventory.listing.folder))}"]
     told += _wrap(f"{len(checked.used):,} of {len(inventory.listing.pictures):,} can be used; {buckets}, "
                   f"batches of {inventory.batch}", 2)

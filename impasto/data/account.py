@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from impasto.data.augment import Augment
-from impasto.data.buckets import bucket_sizes
+from impasto.data.buckets import all_buckets
 from impasto.data.captions import Captions
 from impasto.data.dataset import Listing
 from impasto.data.options import DataOptions
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictures: Sequence[Item],
              held_out: Sequence[Item]) -> list[str]:
     """`account` of each set, of class pictures and of held-out ones; and how often each set's pictures come."""
-    buckets = [bucket_sizes(one) for one in data.sets]
+    buckets = [all_buckets(one) for one in data.sets]
     lines = []
     for number, one in enumerate(data.sets):
         own = [item for item in pictures if item.handling.number == number]
@@ -52,7 +52,10 @@ def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]
     counts = Counter(item.placement.bucket for item in items)
     shapes = ", ".join(f"{count} at {width}x{height}" for (height, width), count
                        in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-    lines = [f"{len(items)} {title}: {shapes}"]
+    uses = Counter((item.handling.number, item.picture.name) for item in items)
+    lines = [f"{len(uses)} {title}: {shapes}"]
+    if few := sum(count < max(uses.values()) for count in uses.values()):
+        lines.append(f"{title} that come at fewer resolutions than others, since they are too small for them: {few}")
     most = max(items, key=lambda item: item.placement.cropped)
     if most.placement.cropped > 0:
         mean = sum(item.placement.cropped for item in items) / len(items)
@@ -66,7 +69,7 @@ def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]
     own = sum(item.placement.bucket not in buckets for item in items)
     if own:
         lines.append(f"{title} too small for any bucket, in one of their own size: {own}")
-    copies = len(items) - len({item.picture.digest for item in items})
+    copies = len(uses) - len({item.picture.digest for item in items})
     if copies:
         lines.append(f"{title} that are copies of others: {copies}")
     return lines

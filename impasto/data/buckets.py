@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels throughout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,22 @@ def bucket_sizes(options: DataOptions) -> list[Size]:
     return sorted(sizes)
 
 
+def all_buckets(options: DataOptions) -> list[Size]:
+    """The buckets of all resolutions, sorted."""
+    return sorted({size for one in options.by_resolution for size in bucket_sizes(one)})
+
+
+def cuts(size: Size, sized: Sequence[tuple[DataOptions, list[Size]]]) -> list[Placement]:
+    """How a picture is cut at each of its resolutions, from the smallest on; none where it is too small for any.
+
+    `sized` are the options of each resolution and their buckets. Where it would be enlarged it is not used, but at the
+    smallest one, and nowhere twice in one bucket.
+    """
+    found = [placement for one, buckets in sized if (placement := place(size, one, buckets)) is not None]
+    large = [placement for placement in found if placement.scale <= 1] or found[:1]
+    return list({placement.bucket: placement for placement in large}.values())
+
+
 def place(size: Size, options: DataOptions, buckets: list[Size]) -> Placement | None:
     """The bucket that crops least, and among equals enlarges least; None where the picture is too small.
 
@@ -119,16 +136,19 @@ def check_sizes(options: DataOptions, cell: int, name: str = "data") -> None:
 
     `name` is what the set is called: "data", or "data.1" of several.
     """
-    sides = {"bucket_step": options.bucket_step} | ({} if options.buckets else {"resolution": options.resolution})
-    for key, side in sides.items():
+    key = "resolution" if options.resolutions is None else "resolutions"
+    sides = [("bucket_step", options.bucket_step)]
+    sides += [] if options.buckets else [(key, one.resolution) for one in options.by_resolution]
+    for key, side in sides:
         if side % cell:
             raise UserError(f"{side} is not a multiple of {cell} pixels, the side of this base's latent cells",
                             where=f"{name}.{key}",
                             fix=f"use {max(side // cell, 1) * cell} or {-(-side // cell) * cell}")
-    if not bucket_sizes(options):
-        raise UserError(f"no bucket has sides that are multiples of {options.bucket_step} from {options.shortest} "
-                        f"to {options.longest} and an area up to {options.resolution}x{options.resolution}",
-                        where=name, fix=f"lower {name}.bucket_min or {name}.bucket_step")
+    for one in options.by_resolution:
+        if not bucket_sizes(one):
+            raise UserError(f"no bucket has sides that are multiples of {one.bucket_step} from {one.shortest} "
+                            f"to {one.longest} and an area up to {one.resolution}x{one.resolution}",
+                            where=name, fix=f"lower {name}.bucket_min or {name}.bucket_step")
 
 
 def cut(image: Image.Image, placement: Placement, flip: bool = False) -> Tensor:

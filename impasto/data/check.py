@@ -175,7 +175,7 @@ class Shapes:
 def shapes(checked: Checked) -> Shapes:
     """How large the pictures are, and what becomes of them."""
     placed = checked.inventory.placed
-    counts = Counter(p.bucket for p in placed.values())
+    counts = Counter(p.bucket for p in checked.inventory.all_cuts)
     sizes = sorted((look.size for look in checked.inventory.looks.values()), key=lambda size: (size[0] * size[1], size))
     enlarged = [(p.scale, name) for name, p in placed.items() if p.scale > 1]
     return Shapes(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from impasto.data.buckets import bucket_sizes, too_small
+from impasto.data.buckets import all_buckets, too_small
 from impasto.data.dataset import Problem, Size
 from impasto.data.inventory import Inventory
 from impasto.data.looks import Look
@@ -136,11 +136,17 @@ def _cuts(inventory: Inventory) -> Iterator[Finding]:
             Level.WARNING if much else Level.NOTE, "enlarged",
             f"{are(names, 'picture')} enlarged" + (f", {much} more than {MUCH_ENLARGED:g} times" if much else ""),
             "take larger ones, lower data.resolution, or give them smaller buckets with data.upscale=never", names)
-    buckets = set(bucket_sizes(data))
+    buckets = set(all_buckets(data))
     own = {name: f"{p.bucket[1]}x{p.bucket[0]}" for name, p in placed.items() if p.bucket not in buckets}
     if own:
         yield Finding(Level.NOTE, "own bucket", f"{are(own, 'picture')} too small for any bucket, in one of their own",
                       "", own)
+    if data.resolutions is not None:
+        smaller = {name: f"not at {max(data.resolutions)}" for name, p in placed.items()
+                   if len(inventory.more_cuts.get(name, ())) + 1 < len(data.resolutions)}
+        if smaller:
+            yield Finding(Level.NOTE, "fewer resolutions", f"{are(smaller, 'picture')} too small for each resolution, "
+                          "and used at fewer", "", smaller)
     shapes = Counter(orientation(look.size) for look in inventory.looks.values())
     if len(shapes) > 1 and not data.buckets:
         told = ", ".join(f"{count} {shape}" for shape, count in shapes.most_common())
@@ -152,7 +158,7 @@ def _batches(inventory: Inventory) -> Iterator[Finding]:
     """Buckets that cannot fill a batch."""
     if inventory.data.share is not None:
         return  # batches are filled from one round to the next
-    counts = Counter(p.bucket for p in inventory.placed.values())
+    counts = Counter(p.bucket for p in inventory.all_cuts)
     thin = {f"{width}x{height}": number(counts[height, width], "picture")
             for (height, width), uses in sorted(inventory.uses.items())
             if uses + inventory.company[height, width] < inventory.batch}

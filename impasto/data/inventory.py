@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from impasto.core.progress import SILENT, Reporter
-from impasto.data.buckets import Placement, bucket_sizes, check_sizes, place
+from impasto.data.buckets import Placement, bucket_sizes, check_sizes, cuts
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Problem, Size, list_folder, located, memory_of
 from impasto.data.looks import Look, look_over
@@ -40,6 +40,7 @@ class Inventory:
     overruled: dict[str, str] = field(default_factory=dict)  # pictures of which two files say different things
     unread: dict[str, str] = field(default_factory=dict)  # files of captions that are not read, and why
     cut: dict[str, str] = field(default_factory=dict)  # what data.max_tokens leaves out of a picture's caption
+    more_cuts: dict[str, list[Placement]] = field(default_factory=dict)  # at smaller resolutions
     of_class: bool = False  # [prior]'s
     company: Counter[Size] = field(default_factory=Counter)  # uses of other sets' pictures in an epoch, by bucket
 
@@ -51,11 +52,16 @@ class Inventory:
     @property
     def uses(self) -> Counter[Size]:
         """How often pictures of each bucket come in an epoch."""
-        return Counter(placement.bucket for placement in self.placed.values() for _ in range(self.data.repeats))
+        return Counter(placement.bucket for placement in self.all_cuts for _ in range(self.data.repeats))
+
+    @property
+    def all_cuts(self) -> list[Placement]:
+        """The cuts of all pictures at all resolutions."""
+        return [*self.placed.values(), *(placement for more in self.more_cuts.values() for placement in more)]
 
     @property
     def placed(self) -> dict[str, Placement]:
-        """The cuts of the pictures that are large enough."""
+        """The cuts of the pictures that are large enough, each at its largest resolution."""
         return {name: placement for name, placement in self.placements.items() if placement is not None}
 
 
@@ -85,8 +91,9 @@ def take_inventory(listing: Listing, data: DataOptions, batch: int, report: Repo
                    title: str = "pictures") -> Inventory:
     """Look at every file of a folder, or remember it from last time."""
     looks, problems = look_over(listing, memory_of(listing.folder), report, title)
-    buckets = bucket_sizes(data)
-    placements = {name: place(look.size, data, buckets) for name, look in looks.items()}
+    sized = [(one, bucket_sizes(one)) for one in data.by_resolution]
+    found = {name: cuts(look.size, sized) for name, look in looks.items()}
+    placements = {name: own[-1] if own else None for name, own in found.items()}
     captions, phrasing = read_captions(listing, data), Phrasing.of(data)
     said = {text: phrasing.plain(text) for text in captions.texts.values()}
     chunks = dict(zip(said, count_chunks(list(said.values())), strict=True))
@@ -94,7 +101,8 @@ def take_inventory(listing: Listing, data: DataOptions, batch: int, report: Repo
     files = {} if data.caption is not None else _odd_files(listing, data.wildcards)
     return Inventory(title, listing, data, batch, looks, problems, placements, captions.texts, captions.problems,
                      {name: chunks[text] for name, text in captions.texts.items()}, files, captions.overruled,
-                     captions.unread, {name: lost[text] for name, text in captions.texts.items() if lost.get(text)})
+                     captions.unread, {name: lost[text] for name, text in captions.texts.items() if lost.get(text)},
+                     more_cuts={name: own[:-1] for name, own in found.items() if own[1:]})
 
 
 def _odd_files(listing: Listing, lines: bool) -> dict[str, list[str]]:

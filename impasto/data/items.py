@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from impasto.core.progress import Reporter
 from impasto.data.account import unused
 from impasto.data.augment import Augment, Variant
-from impasto.data.buckets import Placement, bucket_sizes, place, too_small
+from impasto.data.buckets import Placement, bucket_sizes, cuts, too_small
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Picture, Problem, memory_of, refuse, survey
 from impasto.data.drawn import Drawn
@@ -68,21 +68,22 @@ def draw_world(data: DataOptions, seed: int, count: int, number: int = 0) -> lis
 def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = "pictures",
             weight: float = 1.0, notes: list[str] | None = None, number: int = 0) -> list[Item]:
     """All pictures of a folder with captions and cuts, as those of set `number`, or one `UserError` with all that is
-    wrong.
+    wrong. At several resolutions a picture is there several times, at the smallest one first.
 
     What is there and not used is told in `notes`.
     """
     pictures, problems = survey(listing, memory_of(listing.folder), report, title)
     captions = read_captions(listing, data)
-    buckets, phrasing, handling = bucket_sizes(data), Phrasing.of(data), Handling.of(data, number)
+    phrasing, handling = Phrasing.of(data), Handling.of(data, number)
+    sized = [(one, bucket_sizes(one)) for one in data.by_resolution]
     items = []
     for picture in pictures:
-        placement = place(picture.size, data, buckets)
-        if placement is None:
+        placements = cuts(picture.size, sized)
+        if not placements:
             problems.append(Problem(picture.name, too_small(picture.size, data)))
         elif picture.name in captions.texts:
-            items.append(Item(picture, captions.texts[picture.name], placement, weight, phrasing=phrasing,
-                              handling=handling))
+            items += [Item(picture, captions.texts[picture.name], placement, weight, phrasing=phrasing,
+                           handling=handling) for placement in placements]
     refuse([*problems, *captions.problems], listing.folder)
     if notes is not None:
         notes += unused(listing, data, captions)

@@ -4,7 +4,7 @@ called, and which of them are held out."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from PIL import ImageColor
@@ -66,6 +66,10 @@ class DataOptions(Section):
                                    "word; what is lost is reported. Default: any length, in chunks of 75.")
     resolution: int = Field(512, ge=8, description="Pixels: side of the square whose area buckets have; "
                             "512 is what SD 1.x was trained at.")
+    resolutions: list[Annotated[int, Field(ge=8)]] | None = Field(
+        None, description="Several resolutions, in place of one: each picture comes at each of them, but for those at "
+        "which it would be enlarged, and at the smallest one anyhow. Class pictures are drawn, and previews made, at "
+        "the largest.")
     buckets: bool = Field(True, description="Aspect-ratio buckets, as in kohya and OneTrainer; without "
                           "them every picture is cropped to a square (diffusers' examples).")
     bucket_step: int = Field(64, ge=8, description="Pixels: sides of buckets are multiples of it (kohya: "
@@ -144,14 +148,35 @@ class DataOptions(Section):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _sizes_agree(self) -> DataOptions:
-        if self.buckets and self.bucket_step > self.resolution:
-            raise ValueError(f"bucket_step {self.bucket_step} is larger than resolution {self.resolution}")
-        low, high = self.shortest, self.longest
-        if self.buckets and not low <= self.resolution <= high:
-            raise ValueError(f"resolution {self.resolution} is not between bucket_min {low} and "
-                             f"bucket_max {high}")
+    def _one_or_several_resolutions(self) -> DataOptions:
+        if self.resolutions is None:
+            return self
+        if len(set(self.resolutions)) < max(len(self.resolutions), 2):
+            raise ValueError("resolutions are to be two or more, all different; a single one is resolution")
+        if "resolution" in self.model_fields_set and self.resolution != max(self.resolutions):
+            raise ValueError("give resolution or resolutions, not both")
+        if self.source == "world":
+            raise ValueError("the drawn world has one resolution: give it a set for each")
+        object.__setattr__(self, "resolution", max(self.resolutions))
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _sizes_agree(self) -> DataOptions:
+        for one in self.by_resolution if self.buckets else ():
+            if one.bucket_step > one.resolution:
+                raise ValueError(f"bucket_step {one.bucket_step} is larger than resolution {one.resolution}")
+            low, high = one.shortest, one.longest
+            if not low <= one.resolution <= high:
+                raise ValueError(f"resolution {one.resolution} is not between bucket_min {low} and "
+                                 f"bucket_max {high}")
+        return self
+
+    @property
+    def by_resolution(self) -> Sequence[DataOptions]:
+        """The same options with one resolution each, from the smallest to the largest."""
+        if self.resolutions is None:
+            return (self,)
+        return [self.model_copy(update={"resolution": side, "resolutions": None}) for side in sorted(self.resolutions)]
 
     @pydantic.model_validator(mode="after")
     def _variants_of_something(self) -> DataOptions:

@@ -147,7 +147,8 @@ OPTIONS = {
     "data": "background brightness bucket_max bucket_min bucket_step buckets cache caption caption_dropout "
             "caption_source caption_template caption_weights contrast doodles flip folder hue keep_tags "
             "keep_tags_separator loss_weight max_tokens missing_captions pictures random_crop repeats resolution "
-            "rotate saturation share shuffle_tags source tag_dropout tag_separator upscale variants wildcards zoom",
+            "resolutions rotate saturation share shuffle_tags source tag_dropout tag_separator upscale "
+            "variants wildcards zoom",
     "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
              "learning_rate optimizer optimizer_options power precision rates restarts schedule seed steps warmup "
              "weight_decay",

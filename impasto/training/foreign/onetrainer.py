@@ -100,7 +100,7 @@ ROWS: dict[str, Row] = {
     "concept.balancing": Row("train.epochs", number, neutral=(1,)),
     "concept.loss_weight": Row("data.loss_weight", number, neutral=(1,)),
     "concept.image.enable_resolution_override": Row("data.resolution", flag, neutral=(False,)),
-    "concept.image.resolution_override": Row(why="it is off", needless=True),
+    "concept.image.resolution_override": Row(why="it is off", needless=True, neutral=(512,)),
     "concept.text.prompt_path": Row("data.caption", text),
     "concept.text.enable_tag_shuffling": Row("data.shuffle_tags", flag),
     "concept.text.tag_delimiter": Row("data.tag_separator", text, neutral=(",",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -219,18 +220,20 @@ def _pictures(work: Work) -> None:
     """The folder, the caption of a concept with one, the resolution."""
     if not work.get("concept.path"):
         work.fill("data.folder", "photos", "no concept is in the file, nor in one that can be seen from here")
+    keys = ["resolution"]
     if work.on("concept.image.enable_resolution_override"):
-        own = "concept.image.resolution_override"
-        work.put("data.resolution", work.read(own, whole, 512), own, "concept.image.enable_resolution_override")
+        keys = ["concept.image.resolution_override", "concept.image.enable_resolution_override"]
         if "resolution" in work.waiting:
             work.spare("resolution", why="the concept has a resolution of its own")
-        return
-    sizes = re.findall(r"\d+", str(work.get("resolution", "")))
-    if len(sizes) == 1 or len(set(sizes)) == 1:
-        work.put("data.resolution", int(sizes[0][:9]), "resolution")
+    asked = str(work.get(keys[0], ""))
+    sizes = sorted({int(size[:9]) for size in re.findall(r"\d+", asked)})
+    if len(sizes) == 1:
+        work.put("data.resolution", sizes[0], *keys)
+    elif sizes and "x" in asked:
+        side = max(round(math.sqrt(math.prod(sizes)) / 64), 1) * 64
+        work.put("data.resolution", side, *keys, why="a square of about that area")
     elif sizes:
-        work.put("data.resolution", int(sizes[0][:9]), "resolution", why="the first of several")
-        work.told.notes.append(f"resolution is {work.get('resolution')}: here all pictures have one")
+        work.put("data.resolutions", sizes, *keys, why="OneTrainer takes one of them by chance, Impasto each of them")
 
 
 def _often(work: Work) -> None:

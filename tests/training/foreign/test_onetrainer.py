@@ -168,7 +168,8 @@ def test_what_the_file_does_not_say_is_onetrainers_default(tmp_path: Path) -> No
     ({"loss_weight_fn": "MIN_SNR_GAMMA"}, {"objective.gamma": 5.0}),
     ({"loss_weight_fn": "DEBIASED_ESTIMATION", "loss_weight_strength": 5.0}, {"objective.weighting": "debiased",
                                                                              "objective.gamma": None}),
-    ({"resolution": "512,768"}, {"data.resolution": 512}),
+    ({"resolution": "512,768"}, {"data.resolutions": [512, 768], "data.resolution": None}),
+    ({"resolution": "512x768"}, {"data.resolution": 640}),
     ({"concepts": [{"path": "a", "image_variations": 4, "image": {
         "enable_random_hue": True, "random_hue_max_strength": 0.2, "enable_random_contrast": False,
         "random_contrast_max_strength": 0.5, "enable_random_brightness": True,
