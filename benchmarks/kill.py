@@ -4,11 +4,12 @@
     python -m benchmarks.kill --processes 2 --kills 10        under torchrun; one of its workers is killed
     python -m benchmarks.kill --random | --base FOLDER        on random weights | on another base
 
-A short DreamBooth run with a LoRA and its average (EMA), previews, artifacts on the way and checkpoints is done once
-uninterrupted. Then copies of it are started, each with an empty cache, and killed at a moment drawn over that
-whole time, loading and encoding included; the same command follows until it ends, which may be killed too. In the
-end artifacts, checkpoints and previews must be equal to the bit, the log must have each step once, no step may
-have been taken again that a valid checkpoint held, and nothing half-written may be left. Exit code 1 if not.
+A short DreamBooth run with a LoRA and its average (EMA), validation, previews, artifacts on the way (the best one too)
+and checkpoints is done once uninterrupted. Then copies of it are started, each with an empty cache, and killed at a
+moment drawn over that whole time, loading and encoding included; the same command follows until it ends, which may be
+killed too. In the end artifacts, checkpoints and previews must be equal to the bit, the log must have each step and
+each validation once, no step may have been taken again that a valid checkpoint held, and nothing half-written may be
+left. Exit code 1 if not.
 
 "steps again" were not in a checkpoint yet; "left in the cache" are half-written entries, which a cache that other
 runs may be filling cannot clear.
@@ -56,6 +57,7 @@ def recipe(chosen: argparse.Namespace) -> dict[str, Any]:
     tree["method"].update(rank=4, dropout=0.1)
     tree["train"].update(steps=chosen.steps, batch_size=2, warmup=2, ema=0.9, device="cpu")
     tree["sample"].update(every=5, steps=3)
+    tree["validation"] = {"fraction": 0.3, "every": 2, "repeats": 2}
     tree["output"] = {"name": "killed", "checkpoint_every": 4, "save_every": 3}
     return tree
 

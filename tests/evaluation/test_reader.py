@@ -126,7 +126,7 @@ def test_an_untrained_reader_can_be_taught_a_colour(untrained: Reader) -> None:
 
 @trained
 def test_unseen_pictures_are_read(reader: Reader) -> None:
-    pixels, answers = draw(600, 40_000_000, nothing=0.0)
+    pixels, answers = draw(2000, 40_000_000, nothing=0.0)
     clean, softened = accuracy(reader, pixels, answers), accuracy(reader, damage.mild(pixels, 3), answers)
     for question, share in clean.items():  # the second colour of a shape may be a tiny part of it
         assert share >= (0.97 if question == "accent" else 0.99), (question, share)

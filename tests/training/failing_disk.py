@@ -42,10 +42,9 @@ class Disk:
             for name in ("rename", "replace"):
                 patch.setattr(os, name, self._before(name, getattr(os, name), lambda old, new: new))
             patch.setattr(os, "mkdir", self._before("mkdir", os.mkdir, lambda path, *_: path))
-            patch.setattr(os, "fsync", self._before("fsync", os.fsync,
-                                                    lambda file: os.readlink(f"/proc/self/fd/{file}")))
+            patch.setattr(os, "fsync", self._before("fsync", os.fsync, _path_of))
             patch.setattr(os, "open", self._opened(os.open))
-            patch.setattr(os, "fdopen", self._file(os.fdopen, lambda file: os.readlink(f"/proc/self/fd/{file}")))
+            patch.setattr(os, "fdopen", self._file(os.fdopen, _path_of))
             for module in (builtins, io):
                 patch.setattr(module, "open", self._file(io.open, str))
             patch.setattr(written, "save_file", self._save_file(written.save_file))
@@ -85,6 +84,10 @@ class Disk:
             plain(tensors, path, metadata)
 
         return act
+
+
+def _path_of(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 class File:

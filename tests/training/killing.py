@@ -86,8 +86,10 @@ def killed(job: Job, folder: Path, seconds: float, chance: random.Random, again:
     return sittings
 
 
-def sit(job: Job, folder: Path, number: int, dies: float | None = None, rank: int = 0) -> Sitting:
-    """Start the run in `folder`/run once; kill it after `dies` seconds, or one of its processes.
+def sit(job: Job, folder: Path, number: int, dies: float | None = None, rank: int = 0,
+        arm: Callable[[], None] | None = None) -> Sitting:
+    """Start the run in `folder`/run once; kill it after `dies` seconds, or one of its processes. `arm`, which is
+    pickled, is called in the process before the run, and may see to it that it kills itself.
 
     Caches lie in `folder`/cache, empty at first.
     """
@@ -95,7 +97,7 @@ def sit(job: Job, folder: Path, number: int, dies: float | None = None, rank: in
     task = {"tree": {**job.tree, "output": {**job.tree.get("output", {}), "dir": str(folder / "run")}},
             "diary": str(folder / f"diary-{number}"), "cache": str(folder / "cache")}
     if job.processes == 1:
-        dead, seconds, slowest = _alone(task, dies)
+        dead, seconds, slowest = _alone(task, dies, arm)
     else:
         dead, seconds, slowest = _together(task, folder / "task.json", job.processes, dies, rank)
     lines = read_diary(Path(task["diary"]))
@@ -104,10 +106,10 @@ def sit(job: Job, folder: Path, number: int, dies: float | None = None, rank: in
                    seconds, slowest)
 
 
-def _alone(task: dict[str, Any], dies: float | None) -> tuple[bool, float, float]:
+def _alone(task: dict[str, Any], dies: float | None, arm: Callable[[], None] | None) -> tuple[bool, float, float]:
     """One process. Whether it was killed, and its seconds; no others had to end."""
     started = time.monotonic()
-    process = _fork(train, **task)
+    process = _fork(train, **task, arm=arm)
     process.join(dies)
     if process.exitcode is None:
         process.kill()
@@ -169,9 +171,11 @@ def _workers(launcher: int) -> list[psutil.Process]:
 
 
 # --- inside a sitting ----------------------------------------------------------------------------------
-def train(tree: dict[str, Any], diary: str, cache: str) -> None:
-    """What a sitting does."""
+def train(tree: dict[str, Any], diary: str, cache: str, arm: Callable[[], None] | None = None) -> None:
+    """What a sitting does; `arm` comes first."""
     torch.set_num_threads(1)
+    if arm is not None:
+        arm()
     os.environ["IMPASTO_CACHE"] = cache
     report = Diary(Path(diary if os.environ.get("RANK", "0") == "0" else os.devnull))
     _tell(Artifacts, "save", "artifact", report)

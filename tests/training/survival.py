@@ -86,11 +86,17 @@ def log(run: Path, whole: Path, sittings: list[Sitting]) -> list[str]:
         found.append(f"log.jsonl has the steps {steps}")
     elif [e["loss"] for e in mine if "loss" in e] != [e["loss"] for e in theirs if "loss" in e]:
         found.append("log.jsonl has other losses")
+    elif validations(mine) != validations(theirs):
+        found.append(f"log.jsonl has the validations {validations(mine)}, and should have {validations(theirs)}")
     told = [entry["step"] for entry in mine if entry.get("event") == "resumed"]
     silent = Counter(one.first for one in sittings if one.first) - Counter(told)
     if silent or not set(told) <= {one.held for one in sittings}:
         found.append(f"log.jsonl tells of going on after {told}, and it was {[one.first for one in sittings]}")
     return found
+
+
+def validations(log: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["validation"]) for entry in log if "validation" in entry]
 
 
 def entries(run: Path) -> list[dict[str, Any]]:

@@ -45,14 +45,15 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adafactor": ("adafactor",), "prodigy": ("prodigy",), "dadaptation": ("dadapt_adam",),
     "dadaptadam": ("dadapt_adam",), "dadaptlion": ("dadapt_lion",), "adamwschedulefree": ("schedulefree_adamw",),
 }
-SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
+SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant",
+             **{name: name for name in ("cosine", "linear", "cosine_with_restarts", "polynomial")}}
 SAMPLERS = {
     "ddim": "ddim", "pndm": "pndm", "lms": "lms", "k_lms": "lms", "euler": "euler", "k_euler": "euler",
     "euler_a": "euler_a", "k_euler_a": "euler_a", "heun": "heun", "dpmsolver++": "dpm++2m", "dpmsolver": "dpm++2m",
 }
 
 _NOT_SO = "tags are shuffled and left out alike from the first step to the last"
-_NO_OTHER_SCHEDULE = "the rate stays constant, or falls as a half cosine or linearly"
+_NO_OTHER_SCHEDULE = "of kohya's schedules there are constant, cosine, cosine_with_restarts, linear and polynomial"
 
 ROWS: dict[str, Row] = {
     "pretrained_model_name_or_path": Row("base.path", text),
@@ -118,6 +119,8 @@ ROWS: dict[str, Row] = {
     "optimizer_args.betas": Row("train.betas", several),
     "optimizer_args.eps": Row("train.eps", number),
     "lr_scheduler": Row("train.schedule", named(SCHEDULES, _NO_OTHER_SCHEDULE)),
+    "lr_scheduler_num_cycles": Row("train.restarts", whole, neutral=(1,)),
+    "lr_scheduler_power": Row("train.power", number, neutral=(1,)),
     "lr_warmup_steps": Row("train.warmup", whole),
     "max_grad_norm": Row("train.clip", number),
     "mixed_precision": Row("train.precision", named({"no": "fp32", "fp16": "fp16", "bf16": "bf16"})),
@@ -151,6 +154,10 @@ ROWS: dict[str, Row] = {
     # what is left behind
     "output_dir": Row("output.dir", text),
     "output_name": Row("output.name", text),
+    "log_with": Row("output.trackers", named({"wandb": ["wandb"], "all": ["wandb"]}, "TensorBoard's curves are always "
+                                             "kept, and wandb is the only other tracker"), neutral=("tensorboard",)),
+    "huggingface_repo_id": Row("output.push_to", text),
+    "huggingface_repo_visibility": Row("output.push_private", lambda value: text(value).lower() != "public"),
     "save_every_n_steps": Row("output.save_every", whole),
     "save_every_n_epochs": Row("output.save_every_epochs", whole),
     "save_precision": Row("output.dtype", named({"float": "fp32", "fp16": "fp16", "bf16": "bf16"})),
@@ -191,7 +198,7 @@ ROWS: dict[str, Row] = {
     **rows("all blocks have one rate", "block_lr network_args.down_lr_weight network_args.mid_lr_weight "
            "network_args.up_lr_weight network_args.block_lr_zero_threshold", here="train.learning_rate"),
     **rows("the optimizer has no such key here", "optimizer_args.*", here="train.optimizer"),
-    **rows(_NO_OTHER_SCHEDULE, "lr_scheduler_type lr_scheduler_args lr_scheduler_num_cycles=1 lr_scheduler_power=1 "
+    **rows(_NO_OTHER_SCHEDULE, "lr_scheduler_type lr_scheduler_args "
            "lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio", here="train.schedule"),
     **rows("a noise offset is the same for every picture", "noise_offset_random_strength adaptive_noise_scale",
            here="objective.noise_offset"),
@@ -219,11 +226,13 @@ ROWS: dict[str, Row] = {
     **rows("checkpoints come by steps, and the newest ones are kept",
            "save_last_n_epochs_state save_last_n_steps_state", here="output.keep"),
     **rows("a run begins at its beginning", "initial_epoch initial_step skip_until_initial_step"),
-    **rows("nothing is uploaded", "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo "
-           "huggingface_token huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface "
-           "async_upload"),
-    **rows("curves go to TensorBoard and to log.jsonl in the run's folder", "log_with=tensorboard wandb_run_name "
-           "wandb_api_key log_tracker_name log_tracker_config"),
+    **rows("the artifact goes to a repository of models, its files at the top", "huggingface_repo_type=model "
+           "huggingface_path_in_repo", here="output.push_to"),
+    **rows("checkpoints stay in the run's folder", "save_state_to_huggingface resume_from_huggingface"),
+    **rows("the token is the environment's: HF_TOKEN, or hf auth login", "huggingface_token"),
+    **rows("the artifact is pushed when the run has ended", "async_upload"),
+    **rows("wandb goes by its own variables: WANDB_NAME, WANDB_PROJECT, WANDB_API_KEY", "wandb_run_name "
+           "wandb_api_key log_tracker_name log_tracker_config", here="output.trackers"),
     **rows("an artifact's metadata are its recipe", "metadata_title metadata_author metadata_description "
            "metadata_license metadata_tags metadata_usage_hint metadata_thumbnail metadata_merged_from "
            "metadata_trigger_phrase metadata_preprocessor metadata_is_negative_embedding training_comment"),

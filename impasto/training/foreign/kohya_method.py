@@ -14,6 +14,7 @@ from impasto.training.foreign.kohya import (
     TRANSFORMERS,
 )
 from impasto.training.foreign.kohya_pictures import put
+from impasto.training.foreign.optimizer_options import OWN_DEFAULTS, pass_on
 from impasto.training.foreign.table import nothing, number, several, whole
 
 UNET, TEXT = "unet", "text-encoder"
@@ -93,12 +94,14 @@ def optimizer(work: Work) -> str:
     asked = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}.get(key) or str(work.get(key, ""))
     short = asked.lower().rpartition(".")[2]
     if not asked:
+        pass_on(work, "adamw", "optimizer_args.")
         return ""
     relative = short == "adafactor" and str(work.get("optimizer_args.relative_step", True)).lower() != "false"
     name = next((each for each in OPTIMIZERS.get(short, ()) if accepts("train.optimizer", each)), "")
     if name:
         paged = short.startswith("paged") and not name.startswith("paged")
         work.put("train.optimizer", name, key, why="without paging" if paged else "")
+        pass_on(work, name, "optimizer_args.", OWN_DEFAULTS)
         return "kohya's Adafactor finds the rate by itself, unless relative_step=False" if relative else ""
     work.lose(key, f"this version has no {asked}", "train.optimizer")
     for each in [each for each in work.waiting if each.startswith("optimizer_args.")]:

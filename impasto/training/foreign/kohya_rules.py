@@ -9,7 +9,7 @@ from typing import Any
 from impasto.core.errors import UserError
 from impasto.families import FAMILIES
 from impasto.training.foreign.engine import Imported, Subset, Work
-from impasto.training.foreign.kohya import ROWS, SCHEDULES, SCRIPTS
+from impasto.training.foreign.kohya import ROWS, SCRIPTS
 from impasto.training.foreign.kohya_method import lora, optimizer, rates, whole_network
 from impasto.training.foreign.kohya_pictures import further_set, pictures, prompts, put, shared_by_sets, sizes
 from impasto.training.foreign.table import nothing, number, text, whole
@@ -96,9 +96,10 @@ def _warmup(work: Work, steps: int | None) -> None:
         return work.lose("lr_warmup_steps", "is no number", "train.warmup")
     if size >= 1 and not percent:
         work.put("train.warmup", int(size), "lr_warmup_steps")
+    elif size >= 1:
+        work.lose("lr_warmup_steps", "is the whole run, or more", "train.warmup")
     elif steps is None:
-        work.lose("lr_warmup_steps", "a share of the steps, and how many they are is not known before the pictures are "
-                  "counted", "train.warmup")
+        work.put("train.warmup", size, "lr_warmup_steps", why="a share of all steps")
     else:
         work.put("train.warmup", int(size * steps), "lr_warmup_steps", why=f"that share of {steps} steps")
 
@@ -128,8 +129,10 @@ def _schedule(work: Work) -> None:
         work.put("train.schedule", "cosine", "lr_scheduler", why="with one cycle it never restarts")
     elif name == "polynomial" and work.read("lr_scheduler_power", number, 1.0) == 1:
         work.put("train.schedule", "linear", "lr_scheduler", why="of power 1 it is a line")
-    elif name in SCHEDULES:
-        work.spare("lr_scheduler_num_cycles", "lr_scheduler_power", why=f"it has no effect on {name}")
+    if name != "cosine_with_restarts":
+        work.spare("lr_scheduler_num_cycles", why=f"it has no effect on {name}")
+    if name != "polynomial":
+        work.spare("lr_scheduler_power", why=f"it has no effect on {name}")
 
 
 def _output(work: Work, kind: str) -> None:
@@ -138,6 +141,8 @@ def _output(work: Work, kind: str) -> None:
     if folder and name:
         path = folder.rstrip("/\\") + ("\\" if "\\" in folder else "/") + name
         work.put("output.dir", path, "output_dir", why="a run has a folder of its own")
+    if work.get("huggingface_repo_id") and work.get("huggingface_repo_visibility") is None:
+        work.put("output.push_private", True, why="kohya's repositories are private, if nothing is said")
     how = str(work.get("save_model_as", ""))
     if how == "safetensors" and kind == "lora":
         work.spare("save_model_as", why="artifacts are safetensors")

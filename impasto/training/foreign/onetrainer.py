@@ -140,7 +140,8 @@ ROWS: dict[str, Row] = {
     "text_encoder.learning_rate": Row("method.text_encoder_learning_rate", number),
     "learning_rate_scheduler": Row("train.schedule", named(
         {"constant": "constant", "linear": "linear", "cosine": "cosine"},
-        "the rate stays constant, or falls as a half cosine or linearly")),
+        "of OneTrainer's schedules there are CONSTANT, LINEAR, COSINE and COSINE_WITH_HARD_RESTARTS; its REX has a d "
+        "of 0.9, the paper's and ours is 0.5")),
     "learning_rate_warmup_steps": Row("train.warmup", whole),
     "optimizer.optimizer": Row("train.optimizer", text),
     "optimizer.beta1": Row("train.betas", several),
@@ -207,7 +208,8 @@ ROWS: dict[str, Row] = {
     **rows("an offset is the same at each noise level", "generalized_offset_noise", here="objective.noise_offset"),
     **rows("the base's own noise schedule and prediction are used", "rescale_noise_scheduler_to_zero_terminal_snr "
            "force_v_prediction force_epsilon_prediction timestep_shift=1 dynamic_timestep_shifting"),
-    **rows("the rate falls to nought, once", "learning_rate_min_factor learning_rate_cycles=1 scheduler_params "
+    **rows("how often it restarts", "learning_rate_cycles=1", here="train.restarts"),
+    **rows("the rate falls to nought", "learning_rate_min_factor scheduler_params "
            "custom_learning_rate_scheduler", here="train.schedule"),
     **rows("a LoRA begins anew", "lora_model_name"),
     **rows("this version has no such method", "lora_decompose lora_decompose_norm_epsilon=True "

@@ -22,6 +22,7 @@ from impasto.training.foreign.onetrainer import (
     RATE_FREE,
     ROWS,
 )
+from impasto.training.foreign.optimizer_options import pass_on
 from impasto.training.foreign.table import nothing, number, text, whole
 
 THEIRS = "OneTrainer's own default, where the file says nothing"
@@ -44,6 +45,7 @@ def translate(settings: Mapping[str, Any], files: Iterable[str], further: Sequen
     else:
         trains = _method(work)
     _optimizer_and_rates(work, trains)
+    _schedule(work)
     shared = {key: settings[key] for key in ("resolution", "aspect_ratio_bucketing") if key in settings}
     for subset in further:
         work.add_set(subset, shared, (_often, _pictures, _chance, _tags))
@@ -114,6 +116,7 @@ def _optimizer_and_rates(work: Work, trains: set[str]) -> None:
     if name and accepts("train.optimizer", name):
         if "optimizer.optimizer" in work.waiting:
             work.put("train.optimizer", name, "optimizer.optimizer")
+        pass_on(work, name, "optimizer.")
     else:
         work.lose("optimizer.optimizer", f"this version has no {asked}", "train.optimizer")
         rate_free = f"{asked} finds the rate by itself; the optimizer in its place does not" \
@@ -150,6 +153,23 @@ def _factor(work: Work) -> tuple[float, str]:
     return factor, f"times {factor:.4g}, the square root of the batch" if factor != 1 else ""
 
 
+def _schedule(work: Work) -> None:
+    """Cosines: one, or several that begin anew at the full rate. Its gentle restarts rise again, which ours do not."""
+    name, cycles = str(work.get("learning_rate_scheduler", "CONSTANT")), work.read("learning_rate_cycles", number, 1.0)
+    hard, gentle = name == "COSINE_WITH_HARD_RESTARTS", name == "COSINE_WITH_RESTARTS"
+    if hard and cycles == 1 or gentle and cycles == 0.5:
+        work.put("train.schedule", "cosine", "learning_rate_scheduler", why="with so many cycles it never restarts")
+    elif hard and cycles >= 1 and cycles == int(cycles):
+        work.put("train.schedule", "cosine_with_restarts", "learning_rate_scheduler")
+        work.put("train.restarts", int(cycles), "learning_rate_cycles")
+    elif hard or gentle:
+        work.lose("learning_rate_scheduler", "in OneTrainer the rate ends in the midst of a cosine" if hard else
+                  "in OneTrainer the rate rises again as it fell, which is no schedule here", "train.schedule")
+        if "learning_rate_cycles" in work.waiting:
+            work.lose("learning_rate_cycles", f"it is {name}'s", "train.schedule")
+    work.spare("learning_rate_cycles", why=f"it has no effect on {name}, or is told with it")
+
+
 def _loop(work: Work, trains: set[str]) -> None:
     """Length, warm-up, averaging; and what its text encoder does after a while."""
     epochs = work.read("epochs", whole, DEFAULTS["epochs"])
@@ -163,9 +183,10 @@ def _loop(work: Work, trains: set[str]) -> None:
         put(work, "train.epochs", epochs, "epochs")
         work.lose("concept.balancing", "each picture comes once in an epoch", "train.epochs")
     warmup = work.read("learning_rate_warmup_steps", number, DEFAULTS["learning_rate_warmup_steps"])
-    if 0 < warmup <= 1:
-        work.lose("learning_rate_warmup_steps", "a share of the steps, and how many they are is not known before the "
-                  "pictures are counted", "train.warmup")
+    if warmup == 1:
+        work.lose("learning_rate_warmup_steps", "is the whole run", "train.warmup")
+    elif 0 < warmup < 1:
+        put(work, "train.warmup", warmup, "learning_rate_warmup_steps", why="a share of all steps")
     else:
         accumulation = max(work.read("gradient_accumulation_steps", whole, 1), 1)
         put(work, "train.warmup", max(int(warmup / accumulation), 0), "learning_rate_warmup_steps",

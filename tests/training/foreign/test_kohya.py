@@ -105,9 +105,10 @@ WANTED = {
     "train.compile": True, "train.seed": 1234,
     "sample.every": 50, "sample.scheduler": "euler_a",
     "output.dir": "out/dog", "output.name": "dog", "output.dtype": "bf16", "output.save_every_epochs": 2,
+    "output.trackers": ["wandb"],
 }
 FATES = {
-    "lost": ["color_aug", "save_last_n_epochs", "log_with", "wandb_api_key",
+    "lost": ["color_aug", "save_last_n_epochs", "wandb_api_key",
              "optimizer_args.fused", "network_args.block_dims"],
     "needless": ["max_token_length", "xformers", "cache_latents", "max_train_steps", "learning_rate"],
     "without effect": ["v2", "caption_dropout_every_n_epochs"],
@@ -175,20 +176,31 @@ def test_two_rates_of_text_encoders_are_told_of(tmp_path: Path) -> None:
     ("--lr_scheduler=constant_with_warmup --lr_warmup_steps=7", {"train.schedule": "constant", "train.warmup": 7}),
     ("--lr_scheduler=cosine_with_restarts", {"train.schedule": "cosine"}),
     ("--lr_scheduler=polynomial", {"train.schedule": "linear"}),
+    ("--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=3", {"train.schedule": "cosine_with_restarts",
+                                                                        "train.restarts": 3}),
+    ("--lr_scheduler=polynomial --lr_scheduler_power=2.5", {"train.schedule": "polynomial", "train.power": 2.5}),
+    ("--max_train_epochs=8 --lr_warmup_steps=0.1", {"train.epochs": 8, "train.warmup": 0.1}),
+    ("--max_train_epochs=8 --lr_warmup_steps=5%", {"train.epochs": 8, "train.warmup": 0.05}),
 ])
 def test_how_long(arguments: str, wanted: dict[str, Any], tmp_path: Path) -> None:
     keys = became(line(tmp_path, arguments))
-    about = ("train.steps", "train.epochs", "train.warmup", "train.schedule", "output.save_every_epochs")
+    about = ("train.steps", "train.epochs", "train.warmup", "train.schedule", "train.restarts", "train.power",
+             "output.save_every_epochs")
     assert {key: keys[key] for key in about if key in keys} == {"train.steps": 1600} | wanted or \
         {key: keys[key] for key in about if key in keys} == wanted
 
 
 @pytest.mark.parametrize(("arguments", "key", "ours"), [
-    ("--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=3", "lr_scheduler", "train.schedule"),
-    ("--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=3", "lr_scheduler_num_cycles", "train.schedule"),
-    ("--lr_scheduler=polynomial --lr_scheduler_power=2", "lr_scheduler", "train.schedule"),
+    ("--lr_scheduler=inverse_sqrt", "lr_scheduler", "train.schedule"),
+    ("--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=many", "lr_scheduler_num_cycles", "train.restarts"),
+    ("--lr_scheduler=polynomial --lr_scheduler_power=steep", "lr_scheduler_power", "train.power"),
+    ("--lr_warmup_steps=100%", "lr_warmup_steps", "train.warmup"),
+    ("--log_with=mlflow", "log_with", "output.trackers"),
+    ("--huggingface_repo_id=nobody", "huggingface_repo_id", "output.push_to"),
+    ("--huggingface_repo_id=me/dog --huggingface_path_in_repo=a", "huggingface_path_in_repo", "output.push_to"),
+    ("--optimizer_type=AdamW --optimizer_args fused=True", "optimizer_args.fused", "train.optimizer"),
+    ("--optimizer_type=Prodigy --optimizer_args d_coef=high", "optimizer_args.d_coef", "train.optimizer"),
     ("--lr_scheduler=adafactor:1e-4", "lr_scheduler", "train.schedule"),
-    ("--max_train_epochs=8 --lr_warmup_steps=0.1", "lr_warmup_steps", "train.warmup"),
     ("--optimizer_type=Frobnicate", "optimizer_type", "train.optimizer"),
     ("--save_model_as=ckpt", "save_model_as", "output.format"),
     ("--sample_every_n_epochs=1", "sample_every_n_epochs", "sample.every"),
@@ -229,6 +241,19 @@ def test_another_optimizers_rate_is_carried(tmp_path: Path, monkeypatch) -> None
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
     ("--use_8bit_adam", {"train.optimizer": "adamw8bit"}),
+    ("--optimizer_type=Prodigy --optimizer_args d_coef=2 decouple=True weight_decay=0.01 use_bias_correction=True",
+     {"train.optimizer": "prodigy", "train.weight_decay": 0.01, "train.optimizer_options": {
+         "d_coef": 2, "decouple": True, "use_bias_correction": True, "safeguard_warmup": False}}),
+    ("--optimizer_type=Prodigy", {"train.optimizer_options": {"use_bias_correction": False,
+                                                              "safeguard_warmup": False}}),
+    ("--optimizer_type=Adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False",
+     {"train.optimizer": "adafactor", "train.optimizer_options": {"scale_parameter": False}}),
+    ("--optimizer_args amsgrad=True", {"train.optimizer_options": {"amsgrad": True}}),
+    ("--log_with=wandb", {"output.trackers": ["wandb"]}), ("--log_with=all", {"output.trackers": ["wandb"]}),
+    ("--log_with=tensorboard", {"output.trackers": None}),
+    ("--huggingface_repo_id=me/dog", {"output.push_to": "me/dog", "output.push_private": True}),
+    ("--huggingface_repo_id=me/dog --huggingface_repo_visibility=public --huggingface_repo_type=model",
+     {"output.push_to": "me/dog", "output.push_private": False}),
     ("--optimizer_type=PagedAdamW8bit", {"train.optimizer": "paged_adamw8bit"}),
     ("--optimizer_type=AdamW --optimizer_args weight_decay=0 eps=1e-6 betas=(0.8,0.9)",
      {"train.optimizer": "adamw", "train.weight_decay": 0.0, "train.eps": 1e-6, "train.betas": [0.8, 0.9]}),
