@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,13 +22,18 @@ from impasto.data.drawn import Drawn
 from impasto.data.encoding import Encoding
 from impasto.data.frontier import READS, Frontier, frontier
 from impasto.data.heldout import beyond, divide
+from impasto.data.many import Many, Stream
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions, of_class_pictures
 from impasto.data.order import Order
 from impasto.data.phrasing import PLAIN, Phrasing
 from impasto.data.prior import draw_prior
+from impasto.data.shards_cache import Packs
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.mini.labels import LABEL_SIZES
 from impasto.objectives.batch import Batch
+
+#: pictures of a batch that are read and decoded at once, where the step encodes them
+DECODERS = 4
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Share:
 class Source:
     """What the trainer draws its batches from. Of the base it keeps `stack_text` alone."""
 
-    pictures: tuple[Item, ...]  # in the order of their names
+    pictures: Sequence[Item]  # in the order of their names; of shards, in theirs
     class_pictures: tuple[Item, ...]  # empty without [prior]
     data: DataOptions
     rule: Frontier
@@ -81,10 +87,12 @@ class Source:
     label_sizes: tuple[int, ...] = ()  # how many values each of the items' labels has
     varied: bool = False  # captions are encoded in the step since chance makes too many of them
     notes: list[str] = field(default_factory=list)  # what lies in the folder and is not used
-    held_out: tuple[Item, ...] = ()  # pictures that are only looked at to validate, in the order of their names
+    held_out: Sequence[Item] = ()  # pictures that are only looked at to validate, in the order of their names
 
     def __post_init__(self) -> None:
-        def stream(items: Sequence[Item], name: str) -> tuple[Sequence[Item], Order]:
+        def stream(items: Sequence[Item], name: str) -> tuple[Sequence[Item], Stream]:
+            if isinstance(items, Many):
+                return items, items.order(self.share.group, self.share.seed, name)
             sizes = [item.placement.bucket for item in items]
             return items, Order.over(sizes, self.share.group, self.share.seed, name)
 
@@ -93,6 +101,7 @@ class Source:
             self._streams.append(stream(self.class_pictures, "class pictures"))
         self._ahead: dict[int, Future[list[list[Batch]]]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -163,8 +172,8 @@ class Source:
             keys = [item.latent_keys[flip] for item, flip in zip(items, flips, strict=True)]
             batch.moments = torch.cat([entry["moments"] for entry in self.cache.load_all(keys)])
         elif self.rule.pixels:
-            batch.pixels = torch.stack([cut(item.picture.read(self.data.background), item.placement, flip)
-                                        for item, flip in zip(items, flips, strict=True)])
+            batch.pixels = torch.stack(list(self._decoders.map(
+                lambda item, flip: cut(item.picture.read(self.data.background), item.placement, flip), items, flips)))
         if self.rule.text:
             keys = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
                     for item, words in zip(items, said, strict=True)]
@@ -207,7 +216,8 @@ def data_fingerprint(data: DataOptions, streams: Sequence[Sequence[Item]]) -> st
     """`Source.fingerprint` of pictures, and of class pictures if there are any."""
     phrasing = Phrasing.of(data).facts
     return key_of(data.flip, data.background,
-                  [[(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
+                  [items.facts if isinstance(items, Many) else
+                   [(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
                   *([phrasing] if phrasing else []))
 
 
@@ -229,33 +239,43 @@ def prepare_source(base: Base, data: DataOptions, prior: PriorOptions | None, *,
     check_sizes(data, base.cell)
     fingerprint = base.fingerprint()
     notes: list[str] = []
-    class_items: list[Item] = []
     items, held_out = pictures_of(data, validation, seed, report, notes)
+    class_items: Sequence[Item] = []
     if prior is not None:
         class_data = of_class_pictures(data, prior)
         listing = list_folder(located(prior.folder)) if prior.folder is not None else \
             draw_prior(base, fingerprint, prior, data.resolution, report, rank, world)
         class_items = collect(listing, class_data, report, "class pictures", prior.weight, notes)
-    many = any(item.phrasing.variants(item.caption) is None for item in (*items, *class_items))
+    many = data.wildcards and any(item.phrasing.variants(item.caption) is None
+                                  for item in itertools.chain(items, class_items))
     rule = frontier(trains, base.text_encoder_names, data, reads, many=many)
-    cache = Cache.at(data.cache)
+    cache = (Packs if data.source == "shards" else Cache).at(data.cache)
     encoding = Encoding(base, fingerprint, cache, data, rule, torch.device(device))
     items, class_items, held_out = encoding.keyed(items), encoding.keyed(class_items), encoding.keyed_plain(held_out)
     no_caption = encoding.caption("") if data.caption_dropout else ""
     encoding.run(report, rank, world)
-    return Source(tuple(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
+    return Source(_kept(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
                   LABEL_SIZES if data.source == "world" else (), notes=notes,
-                  varied=rule.captions and not set(base.text_encoder_names) & trains, held_out=tuple(held_out))
+                  varied=rule.captions and not set(base.text_encoder_names) & trains, held_out=_kept(held_out))
+
+
+def _kept(items: Sequence[Item]) -> Sequence[Item]:
+    return items if isinstance(items, Many) else tuple(items)
 
 
 def pictures_of(data: DataOptions, validation: ValidationOptions | None, seed: int, report: Reporter = SILENT,
-                notes: list[str] | None = None) -> tuple[list[Item], list[Item]]:
+                notes: list[str] | None = None) -> tuple[Sequence[Item], Sequence[Item]]:
     """The pictures to learn from, and those that are held out. Raises `UserError` as `collect` and `divide` do."""
     if data.source == "world":
         assert data.pictures is not None
         drawn = draw_world(data, seed, data.pictures + beyond(data.pictures, validation))
         return drawn[:data.pictures], drawn[data.pictures:]
-    items = collect(list_folder(located(str(data.folder))), data, report, notes=notes)
+    if data.source == "shards":
+        from impasto.data.shards_items import shard_items  # its items are `Item`s too
+
+        items: Sequence[Item] = shard_items(data, report, notes)
+    else:
+        items = collect(list_folder(located(str(data.folder))), data, report, notes=notes)
     if validation is None:
         return items, []
     own = None if validation.folder is None else \
