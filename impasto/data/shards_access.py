@@ -134,9 +134,9 @@ class LocalShard(Shard):
 class HttpShard(Shard):
     """A shard on a server that knows Range."""
 
-    def __init__(self, name: str, about: About) -> None:
-        super().__init__(name)
-        self.file, self.about = HttpFile(name), about
+    def __init__(self, file: HttpFile, about: About) -> None:
+        super().__init__(file.url)
+        self.file, self.about = file, about
         self.shown = self.file.shown
 
     def stamp(self) -> list[object] | None:
@@ -230,7 +230,7 @@ def reached(name: str, folder: Path, report: Reporter = SILENT) -> Shard:
     file = HttpFile(name)
     about = file.about()
     if about.ranges:
-        return HttpShard(name, about)
+        return HttpShard(file, about)
     return LocalShard(_fetched(file, about, folder, report), name, about)
 
 

@@ -184,7 +184,7 @@ class Packs(Cache):
             self._take_up(name, there[name])
 
     def _take_up(self, name: str, size: int) -> None:
-        """A tar whose entries a kill, or the index's loss, kept out of it; or that another process is about to enter."""
+        """A tar whose entries a kill, or the index's loss, kept out of it; or one of another process, just written."""
         rows = []
         with open(self.folder / name, "rb") as file, contextlib.suppress(CutShort, ValueError):
             for member in members(file.read, lambda name, size: False):

@@ -85,7 +85,10 @@ class HttpFile:
                     return b""
                 if _content_range(answer)[0] != offset:
                     raise http.client.HTTPException("another range than was asked for")
-                return answer.read(size)
+                data, told = answer.read(size), answer.getheader("Content-Length")
+                if told and told.isdigit() and len(data) < min(size, int(told)):
+                    raise http.client.HTTPException(f"broken off at byte {offset + len(data):,}")
+                return data
 
         return self._persistently(once)
 

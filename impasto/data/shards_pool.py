@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 from collections import OrderedDict
@@ -27,6 +28,7 @@ class Pool(Generic[T]):
         self._by_key: dict[Hashable, list[int]] = {}
         self._count = 0
         self._lock = threading.Lock()
+        atexit.register(self.close)
 
     @contextlib.contextmanager
     def taken(self, key: Hashable, make: Callable[[], T]) -> Iterator[T]:
@@ -40,9 +42,12 @@ class Pool(Generic[T]):
             raise
         self._keep(key, thing)
 
-    def forget(self, key: Hashable) -> None:
-        """Close what is free under that key."""
-        while (thing := self._take(key)) is not None:
+    def close(self) -> None:
+        """Close all that is not in use."""
+        with self._lock:
+            left, self._free = list(self._free.values()), OrderedDict()
+            self._by_key.clear()
+        for thing in left:
             thing.close()
 
     def _take(self, key: Hashable) -> T | None:

@@ -101,7 +101,7 @@ def _compare_base(recipe: Recipe, before: dict[str, str], found: Reproduction) -
 
 def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
     data, prior = recipe.data, recipe.prior
-    if data is None or data.source != "folder":
+    if data is None or data.source == "world":
         return
     if prior is not None and prior.folder is None:
         found.unknown.append("the class pictures: they are drawn by the run itself")
@@ -112,7 +112,7 @@ def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
             own = of_class_pictures(data, prior)
             streams.append(collect(list_folder(located(str(prior.folder))), own, SILENT, weight=prior.weight))
     except UserError as error:
-        found.unknown.append(f"the pictures: {error.what}; say where they are: data.folder=…")
+        found.unknown.append(f"the pictures: {error.what}; say where they are: data.{data.source}=…")
         return
     if data_fingerprint(data, streams) != before:
         found.differs.append("the pictures, their captions or their cuts are others")
