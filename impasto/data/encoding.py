@@ -45,7 +45,7 @@ class Encoding:
         return self._noted(items, self._with_plain_keys)
 
     def _noted(self, items: Sequence[Item], keying: Callable[[Item], Item]) -> Sequence[Item]:
-        if isinstance(items, Many):
+        if isinstance(items, Many) and items:
             self.many.append(items.keyed(keying))
             return self.many[-1]
         found = [keying(item) for item in items]
