@@ -61,14 +61,13 @@ class Cache:
 
     def load_all(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
         """Entries that were there when the run began. Raises `UserError` if one has gone since."""
-        entries = []
-        for key in keys:
-            entry = self.load(key)
-            if entry is None:
-                raise UserError("an encoded picture or caption was lost or damaged during the run",
-                                where=self.path(key), fix="run the same command again: it is made again")
-            entries.append(entry)
-        return entries
+        return [self._there(key, self.load(key)) for key in keys]
+
+    def _there(self, key: str, entry: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        if entry is None:
+            raise UserError("an encoded picture or caption was lost or damaged during the run",
+                            where=self.path(key), fix="run the same command again: it is made again")
+        return entry
 
     def fill(self, makers: Mapping[str, Callable[[], Mapping[str, Tensor]]], title: str, unit: str,
              report: Reporter, rank: int = 0, world: int = 1) -> int:

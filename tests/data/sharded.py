@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.server
 import io
+import os
 import re
 import tarfile
 import threading
@@ -32,8 +34,6 @@ def write_shard(path: Path, members: Members | Sequence[tuple[str, bytes]], form
 
 def aged(path: Path) -> Path:
     """The file with a time stamp of long ago, another one after each change."""
-    import os
-
     stamp = 1_600_000_000 + int(hashlib.sha256(path.read_bytes()).hexdigest()[:6], 16)
     os.utime(path, (stamp, stamp))
     return path
@@ -77,6 +77,13 @@ class Server:
         return f"{self.address}/{name}"
 
 
+@functools.lru_cache(maxsize=16)
+def held(path: Path, size: int, time: int) -> tuple[bytes, str]:
+    """A file's bytes and their digest, read once."""
+    data = path.read_bytes()
+    return data, hashlib.sha256(data).hexdigest()[:12]
+
+
 @contextmanager
 def serving(folder: Path, **options: object) -> Iterator[Server]:
     """A web server on this machine with the files of a folder."""
@@ -84,6 +91,7 @@ def serving(folder: Path, **options: object) -> Iterator[Server]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are two writes
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -102,8 +110,9 @@ def serving(folder: Path, **options: object) -> Iterator[Server]:
             if not path.is_file():
                 self._plain(404)
                 return
-            data = path.read_bytes()
-            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()[:12]}"'} if server.validators else {}
+            info = path.stat()
+            data, tag = held(path, info.st_size, info.st_mtime_ns)
+            headers = {"ETag": f'"{tag}"'} if server.validators else {}
             status, body = 200, data
             if wanted and server.ranges:
                 match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)

@@ -130,8 +130,8 @@ def test_a_shard_cut_short_is_one_line(over_http: bool, tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             refuse_samples(found)
         assert str(caught.value) == (
-            f"shard-0000.tar/000002: the shard is cut short here: {missing:,} bytes of 000002.png are missing; fetch or "
-            "make the shard again, or do without the rest of it with data.bad_samples=skip")
+            f"shard-0000.tar/000002: the shard is cut short here: {missing:,} bytes of 000002.png are missing; fetch "
+            "or make the shard again, or do without the rest of it with data.bad_samples=skip")
         skipping = survey(spec, bad_samples="skip")
         assert refuse_samples(skipping) == ["samples that are left out: 1 cut short with their shard"]
         assert skipping.used.tolist() == [0, 1]
