@@ -22,7 +22,8 @@ from impasto.data.caption_files import tidy
 from impasto.data.dataset import Problem, Size
 from impasto.data.options import DataOptions
 from impasto.data.shards_access import Shard, expanded, labels, reached
-from impasto.data.shards_index import CAPTIONS, Index, Status, index_name, open_index, read_shard, suffix_of
+from impasto.data.shards_index import CAPTIONS, Index, Status, index_name, open_index
+from impasto.data.shards_read import read_shard
 
 #: samples that cannot be used are named in an error up to so many
 NAMED = 20
@@ -62,7 +63,7 @@ class Table:
 
     def name(self, shard: int, row: int) -> str:
         """What a sample is called in messages: shard-0003.tar/000017.jpg."""
-        return f"{self.labels[shard]}/{suffix_of(self.indexes[shard].words(row))}"
+        return f"{self.labels[shard]}/{self.indexes[shard].words(row).name}"
 
     def column(self, name: str, numbers: np.ndarray | None = None) -> np.ndarray:
         """A column through all shards, in memory; of the samples of ascending `numbers` alone where they are given."""

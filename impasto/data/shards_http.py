@@ -6,26 +6,23 @@ at the byte where it was broken off.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import socket
 import ssl
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from impasto.core.errors import UserError
+from impasto.data.shards_connection import PATIENCE, connect, headers_of, path_of
 from impasto.data.shards_pool import Pool
 
 #: a request is made so often at most, seconds before the second try (then twice as long each time), and the longest of
 #: these waits
 TRIES, PAUSE, LONGEST_PAUSE = 6, 0.5, 20.0
-#: seconds in which a server has to say something
-PATIENCE = 60.0
 #: answers that another try may better, answers that lead elsewhere, and how often in a row they may
 PASSING, ELSEWHERE, MOST_HOPS = frozenset({408, 425, 429, 500, 502, 503, 504}), (301, 302, 303, 307, 308), 8
 #: what goes wrong with a connection
@@ -125,8 +122,8 @@ class HttpFile:
             parts = urlsplit(url)
             key = (parts.scheme, parts.hostname, parts.port)
             kept: http.client.HTTPResponse | None = None
-            with contextlib.suppress(_NotKept), _CONNECTIONS.taken(key, lambda parts=parts: _connect(parts)) as line:
-                line.request("GET", _path(parts), headers=_headers(parts, headers))
+            with contextlib.suppress(_NotKept), _CONNECTIONS.taken(key, lambda parts=parts: connect(parts)) as line:
+                line.request("GET", path_of(parts), headers=headers_of(parts, headers))
                 answer = line.getresponse()
                 if answer.status in ELSEWHERE:
                     url = urljoin(url, answer.getheader("Location") or "")
@@ -217,48 +214,6 @@ class _Busy(http.client.HTTPException):
         after = answer.getheader("Retry-After") or ""
         self.wait = float(after) if after.isdigit() else None
         super().__init__(f"the server answers {answer.status} {answer.reason}")
-
-
-def _connect(parts: SplitResult) -> http.client.HTTPConnection:
-    """A connection to a server, over the system's proxy where it names one."""
-    host = parts.hostname or ""
-    secure = parts.scheme == "https"
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    proxy = _proxy(parts)
-    if proxy is None:
-        return kind(host, parts.port, timeout=PATIENCE)
-    line = kind(proxy.hostname or "", proxy.port or 80, timeout=PATIENCE)
-    if secure:
-        line.set_tunnel(host, parts.port or 443, headers=_basic(proxy, "Proxy-Authorization"))
-    return line
-
-
-def _proxy(parts: SplitResult) -> SplitResult | None:
-    told = urllib.request.getproxies().get(parts.scheme)
-    if not told or urllib.request.proxy_bypass(parts.hostname or ""):
-        return None
-    return urlsplit(told if "//" in told else f"//{told}")
-
-
-def _path(parts: SplitResult) -> str:
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    if parts.scheme == "http" and _proxy(parts) is not None:  # a proxy wants the whole address
-        return f"http://{parts.netloc.rpartition('@')[2]}{path}"
-    return path
-
-
-def _headers(parts: SplitResult, own: Mapping[str, str]) -> dict[str, str]:
-    proxy = _proxy(parts) if parts.scheme == "http" else None
-    return {"User-Agent": "impasto", "Accept-Encoding": "identity", **own, **_basic(parts, "Authorization"),
-            **(_basic(proxy, "Proxy-Authorization") if proxy is not None else {})}
-
-
-def _basic(parts: SplitResult, header: str) -> dict[str, str]:
-    """The name and password that stand in an address."""
-    if parts.username is None:
-        return {}
-    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return {header: f"Basic {base64.b64encode(pair.encode()).decode()}"}
 
 
 def _content_range(answer: http.client.HTTPResponse) -> tuple[int | None, int | None]:

@@ -17,7 +17,8 @@ from impasto.core.errors import UserError
 from impasto.data import shards, shards_access
 from impasto.data.options import DataOptions
 from impasto.data.shards import Survey, Use, caption_of, open_table, refuse_samples, surveyed
-from impasto.data.shards_index import Status, open_index, split
+from impasto.data.shards_index import Status, open_index
+from impasto.data.shards_read import split
 from tests.data.sharded import aged, sample, serving, write_shard, write_shards
 
 
