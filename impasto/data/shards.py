@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -27,6 +28,8 @@ from impasto.data.shards_read import read_shard
 
 #: samples that cannot be used are named in an error up to so many
 NAMED = 20
+#: servers that are asked about a shard at once
+ASKING = 8
 #: seconds between two looks at a shard that another process is reading
 LOOK = 0.5
 
@@ -86,10 +89,11 @@ def open_table(data: DataOptions, report: Reporter = SILENT) -> Table:
     """
     folder = index_folder(data)
     names = expanded(data.shards or [])
-    with report.phase("finding the shards", len(names), "shards") as advance:
+    with report.phase("finding the shards", len(names), "shards") as advance, \
+            ThreadPoolExecutor(ASKING, thread_name_prefix="finding") as pool:
         shards = []
-        for name in names:
-            shards.append(reached(name, folder, report))
+        for shard in pool.map(lambda name: reached(name, folder, report), names):
+            shards.append(shard)
             advance(1)
     found: dict[int, Index] = {}
     new = []

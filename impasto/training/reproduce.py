@@ -12,6 +12,7 @@ from impasto.core.errors import UserError
 from impasto.core.progress import SILENT
 from impasto.data.dataset import list_folder
 from impasto.data.options import of_class_pictures
+from impasto.data.shards_access import is_url
 from impasto.data.source import collect, data_fingerprint, located, pictures_of
 from impasto.families.fingerprint import fingerprint
 from impasto.families.load import locate
@@ -105,6 +106,9 @@ def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
         return
     if prior is not None and prior.folder is None:
         found.unknown.append("the class pictures: they are drawn by the run itself")
+        return
+    if any(is_url(name) for name in data.shards or ()):
+        found.unknown.append("the pictures: they are on a web server, and would have to be fetched to be compared")
         return
     try:
         streams = [pictures_of(data, recipe.validation, recipe.train.seed)[0]]
