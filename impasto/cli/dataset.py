@@ -28,7 +28,8 @@ def verbs() -> None:
 @dataset.command("check", cls=Verb, context_settings=SETTINGS)
 def check(
     source: Annotated[str, typer.Argument(
-        metavar="RECIPE|FOLDER", help="A recipe, whose [data] and [prior] are looked at, or a folder of pictures.")],
+        metavar="RECIPE|FOLDER|SHARDS", help="A recipe, whose [data] and [prior] are looked at, a folder of pictures, "
+        "or shards: \"shard-{0000..0099}.tar\", also over HTTP.")],
     settings: Annotated[list[str] | None, typer.Argument(
         metavar="SECTION.KEY=VALUE", help="As in impasto train: data.resolution=768 "
         "\"data.caption=a photo of sks dog\" train.batch_size=4")] = None,
@@ -52,6 +53,13 @@ def check(
         refuse_existing([html], force)
     if all(one.source == "world" for one in recipe.data.sets):
         _world(recipe.data.sets, as_json)
+        return
+    if recipe.data.sets[0].source == "shards":  # the only set
+        from impasto.cli.dataset_shards import check_and_print
+
+        if not check_and_print(recipe.data.sets[0], recipe.prior, recipe.train.batch_size, page=html is not None,
+                               as_json=as_json):
+            raise typer.Exit(1)
         return
     from impasto.cli.dataset_text import lines
     from impasto.data.check import check_all, plain, verdict

@@ -24,7 +24,7 @@ HEADINGS = {Level.REFUSED: "refused", Level.WARNING: "warnings", Level.NOTE: "no
 
 def lines(checked: Sequence[Checked], verdict: Verdict, page: Path | None) -> list[str]:
     """Everything worth reading about all folders."""
-    told = [*_wrap(verdict.line, 0), *(line for advice in verdict.advice[:4] for line in _wrap(advice, 2, "-> "))]
+    told = [*wrapped(verdict.line, 0), *(line for advice in verdict.advice[:4] for line in wrapped(advice, 2, "-> "))]
     for folder in checked:
         told += ["", *_folder(folder)]
     more = any(len(finding.names) > NAMED.get(finding.level, len(finding.names))
@@ -32,7 +32,7 @@ def lines(checked: Sequence[Checked], verdict: Verdict, page: Path | None) -> li
     if page is not None:
         told += ["", f"page: {page}"]
     elif more:
-        told += ["", *_wrap("--json lists all of them, --html FILE shows them with every crop", 0)]
+        told += ["", *wrapped("--json lists all of them, --html FILE shows them with every crop", 0)]
     return told
 
 
@@ -44,29 +44,35 @@ def _folder(checked: Checked) -> list[str]:
     buckets = f"buckets of about {' and '.join(f'{side}x{side}' for side in sides)}, in steps of {data.bucket_step}" \
         if data.buckets else f"squares of {' and '.join(map(str, sides))}"
     told = [f"{inventory.title}: {safe(str(inventory.listing.folder))}"]
-    told += _wrap(f"{len(checked.used):,} of {len(inventory.listing.pictures):,} can be used; {buckets}, "
+    told += wrapped(f"{len(checked.used):,} of {len(inventory.listing.pictures):,} can be used; {buckets}, "
                   f"batches of {inventory.batch}", 2)
     if found.smallest and found.middle and found.largest:
-        told += _wrap(f"{_size(found.smallest)} to {_size(found.largest)} pixels, {_size(found.middle)} in the middle; "
-                      + ", ".join(f"{count:,} {shape}" for shape, count in found.orientations.items()), 2)
+        told += wrapped(f"{_size(found.smallest)} to {_size(found.largest)} pixels, {_size(found.middle)} in the "
+                        "middle; " + ", ".join(f"{count:,} {shape}" for shape, count in found.orientations.items()), 2)
     if found.cropped_most and found.cropped_most[0] > 0:
-        told += _wrap(f"cropped by {found.cropped_mean:.1%} of their area on average, at most by "
+        told += wrapped(f"cropped by {found.cropped_mean:.1%} of their area on average, at most by "
                       f"{found.cropped_most[0]:.1%} ({short(found.cropped_most[1], 40)})", 2)
     if found.enlarged_most:
-        told += _wrap(f"{found.enlarged:,} enlarged, at most {found.enlarged_most[0]:.2f} times "
+        told += wrapped(f"{found.enlarged:,} enlarged, at most {found.enlarged_most[0]:.2f} times "
                       f"({short(found.enlarged_most[1], 40)})", 2)
     if found.buckets:
         told += ["", *_beside([_histogram("bucket", {_size(size): n for size, n in found.buckets.items()}),
                                _histogram("shape", found.ratios), _histogram("shorter side", found.sides)])]
-    for level, findings in itertools.groupby(checked.findings, key=lambda finding: finding.level):
-        told += ["", HEADINGS[level], *(line for finding in findings for line in _finding(finding))]
-    return told + _tags(checked)
+    return told + finding_lines(checked.findings) + _tags(checked)
+
+
+def finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """What was found, under headings."""
+    told: list[str] = []
+    for level, some in itertools.groupby(findings, key=lambda finding: finding.level):
+        told += ["", HEADINGS[level], *(line for finding in some for line in _finding(finding))]
+    return told
 
 
 def _finding(finding: Finding) -> list[str]:
-    told = _wrap(finding.what, 2)
+    told = wrapped(finding.what, 2)
     if finding.fix:
-        told += _wrap(finding.fix, 2, "-> ")
+        told += wrapped(finding.fix, 2, "-> ")
     shown = list(finding.names.items())[:NAMED.get(finding.level)]
     width = min(max((len(safe(name)) for name, _ in shown), default=0), 32)
     room = min(columns(), WIDEST) - 6 - width - 2
@@ -75,8 +81,8 @@ def _finding(finding: Finding) -> list[str]:
             told += _named(name, detail, width, room)
         else:
             told.append(f"      {short(name, 32):<{width}}  {short(detail, max(room, 12))}".rstrip())
-    if len(finding.names) > len(shown):
-        told.append(f"      and {len(finding.names) - len(shown):,} more")
+    if more := len(finding.names) - len(shown) + finding.more:
+        told.append(f"      and {more:,} more")
     return told
 
 
@@ -92,12 +98,12 @@ def _tags(checked: Checked) -> list[str]:
     tags = checked.tags
     if tags is None:
         return []
-    told = ["", "tags", *_wrap(f"{len(tags.counts):,} tags in {tags.captions:,} captions", 2)]
+    told = ["", "tags", *wrapped(f"{len(tags.counts):,} tags in {tags.captions:,} captions", 2)]
     most = {short(tag, 24): count for tag, count in list(tags.counts.items())[:ROWS]}
     told += [f"  {line}" for line in _bars(most, 24, 24)]
     if tags.once:
         named = ", ".join(safe(tag) for tag in tags.once[:12]) + (", ..." if len(tags.once) > 12 else "")
-        told += _wrap(f"{len(tags.once):,} in one caption only: {named}", 2)
+        told += wrapped(f"{len(tags.once):,} in one caption only: {named}", 2)
     return told
 
 
@@ -126,7 +132,8 @@ def _beside(blocks: Sequence[Sequence[str]], width: int = 24, gap: int = 3) -> l
     return told
 
 
-def _wrap(text: str, indent: int, mark: str = "") -> list[str]:
+def wrapped(text: str, indent: int, mark: str = "") -> list[str]:
+    """A text in lines that fit the terminal; `mark` stands before the first."""
     lead = " " * indent + mark
     return textwrap.wrap(safe(text), min(columns(), WIDEST), initial_indent=lead, subsequent_indent=" " * len(lead),
                          break_on_hyphens=False)

@@ -10,6 +10,7 @@ from impasto.data.augment import Augment
 from impasto.data.buckets import all_buckets
 from impasto.data.captions import Captions
 from impasto.data.dataset import Listing
+from impasto.data.many import Many, Tally
 from impasto.data.options import DataOptions
 from impasto.data.sets import DataSets, label
 
@@ -23,7 +24,7 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
     buckets = [all_buckets(one) for one in data.sets]
     lines = []
     for number, one in enumerate(data.sets):
-        own = [item for item in pictures if item.handling.number == number]
+        own = of_set(pictures, number)
         lines += account("pictures" if len(data.sets) == 1 else f"pictures of {label(number, data)} "
                          f"({one.folder or 'the drawn world'})", own, buckets[number])
     if any(one.repeats > 1 for one in data.sets):
@@ -47,52 +48,75 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
     return lines
 
 
+def of_set(items: Sequence[Item], number: int) -> Sequence[Item]:
+    """Those of set `number`."""
+    return items if isinstance(items, Many) else [item for item in items if item.handling.number == number]
+
+
+def tally(items: Sequence[Item], buckets: Sequence[tuple[int, int]]) -> Tally:
+    """Pictures counted."""
+    if isinstance(items, Many):
+        return items.tally(buckets)
+    cropped = max(items, key=lambda item: item.placement.cropped)
+    enlarged = [item for item in items if item.placement.scale > 1]
+    most = max(enlarged, key=lambda item: item.placement.scale) if enlarged else items[0]
+    uses = Counter((item.handling.number, item.picture.name) for item in items)
+    return Tally(len(uses), Counter(item.placement.bucket for item in items),
+                 sum(item.placement.cropped for item in items) / len(items),
+                 (cropped.placement.cropped, cropped.picture.name), len(enlarged),
+                 (most.placement.scale, most.picture.name), sum(item.placement.bucket not in buckets for item in items),
+                 len(uses) - len({item.picture.digest for item in items}),
+                 sum(count < max(uses.values()) for count in uses.values()))
+
+
 def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]]) -> list[str]:
     """How many there are, in which buckets, and what was cut off or enlarged: lines for the user."""
-    counts = Counter(item.placement.bucket for item in items)
+    told = tally(items, buckets)
     shapes = ", ".join(f"{count} at {width}x{height}" for (height, width), count
-                       in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-    uses = Counter((item.handling.number, item.picture.name) for item in items)
-    lines = [f"{len(uses)} {title}: {shapes}"]
-    if few := sum(count < max(uses.values()) for count in uses.values()):
-        lines.append(f"{title} that come at fewer resolutions than others, since they are too small for them: {few}")
-    most = max(items, key=lambda item: item.placement.cropped)
-    if most.placement.cropped > 0:
-        mean = sum(item.placement.cropped for item in items) / len(items)
-        lines.append(f"{title} are cropped by {mean:.1%} of their area on average, at most by "
-                     f"{most.placement.cropped:.1%} ({most.picture.name})")
-    enlarged = [item for item in items if item.placement.scale > 1]
-    if enlarged:
-        most = max(enlarged, key=lambda item: item.placement.scale)
-        lines.append(f"{title} that are enlarged: {len(enlarged)}, at most {most.placement.scale:.2f} times "
-                     f"({most.picture.name})")
-    own = sum(item.placement.bucket not in buckets for item in items)
-    if own:
-        lines.append(f"{title} too small for any bucket, in one of their own size: {own}")
-    copies = len(uses) - len({item.picture.digest for item in items})
-    if copies:
-        lines.append(f"{title} that are copies of others: {copies}")
+                       in sorted(told.shapes.items(), key=lambda pair: (-pair[1], pair[0])))
+    lines = [f"{told.count} {title}: {shapes}"]
+    if told.fewer:
+        lines.append(f"{title} that come at fewer resolutions than others, since they are too small for them: "
+                     f"{told.fewer}")
+    if told.cropped_most[0] > 0:
+        lines.append(f"{title} are cropped by {told.cropped_mean:.1%} of their area on average, at most by "
+                     f"{told.cropped_most[0]:.1%} ({told.cropped_most[1]})")
+    if told.enlarged:
+        lines.append(f"{title} that are enlarged: {told.enlarged}, at most {told.enlarged_most[0]:.2f} times "
+                     f"({told.enlarged_most[1]})")
+    if told.own:
+        lines.append(f"{title} too small for any bucket, in one of their own size: {told.own}")
+    if told.copies:
+        lines.append(f"{title} that are copies of others: {told.copies}")
     return lines
 
 
 def wordings(items: Sequence[Item]) -> list[str]:
     """What becomes of captions, by an example, and which of them are cut: lines for the user."""
-    changed = [item for item in items if item.phrasing.facts and item.caption]
-    if not changed:
+    if isinstance(items, Many) and not items[0].phrasing.facts:  # all of one recipe: spare the reading of all
         return []
-    first = changed[0]
+    first: Item | None = None
+    choices, cut, most, example = 0, 0, "", ""
+    for item in items:
+        if not item.caption or not item.phrasing.facts:
+            continue
+        first = first or item
+        choices += item.phrasing.has_choice(item.caption)
+        if lost := item.phrasing.lost(item.caption):
+            cut += 1
+            if len(lost) > len(most):
+                most, example = lost, item.picture.name
+    if first is None:
+        return []
     how = first.phrasing
     ways = ["tags in another order"] * how.shuffle + [f"{how.dropout:.0%} of tags left out"] * (how.dropout > 0)
     lines = [f"captions are trained as in {first.picture.name}: {_short(how.plain(first.caption))}"
              + (f", in each use with {' and '.join(ways)}" if ways else "")]
-    choices = sum(item.phrasing.has_choice(item.caption) for item in changed)
     if choices:
         lines.append(f"captions with alternatives, of which one is chosen in each use: {choices}")
-    cut = {item.picture.name: lost for item in changed if (lost := item.phrasing.lost(item.caption))}
     if cut:
-        name, lost = max(cut.items(), key=lambda pair: len(pair[1]))
-        lines.append(f"captions that are cut to {how.max_tokens} tokens (data.max_tokens): {len(cut)}; most "
-                     f"is lost of {name}: {_short(lost)}")
+        lines.append(f"captions that are cut to {how.max_tokens} tokens (data.max_tokens): {cut}; most "
+                     f"is lost of {example}: {_short(most)}")
     return lines
 
 

@@ -50,29 +50,24 @@ class Cache:
         It is read whole: a mapped file could be cut short under us, and Windows would not let it be replaced.
         """
         try:
-            data = self.path(key).read_bytes()
-            tensors = safetensors.torch.load(data)
-        except (FileNotFoundError, safetensors.SafetensorError):
+            return unpacked(self.path(key).read_bytes())
+        except FileNotFoundError:
             return None
-        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-        return tensors if header.get("__metadata__", {}).get("digest") == _digest(tensors) else None
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry whole. Raises `UserError` on a full disk."""
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_write(self.path(key)) as file:
-            file.write(safetensors.torch.save(plain, {"digest": _digest(plain)}))
+            file.write(packed(tensors))
 
     def load_all(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
         """Entries that were there when the run began. Raises `UserError` if one has gone since."""
-        entries = []
-        for key in keys:
-            entry = self.load(key)
-            if entry is None:
-                raise UserError("an encoded picture or caption was lost or damaged during the run",
-                                where=self.path(key), fix="run the same command again: it is made again")
-            entries.append(entry)
-        return entries
+        return [self._there(key, self.load(key)) for key in keys]
+
+    def _there(self, key: str, entry: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        if entry is None:
+            raise UserError("an encoded picture or caption was lost or damaged during the run",
+                            where=self.path(key), fix="run the same command again: it is made again")
+        return entry
 
     def fill(self, makers: Mapping[str, Callable[[], Mapping[str, Tensor]]], title: str, unit: str,
              report: Reporter, rank: int = 0, world: int = 1) -> int:
@@ -95,6 +90,22 @@ class Cache:
                     made += 1
                 advance(1)
         return made
+
+
+def packed(tensors: Mapping[str, Tensor]) -> bytes:
+    """An entry as it is kept: safetensors, with a digest of the tensors."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(plain, {"digest": _digest(plain)})
+
+
+def unpacked(data: bytes) -> dict[str, Tensor] | None:
+    """The tensors of an entry, on the CPU; None where it is damaged."""
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError:
+        return None
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    return tensors if header.get("__metadata__", {}).get("digest") == _digest(tensors) else None
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -124,11 +135,15 @@ def image_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
 def encode_picture(base: Base, picture: Picture, variant: Variant, flip: bool, background: str,
                    device: torch.device) -> dict[str, Tensor]:
     """A picture's moments (1, 2C, h, w), fp32. Raises `UserError` if they are not finite."""
-    pixels = variant.show(picture.read(background), flip)[None].to(device)
+    return encode_pixels(base, variant.show(picture.read(background), flip), device, picture.path)
+
+
+def encode_pixels(base: Base, pixels: Tensor, device: torch.device, where: object) -> dict[str, Tensor]:
+    """The moments (1, 2C, h, w), fp32, of one picture's pixels (3, H, W). Raises `UserError` as `encode_picture`."""
     with torch.no_grad():
-        moments = base.encode_images(pixels).float()
+        moments = base.encode_images(pixels[None].to(device)).float()
     if not torch.isfinite(moments).all():
-        raise UserError("the VAE makes numbers of it that are not finite", where=picture.path,
+        raise UserError("the VAE makes numbers of it that are not finite", where=where,
                         fix="give another VAE (base.vae), or train.precision=fp32")
     return {"moments": moments}
 

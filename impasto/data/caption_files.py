@@ -32,8 +32,12 @@ class Row:
 
 
 def text_of(path: Path) -> str:
-    """A file's text: UTF-8 with or without a byte-order mark, or UTF-16 with one (Windows' Notepad)."""
-    data = path.read_bytes()
+    """A file's text, as `text_in` reads it."""
+    return text_in(path.read_bytes())
+
+
+def text_in(data: bytes) -> str:
+    """The text in a file's bytes: UTF-8 with or without a byte-order mark, or UTF-16 with one (Windows' Notepad)."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if utf16 else "utf-8-sig")
@@ -48,8 +52,12 @@ def tidy(text: str) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a caption's own file: text, or JSON (a string, or an object as `lines_in` takes it)."""
-    text = text_of(path)
-    if path.suffix.lower() != ".json":
+    return lines_of(text_of(path), path.suffix.lower() == ".json")
+
+
+def lines_of(text: str, is_json: bool) -> list[str]:
+    """The lines of a caption's text, or of the JSON in it."""
+    if not is_json:
         return tidy(text)
     data = _json(text)
     if isinstance(data, str):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +15,25 @@ from impasto.data import cache as caching
 from impasto.data.augment import Variant
 from impasto.data.cache import Cache
 from impasto.data.frontier import Frontier
+from impasto.data.many import Many
 from impasto.data.phrasing import PLAIN, Phrasing
 from impasto.families.base import Base, TextStates
 
 if TYPE_CHECKING:
     from impasto.data.items import Item
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What may become of an item in a use: how its picture is shown, mirrored or not, and what is said of it."""
+
+    shown: Callable[[Item], Sequence[tuple[Variant, bool]]]
+    said: Callable[[Item], Sequence[str]]
+
+
+def _shown(item: Item) -> list[tuple[Variant, bool]]:
+    return [(item.variant(number), flip) for number in range(item.handling.augment.variants)
+            for flip in item.handling.flips]
 
 
 class Encoding:
@@ -30,51 +44,89 @@ class Encoding:
         self.base, self.cache, self.rule, self.device = base, cache, rule, device
         self.image_encoder = caching.image_encoder_key(base, fingerprint)
         self.text_encoder = caching.text_encoder_key(base, fingerprint)
+        self.many: list[tuple[Many, Uses]] = []
         self.latents: dict[str, Callable[[], dict[str, Tensor]]] = {}
         self.texts: dict[str, Callable[[], TextStates]] = {}
 
-    def keyed(self, items: Iterable[Item]) -> list[Item]:
+    def keyed(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items with their cache keys, and what those keys stand for noted down."""
-        return [replace(item, latent_keys=self._latent_keys(item, [
-            (item.variant(number), flip) for number in range(item.handling.augment.variants)
-            for flip in item.handling.flips]), text_keys=self._text_keys(item)) for item in items]
+        return self._noted(items, Uses(_shown, lambda item: item.phrasing.variants(item.caption) or ()))
 
-    def keyed_plain(self, items: Iterable[Item]) -> list[Item]:
+    def keyed_plain(self, items: Sequence[Item]) -> Sequence[Item]:
         """Likewise of held-out pictures: nothing about them is left to chance."""
-        def text(item: Item) -> dict[str, str]:
-            words = item.phrasing.plain(item.caption)
-            return {words: self.caption(words, item.phrasing)} if self.rule.text else {}
+        return self._noted(items, Uses(lambda item: [(Variant(item.placement), False)],
+                                       lambda item: (item.phrasing.plain(item.caption),)))
 
-        return [replace(item, latent_keys=self._latent_keys(item, [(Variant(item.placement), False)]),
-                        text_keys=text(item)) for item in items]
+    def _noted(self, items: Sequence[Item], uses: Uses) -> Sequence[Item]:
+        if isinstance(items, Many) and items:
+            items = items.keyed(functools.partial(self._with_keys, uses))
+            self.many.append((items, uses))
+            return items
+        found = [self._with_keys(uses, item) for item in items]
+        for item in found:
+            for key, (variant, flip) in zip(item.latent_keys, uses.shown(item) if item.latent_keys else (),
+                                            strict=True):
+                self.latents[key] = functools.partial(caching.encode_picture, self.base, item.picture, variant, flip,
+                                                      item.handling.background, device=self.device)
+            for words in item.text_keys:
+                self.caption(words, item.phrasing)
+        return found
 
-    def _latent_keys(self, item: Item, shown: Sequence[tuple[Variant, bool]]) -> tuple[str, ...]:
-        keys = []
-        for variant, flip in shown if self.rule.latents else ():
-            cut_as = (item.picture, variant, flip, item.handling.background)
-            keys.append(caching.latent_key(*cut_as, self.image_encoder))
-            self.latents[keys[-1]] = functools.partial(caching.encode_picture, self.base, *cut_as,
-                                                       device=self.device)
-        return tuple(keys)
+    def _with_keys(self, uses: Uses, item: Item) -> Item:
+        latents = [caching.latent_key(item.picture, variant, flip, item.handling.background, self.image_encoder)
+                   for variant, flip in (uses.shown(item) if self.rule.latents else ())]
+        texts = uses.said(item) if self.rule.text else ()
+        return replace(item, latent_keys=tuple(latents),
+                       text_keys={words: self._text_key(words, item.phrasing) for words in texts})
 
-    def _text_keys(self, item: Item) -> dict[str, str]:
-        """The key of each caption that the item may have; none where the step encodes them."""
-        if not self.rule.text:
-            return {}
-        return {words: self.caption(words, item.phrasing) for words in item.phrasing.variants(item.caption) or ()}
+    def _text_key(self, words: str, phrasing: Phrasing) -> str:
+        return caching.text_key(phrasing.encoded_as(words), self.text_encoder)
 
     def caption(self, words: str, phrasing: Phrasing = PLAIN) -> str:
         """The key of a caption's states, noted down; "" where the step encodes captions."""
         if not self.rule.text:
             return ""
-        caption = phrasing.encoded_as(words)
-        key = caching.text_key(caption, self.text_encoder)
-        self.texts[key] = functools.partial(caching.encode_caption, self.base, caption)
+        key = self._text_key(words, phrasing)
+        self.texts[key] = functools.partial(caching.encode_caption, self.base, phrasing.encoded_as(words))
         return key
 
     def run(self, report: Reporter, rank: int, world: int) -> None:
         """Encode all of it that is not in the cache yet."""
+        for items, uses in self.many:
+            self._run_many(items, uses, report, rank, world)
         if self.latents:
             self.cache.fill(self.latents, "encoding pictures", "pictures", report, rank, world)
         if self.texts:
             self.cache.fill(self.texts, "encoding captions", "captions", report, rank, world)
+
+    def _run_many(self, items: Many, uses: Uses, report: Reporter, rank: int, world: int) -> None:
+        """The same for items that are made when they are asked for."""
+        from impasto.data.shards_cache import Making, Packs
+
+        assert isinstance(self.cache, Packs), "such items have a cache of their own kind"
+
+        def pictures(i: int) -> dict[str, Making]:
+            item = items[i]
+
+            def load(variant: Variant, flip: bool) -> Tensor:
+                return variant.show(item.picture.read(item.handling.background), flip)
+
+            def encode(pixels: Tensor) -> dict[str, Tensor]:
+                return caching.encode_pixels(self.base, pixels, self.device, item.picture.name)
+
+            return {key: Making(functools.partial(load, variant, flip), encode)
+                    for key, (variant, flip) in zip(item.latent_keys, uses.shown(item), strict=True)}
+
+        def captions(i: int) -> dict[str, Making]:
+            item = items[i]
+            return {key: Making(functools.partial(item.phrasing.encoded_as, words),
+                                functools.partial(caching.encode_caption, self.base))
+                    for words, key in item.text_keys.items()}
+
+        one = items[0]
+        facts = (items.facts, one.latent_keys, dict(one.text_keys), one.phrasing.facts,
+                 one.handling.augment.facts)
+        for wanted, making, what in ((self.rule.latents, pictures, "pictures"), (self.rule.text, captions, "captions")):
+            if wanted:
+                self.cache.fill_many(len(items), making, caching.key_of(what, facts), f"encoding {what}", what, report,
+                                     rank, world)

@@ -45,6 +45,7 @@ class Finding:
     what: str
     fix: str  # what to do about it; may be empty
     names: dict[str, str]  # picture or file -> what is to be said of it, which may be nothing
+    more: int = 0  # how many are not among the names, where they are too many
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from impasto.core.errors import UserError
 from impasto.core.rng import seed_for
+from impasto.data.many import Many
 from impasto.data.options import ValidationOptions
 
 if TYPE_CHECKING:
@@ -34,11 +35,13 @@ def beyond(pictures: int, options: ValidationOptions | None) -> int:
 
 
 def divide(items: Sequence[Item], own: Sequence[Item] | None, options: ValidationOptions,
-           seed: int) -> tuple[list[Item], list[Item], list[str]]:
+           seed: int) -> tuple[Sequence[Item], Sequence[Item], list[str]]:
     """A folder's pictures to learn from, those that are held out, and lines for the user; both in their order.
 
     `own` are those of `options.folder`, if it is given. Raises `UserError` if nothing would be left to learn from.
     """
+    if isinstance(items, Many):
+        return items.divided(own, options, seed)
     contents = {item.picture.digest for item in items}
     if own is not None:
         chosen = {item.picture.digest for item in own}
@@ -47,17 +50,30 @@ def divide(items: Sequence[Item], own: Sequence[Item] | None, options: Validatio
         chosen = _first(turn, how_many(len(contents), options.fraction), items)
     kept = [item for item in items if item.picture.digest not in chosen]
     out = [replace(item, weight=1.0) for item in items if item.picture.digest in chosen]
-    if empty := sorted({item.handling.number for item in out} - {item.handling.number for item in kept}):
-        of = f" of data.{empty[0]}" if kept else ""
-        raise UserError(f"every picture{of} is held out, and none is left to learn from", where="validation",
-                        fix="add pictures, or do without: validation.fraction=0")
-    if own is not None:
-        lines = [f"pictures that are copies of held-out ones, and are not learned from: {len(out)}"] if out else []
-        return kept, list(own), lines
-    names = [item.picture.name for item in out]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    lines = [f"held out to validate with, and not learned from: {', '.join(names[:5])}{more}"] if out else []
-    return kept, out, lines
+    empty = sorted({item.handling.number for item in out} - {item.handling.number for item in kept})
+    if kept and empty:
+        raise _none_left(f" of data.{empty[0]}")
+    lines = told_of(len(kept), [item.picture.name for item in out[:5]], len(out), own is not None)
+    return kept, out if own is None else list(own), lines
+
+
+def told_of(kept: int, first: Sequence[str], out: int, apart: bool) -> list[str]:
+    """Lines for the user on `out` pictures that are not learned from, of which the `first` have these names; `apart`:
+    since they are copies of held-out ones that lie in a folder of their own. Raises `UserError` if none is `kept`.
+    """
+    if not kept:
+        raise _none_left()
+    if not out:
+        return []
+    if apart:
+        return [f"pictures that are copies of held-out ones, and are not learned from: {out}"]
+    more = f" and {out - len(first)} more" if out > len(first) else ""
+    return [f"held out to validate with, and not learned from: {', '.join(first)}{more}"]
+
+
+def _none_left(of: str = "") -> UserError:
+    return UserError(f"every picture{of} is held out, and none is left to learn from", where="validation",
+                     fix="add pictures, or do without: validation.fraction=0")
 
 
 def _first(turn: Sequence[str], count: int, items: Sequence[Item]) -> set[str]:

@@ -29,8 +29,18 @@ class DataOptions(Section):
 
     folder: str | None = Field(None, description="Folder of pictures, folders inside it included, with a caption for "
                                "each (caption_source) unless caption is given.")
-    source: Literal["folder", "world"] = Field("folder", description="world: pictures of the embedded base's drawn "
-                                               "world with their captions, made as they are needed.")
+    source: Literal["folder", "shards", "world"] = Field(
+        "folder", description="shards: webdataset's tar files (shards). world: pictures of the embedded base's drawn "
+        "world with their captions, made as they are needed.")
+    shards: list[str] | None = Field(None, description="Webdataset's tar files, one or a list: paths, folders, * "
+                                     "patterns, http(s) addresses, {0000..0099} for numbers. Captions are the .txt, "
+                                     ".caption or .json beside each picture in the shard. A shard is read whole once, "
+                                     "and its index kept beside the cache.")
+    shuffle_window: int = Field(4096, ge=1, description="Samples of shards that are shuffled among each other, as in "
+                                "webdataset's shuffle; in each epoch the shards come in another order too.")
+    bad_samples: Literal["error", "skip"] = Field(
+        "error", description="What samples of shards are that cannot be used (no picture, a damaged one, no caption, a "
+        "shard cut short): an error by name, or left out and counted.")
     pictures: int | None = Field(None, ge=1, description="How many of the drawn world (default 20000).")
     doodles: float = Field(0.0, ge=0, le=1, description="Share of the drawn world's pictures that show nothing in "
                            "particular and have no caption; they keep a VAE general.")
@@ -109,6 +119,11 @@ class DataOptions(Section):
     loss_weight: float = Field(1.0, ge=0, description="Of its pictures' losses; held-out pictures weigh 1 "
                                "(OneTrainer's loss_weight).")
 
+    @pydantic.field_validator("shards", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
     @pydantic.field_validator("background")
     @classmethod
     def _is_a_colour(cls, value: str) -> str:
@@ -141,7 +156,19 @@ class DataOptions(Section):
             raise ValueError("say where the pictures are: data.folder")
         if self.source == "world" and (self.folder is not None or self.caption is not None):
             raise ValueError("source = \"world\" draws pictures and captions itself: leave folder and caption out")
-        if self.source == "folder" and (self.pictures is not None or self.doodles):
+        if self.source == "shards" and not self.shards:
+            raise ValueError("say where the shards are: data.shards")
+        if self.source == "shards" and (self.folder is not None or self.caption_source == "table"):
+            raise ValueError("source = \"shards\" has its pictures and captions in the shards: leave folder and "
+                             "caption_source = \"table\" out")
+        if self.source == "shards" and self.resolutions is not None:
+            raise ValueError("source = \"shards\" has one resolution: give resolution in place of resolutions")
+        if self.source == "shards" and self.repeats != 1:
+            raise ValueError("source = \"shards\" has each sample once in an epoch: leave repeats out, and give "
+                             "train.epochs or train.steps")
+        if self.source != "shards" and self.shards is not None:
+            raise ValueError("shards are read with source = \"shards\"")
+        if self.source != "world" and (self.pictures is not None or self.doodles):
             raise ValueError("pictures and doodles are of source = \"world\"")
         if self.source == "world" and self.pictures is None:
             object.__setattr__(self, "pictures", 20_000)

@@ -12,17 +12,21 @@ from impasto.data.augment import Augment
 from impasto.data.dataset import list_folder, located
 from impasto.data.heldout import beyond, divide
 from impasto.data.items import Item, collect, draw_world
+from impasto.data.many import Many
 from impasto.data.options import DataOptions, ValidationOptions
 from impasto.data.phrasing import Phrasing
 from impasto.data.sets import DataSets, label
+from impasto.data.shards_items import shard_items
 
 
 def pictures_of(data: DataOptions | DataSets, validation: ValidationOptions | None, seed: int,
-                report: Reporter = SILENT, notes: list[str] | None = None) -> tuple[list[Item], list[Item]]:
+                report: Reporter = SILENT, notes: list[str] | None = None) -> tuple[Sequence[Item], Sequence[Item]]:
     """The pictures to learn from, and those that are held out; both set by set.
 
     Raises `UserError` as `collect` and `divide` do; of several sets that cannot be used, it tells of all.
     """
+    if data.sets[0].source == "shards":  # the only set
+        return _divided(shard_items(data.sets[0], report, notes), data, validation, seed, report, notes)
     kept: list[Item] = []
     held_out: list[Item] = []
     found: list[Item] = []
@@ -45,14 +49,24 @@ def pictures_of(data: DataOptions | DataSets, validation: ValidationOptions | No
             notes += [f"{label(number, data)}: {line}" if len(data.sets) > 1 else line for line in told]
     _refuse(refused)
     if found and validation is not None:
-        apart = None if validation.folder is None else \
-            collect(list_folder(located(validation.folder)), data.sets[0], report, "held-out pictures", notes=notes)
-        found, out, told = divide(found, apart, validation, seed)
+        learned, out = _divided(found, data, validation, seed, report, notes)
+        found = list(learned)
         held_out += out
-        if notes is not None:
-            notes += told
     return (sorted([*kept, *found], key=lambda item: item.handling.number),
             sorted(held_out, key=lambda item: item.handling.number))
+
+
+def _divided(items: Sequence[Item], data: DataOptions | DataSets, validation: ValidationOptions | None, seed: int,
+             report: Reporter, notes: list[str] | None) -> tuple[Sequence[Item], Sequence[Item]]:
+    """Pictures of folders, or of shards, to learn from and to validate with."""
+    if validation is None:
+        return items, []
+    apart = None if validation.folder is None else \
+        collect(list_folder(located(validation.folder)), data.sets[0], report, "held-out pictures", notes=notes)
+    kept, held_out, told = divide(items, apart, validation, seed)
+    if notes is not None:
+        notes += told
+    return kept, held_out
 
 
 def _refuse(refused: Sequence[tuple[str, UserError]]) -> None:
@@ -76,5 +90,6 @@ def data_fingerprint(data: DataOptions | DataSets, streams: Sequence[Sequence[It
     one = data.sets[0]
     more = [facts for facts in (Phrasing.of(one).facts, Augment.of(one).facts) if facts]
     return key_of(one.flip, one.background,
-                  [[(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
+                  [items.facts if isinstance(items, Many) else
+                   [(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
                   *more)

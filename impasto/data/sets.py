@@ -17,6 +17,10 @@ class DataSets(pydantic.RootModel[list[DataOptions]]):
     def _agree(self) -> DataSets:
         if len(self.root) < 2:
             raise ValueError("one set of pictures is [data], not [[data]]")
+        for number, one in enumerate(self.root):
+            if one.source == "shards":
+                raise ValueError(f"data.{number} has source = \"shards\", which is a run's only set: put all shards "
+                                 "into one [data], or unpack them into folders")
         shares = [one.share is not None for one in self.root]
         if any(shares) and not all(shares):
             raise ValueError(f"data.{shares.index(False)} has no share, and others have: give all sets one, or none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
-from impasto.data.account import accounts, wordings
+from impasto.data.account import accounts, of_set, wordings
 from impasto.data.augment import Variant
 from impasto.data.buckets import check_sizes
 from impasto.data.cache import Cache
@@ -20,15 +21,20 @@ from impasto.data.dataset import list_folder, located
 from impasto.data.encoding import Encoding
 from impasto.data.frontier import READS, Frontier, frontier
 from impasto.data.items import Item, collect
+from impasto.data.many import Many, Stream
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions, of_class_pictures
 from impasto.data.order import Order
 from impasto.data.pictures import data_fingerprint, pictures_of
 from impasto.data.prior import draw_prior
 from impasto.data.sets import DataSets, cache_folder, label
+from impasto.data.shards_cache import Packs
 from impasto.data.shares import SharedOrder
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.mini.labels import LABEL_SIZES, NOTHING
 from impasto.objectives.batch import Batch
+
+#: pictures of a batch that are read and decoded at once, where the step encodes them
+DECODERS = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Share:
 class Source:
     """What the trainer draws its batches from. Of the base it keeps `stack_text` alone."""
 
-    pictures: tuple[Item, ...]  # set by set, in the order of their names
+    pictures: Sequence[Item]  # set by set, in the order of their names; of shards, in theirs
     class_pictures: tuple[Item, ...]  # empty without [prior]
     data: DataOptions | DataSets
     rule: Frontier
@@ -68,7 +74,7 @@ class Source:
     label_sizes: tuple[int, ...] = ()  # how many values each of the items' labels has
     varied: bool = False  # captions are encoded in the step since chance makes too many of them
     notes: list[str] = field(default_factory=list)  # what lies in the folder and is not used
-    held_out: tuple[Item, ...] = ()  # pictures that are only looked at to validate, likewise
+    held_out: Sequence[Item] = ()  # pictures that are only looked at to validate, likewise
 
     def __post_init__(self) -> None:
         self._streams = [self._stream()]
@@ -78,10 +84,13 @@ class Source:
             self._streams.append((self.class_pictures, order))
         self._ahead: dict[int, Future[list[list[Batch]]]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures")
 
-    def _stream(self) -> tuple[Sequence[Item], Order | SharedOrder]:
+    def _stream(self) -> tuple[Sequence[Item], Stream]:
         """The pictures, each as often as it comes in an epoch, and their order."""
         sets, group, seed = self.data.sets, self.share.group, self.share.seed
+        if isinstance(self.pictures, Many):
+            return self.pictures, self.pictures.order(group, seed, "pictures")
         shares = [one.share for one in sets if one.share is not None]
         if shares:
             places = [(item.placement.bucket, item.handling.number) for item in self.pictures]
@@ -165,8 +174,9 @@ class Source:
         if self.rule.latents:
             batch.moments = torch.cat([entry["moments"] for entry in self.cache.load_all(keys)])
         elif self.rule.pixels:
-            batch.pixels = torch.stack([variant.show(item.picture.read(item.handling.background), flip)
-                                        for item, variant, flip in zip(items, shown, flips, strict=True)])
+            batch.pixels = torch.stack(list(self._decoders.map(
+                lambda item, variant, flip: variant.show(item.picture.read(item.handling.background), flip),
+                items, shown, flips)))
         if self.rule.text:
             texts = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
                     for item, words in zip(items, said, strict=True)]
@@ -197,8 +207,7 @@ class Source:
 
     def _wordings(self) -> list[str]:
         """What becomes of captions, set by set."""
-        return [line for number in range(len(self.data.sets))
-                for line in wordings([item for item in self.pictures if item.handling.number == number])]
+        return [line for number in range(len(self.data.sets)) for line in wordings(of_set(self.pictures, number))]
 
 
 # --- preparing ---------------------------------------------------------------------------------------------
@@ -220,20 +229,25 @@ def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions
         check_sizes(one, base.cell, label(number, data))
     fingerprint = base.fingerprint()
     notes: list[str] = []
-    class_items: list[Item] = []
     items, held_out = pictures_of(data, validation, seed, report, notes)
+    class_items: Sequence[Item] = []
     if prior is not None:
         class_data = of_class_pictures(data.sets[0], prior)
         listing = list_folder(located(prior.folder)) if prior.folder is not None else \
             draw_prior(base, fingerprint, prior, class_data.resolution, report, rank, world)
         class_items = collect(listing, class_data, report, "class pictures", prior.weight, notes)
-    many = any(item.phrasing.variants(item.caption) is None for item in (*items, *class_items))
+    many = any(one.wildcards for one in data.sets) and any(item.phrasing.variants(item.caption) is None
+                                                           for item in itertools.chain(items, class_items))
     rule = frontier(trains, base.text_encoder_names, data, reads, many=many)
-    cache = Cache.at(cache_folder(data))
+    cache = (Packs if isinstance(items, Many) else Cache).at(cache_folder(data))
     encoding = Encoding(base, fingerprint, cache, rule, torch.device(device))
     items, class_items, held_out = encoding.keyed(items), encoding.keyed(class_items), encoding.keyed_plain(held_out)
     no_caption = encoding.caption("") if any(one.caption_dropout for one in data.sets) else ""
     encoding.run(report, rank, world)
-    return Source(tuple(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
+    return Source(_kept(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
                   LABEL_SIZES if any(one.source == "world" for one in data.sets) else (), notes=notes,
-                  varied=rule.captions and not set(base.text_encoder_names) & trains, held_out=tuple(held_out))
+                  varied=rule.captions and not set(base.text_encoder_names) & trains, held_out=_kept(held_out))
+
+
+def _kept(items: Sequence[Item]) -> Sequence[Item]:
+    return items if isinstance(items, Many) else tuple(items)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 import impasto
+from impasto.data.shards_access import is_url
 from impasto.families.load import is_hub_id
 from impasto.training.recipe import Recipe
 
 #: keys that name places on the user's disk: only their last part goes into a file that may be shared
-PLACES = [("base", "path"), ("base", "vae"), ("data", "folder"), ("data", "cache"), ("prior", "folder"),
-          ("validation", "folder"), ("output", "dir")]
+PLACES = [("base", "path"), ("base", "vae"), ("data", "folder"), ("data", "shards"), ("data", "cache"),
+          ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
 
 #: keys that say whom else to tell of a run: they are of the one who trains, not of what is trained
 TOLD = ["trackers", "track_every", "push_to", "push_private"]
@@ -58,6 +60,10 @@ def shareable(plain: dict[str, Any]) -> dict[str, Any]:
         for section in tables if isinstance(tables, list) else [tables]:
             place = section.get(key)
             if place and not ((name, key) == ("base", "path") and is_hub_id(place)):
-                section[key] = PurePath(place).name
+                section[key] = [_last(one) for one in place] if isinstance(place, list) else _last(place)
     plain["output"] = {key: value for key, value in plain["output"].items() if key not in TOLD}
     return plain
+
+
+def _last(place: str) -> str:
+    return PurePath(urlsplit(place).path if is_url(place) else place).name

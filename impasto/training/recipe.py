@@ -273,13 +273,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_data_sections(name: str, overrides: Sequence[str] = ()) -> DataSections:
-    """What a recipe, or a folder of pictures, tells of the pictures; whatever else the recipe holds or lacks.
+    """What a recipe, a folder of pictures or shards tell of the pictures; whatever else the recipe holds or lacks.
 
     Asks for no torch, as methods and objectives do. Raises `UserError` as `load_recipe` does.
     """
     where: object = name
-    if Path(name).is_dir() or name.startswith("mini:"):
-        tree: dict[str, Any] = {"data": {"folder": name}}
+    if Path(name).is_dir() or name.startswith("mini:") or name.endswith(".tar"):
+        tree: dict[str, Any] = {"data": {"source": "shards", "shards": name} if name.endswith(".tar") else
+                                {"folder": name}}
         for override in overrides:
             apply_override(tree, override)
     else:

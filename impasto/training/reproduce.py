@@ -15,6 +15,7 @@ from impasto.data.items import collect
 from impasto.data.options import of_class_pictures
 from impasto.data.pictures import data_fingerprint, pictures_of
 from impasto.data.sets import label
+from impasto.data.shards_access import is_url
 from impasto.families.fingerprint import fingerprint
 from impasto.families.load import locate
 from impasto.formats.checkpoint import open_checkpoint
@@ -104,10 +105,13 @@ def _compare_base(recipe: Recipe, before: dict[str, str], found: Reproduction) -
 
 def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
     data, prior = recipe.data, recipe.prior
-    if data is None or all(one.source != "folder" for one in data.sets):
+    if data is None or all(one.source == "world" for one in data.sets):
         return
     if prior is not None and prior.folder is None:
         found.unknown.append("the class pictures: they are drawn by the run itself")
+        return
+    if any(is_url(name) for one in data.sets for name in one.shards or ()):
+        found.unknown.append("the pictures: they are on a web server, and would have to be fetched to be compared")
         return
     try:
         streams = [pictures_of(data, recipe.validation, recipe.train.seed)[0]]
@@ -115,8 +119,8 @@ def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
             own = of_class_pictures(data.sets[0], prior)
             streams.append(collect(list_folder(located(str(prior.folder))), own, SILENT, weight=prior.weight))
     except UserError as error:
-        found.unknown.append(f"the pictures: {error.what}; say where they are: "
-                             f"{label(0, data)}.folder=…")
+        key = "shards" if data.sets[0].source == "shards" else "folder"
+        found.unknown.append(f"the pictures: {error.what}; say where they are: {label(0, data)}.{key}=…")
         return
     if data_fingerprint(data, streams) != before:
         found.differs.append("the pictures, their captions or their cuts are others")

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from impasto.core.progress import SILENT
+from impasto.data import shards_cache
 from impasto.data.cache import Cache, key_of
+from impasto.data.shards_cache import Packs
 
 
 def fill_and_take(folder: Path, rank: int) -> None:
@@ -20,3 +22,13 @@ def fill_and_take(folder: Path, rank: int) -> None:
             cache.path(key).unlink(missing_ok=True)
     for _ in range(3):
         cache.fill(makers, "filling", "entries", SILENT, rank, 2)
+
+
+def fill_packs(folder: Path, rank: int) -> None:
+    """Fill a cache of tars beside another process."""
+    keys = [key_of(i) for i in range(200)]
+    makers = {key: (lambda i=i: {"x": torch.full((100,), float(i))}) for i, key in enumerate(keys)}
+    shards_cache.PACK_ENTRIES = 16
+    packs = Packs(folder)
+    packs.fill(makers, "filling", "entries", SILENT, rank, 2)
+    packs.load_all(keys)

@@ -35,7 +35,7 @@ KNOWN_BASES = {
 }
 
 #: keys of a recipe that are of the machine and the user, not of what was made
-OWN = {"data": ("folder", "cache"), "prior": ("folder",), "train": ("device",),
+OWN = {"data": ("folder", "shards", "cache"), "prior": ("folder",), "train": ("device",),
        "output": ("dir", "name", "checkpoint_every", "keep", "keep_every")}
 
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL",
