@@ -96,7 +96,8 @@ class Run:
                                 fix="the disk is failing: choose another output.dir; the checkpoint before is kept")
             whole = {**manifest, "step": state.step, "values": state.values, "files": {STATE: digest(folder / STATE)}}
             write_json(folder / MANIFEST, {**whole, "seal": _seal(whole)})
-        for old in self.checkpoints()[keep:]:
+        # later ones are damaged, or the run would have gone on from them: they take nobody's place
+        for old in [each for each in self.checkpoints() if int(each.name) <= state.step][keep:]:
             if keep_every and int(old.name) % keep_every == 0:
                 continue
             with contextlib.suppress(OSError):  # killed in between, half of it is a leftover, not a damaged checkpoint

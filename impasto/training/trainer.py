@@ -6,7 +6,6 @@ What it leaves for other programs is in `artifacts`, what it takes to go on exac
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import signal
 import time
@@ -29,6 +28,7 @@ from impasto.training.environment import Precision, choose_device, settle
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import keep_recipe
 from impasto.training.optimizers import choose, make_optimizer, remarks
+from impasto.training.outcome import Outcome
 from impasto.training.previews import Previews, evaluating
 from impasto.training.processes import Processes
 from impasto.training.rates import rate_factor, set_rates, split_by_path
@@ -44,21 +44,6 @@ from impasto.training.stop import StopWish
 from impasto.training.trackers.tracking import Tracking
 from impasto.training.validation import Validation
 from impasto.training.verdicts import Verdicts, not_finite
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a call of `train` ended."""
-
-    artifact: Path | None  # None if it was stopped before the last step
-    step: int
-    resumed_from: int
-    loss: float | None  # the mean over the last steps, None if none was taken
-    seconds: float
-    stopped_by: signal.Signals | None = None
-    rank: int = 0  # which of the processes tells of it
-    validation: float | None = None  # the last loss on held-out pictures, None if there was none
-    ended: str | None = None  # why it is finished before its last step
 
 
 def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None,
@@ -162,8 +147,8 @@ class Trainer:
             advance(first)
             if self.processes.first and first < self.total and self.previews.due(first, self.total):
                 self._preview(first)
-            if self.validation.due(0) and not first:
-                self._validate(0, journal)
+            if self.validation.missed(first):  # at the very first, or where a stop has put it off
+                self._validate(first, journal, wish)
             while step < self.total and not wish.asked and not self.validation.over:
                 clock = time.monotonic()
                 set_rates(self.optimizer, rate_factor(step, self.total, self.options))
@@ -173,13 +158,13 @@ class Trainer:
                 self.shown.update(step)
                 advance(1, journal.step(step, loss, norm, self.optimizer, self.pictures, time.monotonic() - clock))
                 if self.validation.due(step):
-                    self._validate(step, journal)
+                    self._validate(step, journal, wish)
                 asked = requests.take() if self.processes.first else frozenset()
                 if "stop" in asked or step == stop_after:
                     wish.asked = wish.asked or signal.SIGTERM
                 wish.asked = next(filter(None, self.processes.gathered(wish.asked)), None)
                 if self.processes.first:
-                    self._keep(step, asked, stopping=bool(wish.asked or self.validation.over))
+                    self._keep(step, asked, stopping=wish.asked is not None)
             ended = self.validation.over if step < self.total else None
             mean, finished = journal.mean_loss, step >= self.total or ended is not None
             journal.finished = finished
@@ -234,14 +219,20 @@ class Trainer:
             method.after_step(step)
         return norm.item()
 
-    def _validate(self, step: int, journal: Journal) -> None:
-        """The loss of what is shown on held-out pictures; the artifact of the lowest one is kept."""
-        loss = math.nan
+    def _validate(self, step: int, journal: Journal, wish: StopWish) -> None:
+        """The loss of what is shown on held-out pictures; the artifact of the lowest one is kept.
+
+        A wish to stop puts it off: the next sitting begins with it.
+        """
+        loss: float | None = math.nan
         if self.processes.first:
             with self.report.phase(f"validation at step {step}"), self.shown.weights(), \
                     evaluating(self.trained.values()):
-                loss = self.validation.loss(self.base, self.objective, self.precision, self.device)
+                loss = self.validation.loss(self.base, self.objective, self.precision, self.device,
+                                            lambda: wish.asked is not None and step < self.total)
         loss = self.processes.gathered(loss)[0]  # so that all end together
+        if loss is None:
+            return
         lowest = self.validation.take(step, loss)
         journal.validated(step, loss)
         if lowest and self.recipe.validation.keep_best and self.processes.first:
@@ -251,15 +242,18 @@ class Trainer:
     def _keep(self, step: int, asked: frozenset[str], *, stopping: bool) -> None:
         """Artifact, preview and checkpoint, in this order, where they are due or asked for after `step`.
 
-        The checkpoint comes last: whatever a kill takes away before it is made again after the resume.
+        The checkpoint comes last: whatever a kill takes away before it is made again after the resume. Who stops does
+        not wait for a preview: the next sitting begins with it.
         """
+        stopping = stopping and step < self.total
         output = self.recipe.output
         every = output.save_every or output.save_every_epochs * self.source.epoch_steps
         if step < self.total and ("save" in asked or (every and step % every == 0)):
             self.artifacts.save(self.artifacts.path(step), step)
-        if "preview" in asked or self.previews.due(step, self.total):
+        if "preview" in asked or (self.previews.due(step, self.total) and not stopping):
             self._preview(step)
-        if stopping or "save" in asked or step == self.total or step % output.checkpoint_every == 0:
+        ending = stopping or step == self.total or self.validation.over
+        if ending or "save" in asked or step % output.checkpoint_every == 0:
             self.run.save(self.memory.state(step), self.circumstances.manifest(), output.keep, output.keep_every)
 
     def _preview(self, step: int) -> None:

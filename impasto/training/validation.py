@@ -9,7 +9,7 @@ chance: no dropout, no mirrored pictures, whole captions. It is of the weights t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -75,6 +75,7 @@ class Validation:
         self.best: float | None = None
         self.best_step = 0
         self.since = 0  # validations after that of the lowest loss
+        self.at: int | None = -1  # the step of the last one; None if an older version did not tell
 
     def describe(self) -> list[str]:
         """When and how, in a line for the user; nothing where no picture is held out."""
@@ -90,12 +91,20 @@ class Validation:
         """Whether to validate after optimizer step `step`: before the first, after the last and every N steps."""
         return bool(self.uses) and (step in (0, self.total) or step % self.every == 0)
 
+    def missed(self, step: int) -> bool:
+        """Whether the one that is due after `step` has not been done yet."""
+        return self.due(step) and self.at is not None and self.at < step
+
     @torch.no_grad()
-    def loss(self, base: Base, objective: Objective, precision: Precision, device: torch.device) -> float:
-        """The mean loss over all uses of held-out pictures, of the weights as they are now."""
+    def loss(self, base: Base, objective: Objective, precision: Precision, device: torch.device,
+             stop: Callable[[], bool] = bool) -> float | None:
+        """The mean loss over all uses of held-out pictures, of the weights as they are now; None if `stop` says so
+        in the midst of it."""
         total = 0.0
         with precision.autocast():
             for uses in self._batches():
+                if stop():
+                    return None
                 batch = self.source.validation_batch([place for place, _ in uses]).to(device)
                 keys = [(self.source.held_out[place].picture.digest, repeat) for place, repeat in uses]
                 draws = FixedDraws(self.seed, keys, self.options.repeats, device)
@@ -117,7 +126,7 @@ class Validation:
     # --- what has come of it -----------------------------------------------------------------------------
     def take(self, step: int, loss: float) -> bool:
         """Note the loss after a step; whether it is the lowest so far."""
-        self.last = loss
+        self.last, self.at = loss, step
         if not math.isfinite(loss):
             self.report.warn(f"the validation loss is not finite at step {step}")
         if step == 0:
@@ -139,12 +148,14 @@ class Validation:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
-        return {"best": self.best, "best_step": self.best_step, "since": self.since, "pictures": self._pictures()}
+        return {"best": self.best, "best_step": self.best_step, "since": self.since, "at": self.at,
+                "pictures": self._pictures()}
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Put back what `state` gave; of other pictures the losses do not compare, and are forgotten."""
         if state is None:
             return
+        self.at = state.get("at")
         if state["pictures"] != self._pictures():
             if state["best"] is not None:
                 self.report.warn("the held-out pictures have changed: the lowest loss so far is forgotten")

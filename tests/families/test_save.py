@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError
 
 from impasto.core import files
 from impasto.core.errors import UserError
 from impasto.families.load import load_base
 from impasto.families.save import save_folder
 from impasto.families.sd1 import SD1
+from impasto.formats import written
 
 CAPTION = "a photo of a dog"
 
@@ -57,3 +61,39 @@ def test_a_full_disk_leaves_nothing(base: SD1, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="the disk is full"):
         save_folder(base, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_reads_back_otherwise_is_not_saved(base: SD1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = written.save_file
+
+    def failing(tensors: Any, path: Path, metadata: Any) -> None:
+        plain(tensors, path, metadata)
+        if path.parent.name == "vae":
+            data = bytearray(path.read_bytes())
+            data[-3] ^= 1  # one bit of one weight
+            path.write_bytes(bytes(data))
+
+    monkeypatch.setattr(written, "save_file", failing)
+    with pytest.raises(UserError, match="its vae was written and reads back as something else.*disk is failing"):
+        save_folder(base, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    save_folder(base, tmp_path / "out")
+    assert load_base(tmp_path / "out").family == "sd1"
+
+
+def test_a_full_disk_while_weights_are_written_leaves_what_was_there(base: SD1, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors tells of a full disk in words of its own."""
+    save_folder(base, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError(f"I/O error: No space left on device (os error {errno.ENOSPC})")
+
+    monkeypatch.setattr(written, "save_file", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        save_folder(base, tmp_path / "out", replace=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -66,6 +66,18 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, damage: str) -> Non
     assert not list((tmp_path / "r").rglob("*.part"))
 
 
+def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "r", "dog") as run:
+        for step in (4, 6):
+            run.save(state(step), {}, keep=2)
+        (run.checkpoints()[0] / "state.safetensors").write_bytes(b"")
+        found = run.latest()
+        assert found is not None and found[0].step == 4
+        run.save(state(5), {}, keep=1)  # stopped before it came to step 6 again
+        found = run.latest()
+        assert found is not None and found[0].step == 5
+
+
 def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
     names = [".dog.safetensors.x.part", "previews/.000004-0.png.x.part", "checkpoints/000002.part/state.safetensors"]
     for name in names:

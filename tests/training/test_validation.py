@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from impasto.training.run import Run
 from impasto.training.trainer import Trainer, train
 from impasto.training.validation import FixedDraws, Validation
 from tests.training.conftest import draw
-from tests.training.test_resume import assert_equal, entries, on_call
+from tests.training.test_resume import assert_equal, entries, on_call, tensors
 
 RecipeMaker = Callable[..., Recipe]
 
@@ -202,6 +204,43 @@ def test_killed_and_resumed_it_has_the_same_best_and_the_same_log(recipe: Recipe
     assert manifests[0]["values"]["validation"]["best"] == min(loss for step, loss in validations(straight) if step)
     assert_equal(weights(straight, "dog-best"), weights(killed, "dog-best"))
     assert_equal(weights(straight), weights(killed))
+
+
+def test_a_stop_does_not_wait_for_a_validation_or_a_preview(recipe: RecipeMaker, held_out: str,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next sitting begins with what the stop has put off, and ends as if there had been none."""
+    keys: dict[str, Any] = {"validation": {"folder": held_out, "every": 2}, "sample": {"every": 3, "steps": 1}}
+    straight, stopped = recipe("straight", **keys), recipe("stopped", **keys)
+    train(straight)
+    with monkeypatch.context() as patch:
+        patch.setattr(FixedDraws, "__init__", FixedDraws.__init__)  # put back afterwards
+        # 8 uses of pictures of two shapes are 4 batches: this is the second one of the validation after step 4
+        on_call(FixedDraws, "__init__", 10, lambda: os.kill(os.getpid(), signal.SIGTERM), after=True)
+        outcome = train(stopped)
+    assert outcome.step == 4 and outcome.stopped_by == signal.SIGTERM
+    assert [step for step, _ in validations(stopped)] == [0, 2]
+    resumed = train(stopped)
+    assert resumed.resumed_from == 4 and validations(stopped) == validations(straight)
+    assert_equal(tensors(straight.output.dir), tensors(stopped.output.dir))
+    assert_equal(weights(straight, "dog-best"), weights(stopped, "dog-best"))
+
+    at_a_preview = recipe("at a preview", **keys)
+    assert train(at_a_preview, stop_after=3).step == 3
+    previews = Path(at_a_preview.output.dir) / "previews"
+    assert not (previews / "000003-0.png").exists()
+    train(at_a_preview)
+    kept = Path(straight.output.dir) / "previews" / "000003-0.png"
+    assert (previews / "000003-0.png").read_bytes() == kept.read_bytes()
+
+
+def test_an_older_checkpoint_does_not_tell_of_the_last_validation(recipe: RecipeMaker, held_out: str) -> None:
+    for trainer in made(recipe(validation={"folder": held_out, "every": 1})):
+        own = trainer.validation
+        assert own.missed(0) and own.missed(6)
+        state = own.state()
+        del state["at"]
+        own.load(state)
+        assert not own.missed(6)
 
 
 def test_killed_before_the_first_checkpoint_nothing_is_told_twice(recipe: RecipeMaker, held_out: str,
