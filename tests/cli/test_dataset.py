@@ -147,3 +147,16 @@ def test_a_wrong_verb_is_told_with_the_nearest(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         app.main(["dataset", "chek"])
     assert ended.value.code == 2 and "did you mean 'check'?" in capsys.readouterr().err
+
+
+def test_several_sets(good: Path, tmp_path: Path, capsys) -> None:
+    """Each folder is looked at; the drawn world has none."""
+    recipe = tmp_path / "r.toml"
+    small = "resolution = 192\nbucket_step = 32"
+    recipe.write_text(f"[[data]]\nfolder = '{good}'\n{small}\n[[data]]\nsource = 'world'\n{small}\n"
+                      f"[[data]]\nfolder = '{good}'\n{small}\nrepeats = 2\n", encoding="utf-8")
+    code, shown = check(capsys, recipe)
+    assert code == 0 and shown.startswith("fit to train: 8 pictures in 2 sets")
+    assert f"pictures of data.0: {good}" in shown and f"pictures of data.2: {good}" in shown
+    told = json.loads(check(capsys, recipe, "--json")[1])
+    assert [folder["data"]["repeats"] for folder in told["folders"]] == [1, 2]

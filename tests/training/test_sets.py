@@ -58,7 +58,9 @@ def losses(made: Recipe) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-@pytest.mark.parametrize("how", [({}, {"repeats": 3}), ({"share": 1}, {"share": 2, "flip": True})])
+@pytest.mark.parametrize("how", [({}, {"repeats": 3}), ({"share": 1}, {"share": 2, "flip": True}),
+                                 ({"rotate": 5, "hue": 0.1, "variants": 2}, {"random_crop": True, "zoom": 0.2}),
+                                 ({"resolutions": [64, 128], "resolution": 128, "upscale": "never"}, {})])
 def test_a_stopped_run_ends_as_an_uninterrupted_one(two: RecipeMaker, how: tuple) -> None:
     train(two("straight", *how))
     train(two("stopped", *how), stop_after=3)
