@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +12,17 @@ from impasto.core.progress import SILENT
 from impasto.data import shards_cache
 from impasto.data.cache import Cache, key_of
 from impasto.data.shards_cache import Packs
+
+
+def together(task: Callable[[Path, int], None], folder: Path) -> None:
+    """Have two processes do a task of this module to one folder; both must end well."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=task, args=(folder, rank)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
 
 
 def fill_and_take(folder: Path, rank: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from impasto.data.cache import Cache, key_of
 from impasto.data.options import DataOptions, PriorOptions
 from impasto.data.source import Source, prepare_source
 from tests.data.fakes import FakeBase, write_picture
-from tests.data.filling import fill_and_take
+from tests.data.filling import fill_and_take, together
 
 
 @pytest.fixture
@@ -173,13 +172,7 @@ def test_dtypes_and_shapes_survive(tmp_path: Path) -> None:
 
 
 def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=fill_and_take, args=(tmp_path, rank)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    together(fill_and_take, tmp_path)
     for i in range(20):
         entry = Cache(tmp_path).load(key_of(i))
         assert entry is not None and entry["x"].equal(torch.full((100,), float(i)))

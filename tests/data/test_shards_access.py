@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from impasto.core.errors import UserError
-from impasto.core.progress import Reporter
 from impasto.data import shards_http
 from impasto.data.shards_access import HttpShard, LocalShard, expanded, reached
 from impasto.data.shards_http import HttpFile
 from tests.data.sharded import serving
+from tests.heard import Heard
 
 DATA = bytes(range(256)) * 40
 
@@ -127,31 +127,23 @@ def test_passwords_in_addresses_are_not_told() -> None:
     assert HttpFile("https://me:secret@x.org/a.tar?token=abc").shown == "https://x.org/a.tar"
 
 
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
-
-
 def test_without_range_a_shard_is_fetched_once_and_said_so(folder: Path, tmp_path: Path) -> None:
     with serving(folder, ranges=False) as server:
-        notes = Notes()
-        shard = reached(server.url("a.tar"), tmp_path / "copies", notes)
+        heard = Heard()
+        shard = reached(server.url("a.tar"), tmp_path / "copies", heard)
         assert isinstance(shard, LocalShard) and shard.name == server.url("a.tar") and shard.label == "a.tar"
-        assert len(notes.lines) == 1 and "fetched whole" in notes.lines[0]
+        assert len(heard.notes) == 1 and "fetched whole" in heard.notes[0]
         asked = len(server.asked)
         assert shard.read(300, 50) == DATA[300:350] and len(server.asked) == asked
-        again = reached(server.url("a.tar"), tmp_path / "copies", notes)
-        assert again.read(0, 9) == DATA[:9] and len(notes.lines) == 1 and again.stamp() == shard.stamp() is not None
+        again = reached(server.url("a.tar"), tmp_path / "copies", heard)
+        assert again.read(0, 9) == DATA[:9] and len(heard.notes) == 1 and again.stamp() == shard.stamp() is not None
         (folder / "a.tar").write_bytes(DATA[:-1] + b"!")
-        changed = reached(server.url("a.tar"), tmp_path / "copies", notes)
-        assert changed.read(0, 10**6) == DATA[:-1] + b"!" and len(notes.lines) == 2
+        changed = reached(server.url("a.tar"), tmp_path / "copies", heard)
+        assert changed.read(0, 10**6) == DATA[:-1] + b"!" and len(heard.notes) == 2
         server.break_off = [500, 500, 500]
         (folder / "b.tar").write_bytes(DATA)
         with pytest.raises(UserError, match="broke off at byte 500"):
-            reached(server.url("b.tar"), tmp_path / "copies", notes)
+            reached(server.url("b.tar"), tmp_path / "copies", heard)
         assert not list((tmp_path / "copies").glob("*.part"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sqlite3
 import tarfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from impasto.core.progress import SILENT
 from impasto.data import shards_cache
 from impasto.data.cache import key_of
 from impasto.data.shards_cache import Making, Packs
-from tests.data.filling import fill_packs
+from tests.data.filling import fill_packs, together
 
 KEYS = [key_of(i) for i in range(50)]
 
@@ -134,13 +133,7 @@ def test_each_rank_begins_at_its_own_share(tmp_path: Path) -> None:
 
 
 def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=fill_packs, args=(tmp_path, rank)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    together(fill_packs, tmp_path)
     packs = Packs(tmp_path)
     assert all(packs.load_all([key_of(i)])[0]["x"].equal(torch.full((100,), float(i))) for i in range(200))
     assert not list(tmp_path.rglob("*.part"))

@@ -12,19 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from impasto.core.errors import UserError
-from impasto.core.progress import Reporter
 from impasto.families.load import load_base, locate
 from impasto.families.sd1 import SD1
 from impasto.formats.header import read_header
 from tests.checkpoints import write_checkpoint
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
+from tests.heard import Heard
 
 
 def same(one: Any, other: Any, components: tuple[str, ...] = ("unet", "text_encoder", "vae")) -> bool:
@@ -84,9 +76,9 @@ def test_surplus_is_noted_and_kept(file: Path, tmp_path: Path) -> None:
     tensors = load_file(file) | {"merged.by.somebody": torch.zeros(2)}
     with_more = tmp_path / "more.safetensors"
     save_file(tensors, with_more, read_header(file).metadata)
-    notes = Notes()
-    assert load_base(with_more, report=notes).surplus == ["merged.by.somebody"]
-    assert notes.lines == ["1 surplus tensor in more.safetensors, kept but not used: merged.by.somebody"]
+    heard = Heard()
+    assert load_base(with_more, report=heard).surplus == ["merged.by.somebody"]
+    assert heard.notes == ["1 surplus tensor in more.safetensors, kept but not used: merged.by.somebody"]
 
 
 def test_parts_that_are_missing(file: Path, tmp_path: Path) -> None:

@@ -19,23 +19,12 @@ from impasto.training.kept_recipe import keep_recipe
 from impasto.training.recipe import Recipe
 from impasto.training.run import Run
 from impasto.training.trainer import train
+from tests.heard import Heard
 from tests.training.conftest import draw
 from tests.training.test_requests import during
 from tests.training.test_resume import assert_equal, entries, tensors
 
 RecipeMaker = Callable[..., Recipe]
-
-
-class Heard(Reporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
-
-    def warn(self, line: str) -> None:
-        self.warnings.append(line)
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
 
 
 @pytest.fixture

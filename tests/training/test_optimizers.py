@@ -25,6 +25,7 @@ from impasto.training.rates import rate_factor, set_rates
 from impasto.training.recipe import Recipe, TrainOptions
 from impasto.training.run import Run
 from impasto.training.trainer import Trainer, train
+from tests.heard import Heard
 
 CPU = torch.device("cpu")
 
@@ -321,14 +322,6 @@ def test_advice_is_for_what_is_set_otherwise() -> None:
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------
-
-
-class Heard(Reporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, line: str) -> None:
-        self.warnings.append(line)
 
 
 @pytest.mark.parametrize(("name", "ema"), [("prodigy", 0.0), ("schedulefree_adamw", 0.0), ("schedulefree_adamw", 0.5)])

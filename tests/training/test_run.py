@@ -10,19 +10,11 @@ import pytest
 import torch
 
 from impasto.core.errors import UserError
-from impasto.core.progress import Reporter
 from impasto.training.kept_recipe import keep_recipe
 from impasto.training.recipe import Recipe
 from impasto.training.run import Run, State
 from impasto.training.trainer import train
-
-
-class Heard(Reporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, line: str) -> None:
-        self.warnings.append(line)
+from tests.heard import Heard
 
 
 def state(step: int) -> State:

@@ -15,27 +15,15 @@ from typing import Any
 import pytest
 
 from impasto.core.errors import UserError
-from impasto.core.progress import Reporter
 from impasto.training.proof import verify_resume
 from impasto.training.recipe import Recipe
 from impasto.training.reproduce import read_told
 from impasto.training.trackers import TRACKERS, tracking
 from impasto.training.trackers.base import Sitting, Tracker
 from impasto.training.trainer import Trainer, train
+from tests.heard import Heard
 
 RecipeMaker = Callable[..., Recipe]
-
-
-class Heard(Reporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
-
-    def warn(self, line: str) -> None:
-        self.warnings.append(line)
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
 
 
 class Book(Tracker):

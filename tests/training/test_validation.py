@@ -23,22 +23,11 @@ from impasto.training.recipe import Recipe
 from impasto.training.run import Run
 from impasto.training.trainer import Trainer, train
 from impasto.training.validation import FixedDraws, Validation
+from tests.heard import Heard
 from tests.training.conftest import draw
 from tests.training.test_resume import assert_equal, entries, on_call, tensors
 
 RecipeMaker = Callable[..., Recipe]
-
-
-class Heard(Reporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
-
-    def warn(self, line: str) -> None:
-        self.warnings.append(line)
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
 
 
 @pytest.fixture

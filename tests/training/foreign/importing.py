@@ -17,6 +17,11 @@ def imported(folder: Path, text: str, name: str = "settings.txt") -> Imported:
     return checked(folder, import_recipe([folder / name]))
 
 
+def line(folder: Path, arguments: str, script: str = "train_network.py") -> Imported:
+    """What becomes of a command line of kohya's scripts; the base is the same in all."""
+    return imported(folder, f"python {script} --pretrained_model_name_or_path=a.ckpt {arguments}")
+
+
 def checked(folder: Path, found: Imported) -> Imported:
     """The recipe written is valid, and is read back as the same one; no key is told of twice in two ways."""
     recipe = make_recipe(found.tree)
