@@ -6,7 +6,8 @@
 Fresh prompts of the drawn world, a fifth of them with two objects. *Seen combinations* are those that training shows
 (each prompt is new all the same), *held-out combinations* have a colour of a shape, or a background of a colour, that
 it never shows. A network reads the pictures; *real renders*, the world's own pictures of all these prompts, say how
-well it reads. Each figure is the share of right answers among the pictures to which a question applies.
+well it reads, and how well the VAE gives back what it has not seen. Each figure is the share of right answers among the
+pictures to which a question applies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -37,6 +39,7 @@ from impasto.evaluation.quality import (
 )
 from impasto.evaluation.reader import load_reader
 from impasto.families.load import load_base
+from impasto.families.sampling import given_back
 from impasto.training.environment import choose_device
 
 #: title of a row -> the question
@@ -78,12 +81,22 @@ def main() -> None:
             sheet(asked[:SHEET], pictures[:SHEET]).save(chosen.sheet, quality=90)
     seconds = time.monotonic() - started
     everything = [each for asked in groups.values() for each in asked]
-    columns["real renders"] = mark(everything, reader.read(rendered(everything, base.native_size)))
+    renders = rendered(everything, base.native_size)
+    columns["real renders"] = mark(everything, reader.read(renders))
     counts = " and ".join(f"{len(asked)} prompts of {name}" for name, asked in groups.items())
     print(f"\n{chosen.base}: {counts}; {how.scheduler}, {how.steps} steps, guidance {how.guidance:g}, "
           f"{torch.get_num_threads()} thread(s), {seconds / len(everything):.2f} s a picture\n")
     print_table(["per cent right", *columns], [
         [title, *(percent(marks.share(question)) for marks in columns.values())] for title, question in ROWS.items()])
+    print(f"\nThe VAE gives the {len(renders)} real renders back at "
+          f"{decibels(renders, given_back(base, renders, SEED)):.1f} dB.")
+
+
+def decibels(pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
+    """Peak signal-to-noise ratio of one beside the other, of 255: the mean over all pairs."""
+    errors = [np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean()
+              for one, other in zip(pictures, others, strict=True)]
+    return float(np.mean(10 * np.log10(255**2 / np.array(errors))))
 
 
 def percent(share: float | None) -> str:

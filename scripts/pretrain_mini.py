@@ -25,8 +25,7 @@ RUNS: list[tuple[str, str, list[str]]] = [
     # a VAE learns edges and colours on small pictures first, at a quarter of the time
     ("mini/pretrain_vae", "mini-vae-64", ["data.resolution=64", "data.pictures=40000", "train.steps=1200",
                                           "train.batch_size=4", "train.learning_rate=4e-3"]),
-    ("mini/pretrain_vae", "mini-vae", ["base.init=weights", "base.path={runs}/mini-vae-64/mini-vae-64",
-                                       "train.steps=1600"]),
+    ("mini/pretrain_vae", "mini-vae", ["base.init=weights", "base.path={runs}/mini-vae-64/mini-vae-64"]),
     # whose decoder goes on learning, while latents stay as they are
     ("mini/pretrain_vae", "mini-vae-decoder", ["base.init=weights", "base.path={runs}/mini-vae/mini-vae",
                                                "method.parts=['vae-decoder']", "train.learning_rate=2e-3",

@@ -74,7 +74,8 @@ def account(title: str, items: Sequence[Item], buckets: Sequence[tuple[int, int]
     told = tally(items, buckets)
     shapes = ", ".join(f"{count} at {width}x{height}" for (height, width), count
                        in sorted(told.shapes.items(), key=lambda pair: (-pair[1], pair[0])))
-    lines = [f"{told.count} {title}: {shapes}"]
+    counted = title if told.count != 1 else title.replace("pictures", "picture", 1)
+    lines = [f"{told.count} {counted}: {shapes}"]
     if told.fewer:
         lines.append(f"{title} that come at fewer resolutions than others, since they are too small for them: "
                      f"{told.fewer}")

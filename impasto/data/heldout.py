@@ -53,7 +53,8 @@ def divide(items: Sequence[Item], own: Sequence[Item] | None, options: Validatio
     empty = sorted({item.handling.number for item in out} - {item.handling.number for item in kept})
     if kept and empty:
         raise _none_left(f" of data.{empty[0]}")
-    lines = told_of(len(kept), [item.picture.name for item in out[:5]], len(out), own is not None)
+    named = list(dict.fromkeys((item.handling.number, item.picture.name) for item in out))  # once at all resolutions
+    lines = told_of(len(kept), [name for _, name in named[:5]], len(named), own is not None)
     return kept, out if own is None else list(own), lines
 
 

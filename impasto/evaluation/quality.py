@@ -9,7 +9,7 @@ from PIL import Image
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
-from impasto.evaluation.reader import oriented
+from impasto.evaluation.reader import exchanged, oriented
 from impasto.families.base import Base
 from impasto.families.pictures import Adapters, Shot, draw
 from impasto.families.sampling import SampleSettings
@@ -102,18 +102,14 @@ def mark(asked: Sequence[Asked], read: Sequence[Mapping[str, str]]) -> Marks:
     return Marks(counts)
 
 
-#: what is said of the first of two objects -> of the second
-_OF_THE_SECOND = {"shape": "second shape", "colour": "second colour"}
-
-
 def _matched(truth: Mapping[str, str], found: Mapping[str, str]) -> Mapping[str, str]:
     """What was read, two objects in the order of the truth: if they changed places, their relation alone is wrong."""
-    if truth.get("second shape") is None or found.get("second shape") is None:
+    if "second shape" not in truth or "second shape" not in found:
         return found
-    turns = {**_OF_THE_SECOND, **{second: first for first, second in _OF_THE_SECOND.items()}}
-    swapped = {question: found[turns.get(question, question)] for question in found} | {"relation": "the other way"}
+    swapped = exchanged(found) | {"relation": "the other way"}
 
     def agreeing(answers: Mapping[str, str]) -> int:
-        return sum(answers[question] == truth[question] for question in turns)
+        return sum(answers[question] == truth[question]
+                   for question in ("shape", "colour", "second shape", "second colour"))
 
     return swapped if agreeing(swapped) > agreeing(found) else found

@@ -7,7 +7,7 @@ is the left or upper one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -31,6 +31,8 @@ SIDE = 128
 NONE, BROKEN = "none", "broken"
 #: relations as said of the right or lower object, and of the other
 _TURNED = {"right of": "left of", "below": "above"}
+#: what is said of one object -> what is said of the other
+_EXCHANGED = {"shape": "second shape", "colour": "second colour", "second shape": "shape", "second colour": "colour"}
 
 #: each question with the answers that a reader gives
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -47,9 +49,12 @@ def oriented(found: dict[str, str]) -> dict[str, str]:
     """Answers about two objects in the order that a reader gives them: the left or upper one first."""
     if found.get("relation") not in _TURNED:
         return found
-    return found | {"relation": _TURNED[found["relation"]],
-                    "shape": found["second shape"], "second shape": found["shape"],
-                    "colour": found["second colour"], "second colour": found["colour"]}
+    return exchanged(found) | {"relation": _TURNED[found["relation"]]}
+
+
+def exchanged(found: Mapping[str, str]) -> dict[str, str]:
+    """Answers about two objects, the second one's told of the first and the other way round; no other is touched."""
+    return {question: found[_EXCHANGED.get(question, question)] for question in found}
 
 
 def numbered(found: dict[str, str]) -> list[int]:
@@ -84,22 +89,22 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         first, second, third, last = self.WIDTHS
-        self.stem = self._smaller(3 * 4 + 2, first, 5)
-        self.early = nn.Sequential(self._smaller(first, second), _Block(second))
-        self.middle = nn.Sequential(self._smaller(second, third), _Block(third))
-        self.late = nn.Sequential(self._smaller(third, last), _Block(last))
+        self.stem = self._layer(3 * 4 + 2, first, 5)
+        self.early = nn.Sequential(self._layer(first, second), _Block(second))
+        self.middle = nn.Sequential(self._layer(second, third), _Block(third))
+        self.late = nn.Sequential(self._layer(third, last), _Block(last))
         self.places = nn.Conv2d(last, 32, 1)
         self.hidden = nn.Linear(2 * last + 32 * 16, self.HIDDEN)
         fine, finer = self.FINE
-        self.fine = nn.Sequential(self._smaller(3 * 4, fine, stride=1), self._smaller(fine, finer),
-                                  self._smaller(finer, finer))
+        self.fine = nn.Sequential(self._layer(3 * 4, fine, stride=1), self._layer(fine, finer),
+                                  self._layer(finer, finer))
         self.edges = nn.Linear(2 * finer, len(ANSWERS["style"]))
         self.heads = nn.ModuleList(nn.Linear(self.HIDDEN, len(choices)) for choices in ANSWERS.values())
         line = (torch.arange(SIDE // 2) + 0.5) * 4 / SIDE - 1
         self.register_buffer("coordinates", torch.stack(torch.meshgrid(line, line, indexing="xy")), persistent=False)
 
     @staticmethod
-    def _smaller(width: int, wider: int, kernel: int = 3, stride: int = 2) -> nn.Sequential:
+    def _layer(width: int, wider: int, kernel: int = 3, stride: int = 2) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(width, wider, kernel, stride=stride, padding=kernel // 2, bias=False),
                              nn.BatchNorm2d(wider, momentum=0.02), nn.ReLU())
 
@@ -169,11 +174,11 @@ def _sensible(found: dict[str, str]) -> dict[str, str]:
 
 def pixels_of(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures at the size at which they are read: uint8 (N, 3, 128, 128)."""
-    sized = [picture.convert("RGB").resize((SIDE, SIDE), _averaging(picture.width)) for picture in pictures]
+    sized = [picture.convert("RGB").resize((SIDE, SIDE), _resampling(picture.width)) for picture in pictures]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in sized])).permute(0, 3, 1, 2).contiguous()
 
 
-def _averaging(width: int) -> Image.Resampling:
+def _resampling(width: int) -> Image.Resampling:
     """Averages of larger pictures; smooth transitions in smaller ones, whose pixels would else look like a style."""
     return Image.Resampling.BOX if width >= SIDE else Image.Resampling.BICUBIC
 

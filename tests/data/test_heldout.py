@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from impasto.core.errors import UserError
+from impasto.data.account import account
 from impasto.data.buckets import Placement
 from impasto.data.dataset import Picture
 from impasto.data.heldout import divide
@@ -49,6 +50,19 @@ def test_the_choice_hangs_on_seed_and_contents_alone() -> None:
     assert names(divide(renamed, None, asked_for(), 0)[1]) == {f"z{name}" for name in names(out)}
     more = out_of(41)[1]  # one picture more takes the place of one at most
     assert len(names(more) - names(out)) <= 1
+
+
+def test_a_picture_at_several_resolutions_is_named_and_counted_once() -> None:
+    items = [item(f"{i}.png") for i in range(10)]
+    (held,) = divide(items, None, asked_for(), 0)[1]
+    large = [replace(each, placement=Placement((16, 16), (16, 16), (0, 0), (16, 16))) for each in items]
+    kept, out, lines = divide([*items, *large], None, asked_for(), 0)
+    assert (len(kept), len(out)) == (18, 2)
+    assert lines == [f"held out to validate with, and not learned from: {held.picture.name}"]
+    assert account("held-out pictures", out, [(8, 8), (16, 16)])[0] == "1 held-out picture: 1 at 8x8, 1 at 16x16"
+    beside = [item("own.png", held.picture.digest)]
+    assert divide([*items, *large], beside, asked_for(folder="own"), 0)[2] == [
+        "pictures that are copies of held-out ones, and are not learned from: 1"]
 
 
 def test_copies_go_with_what_is_held_out() -> None:

@@ -18,6 +18,7 @@ from scripts.train_reader import BROKEN_SHAPE, PAIRS, SHAPE, accuracy, batch, dr
 
 trained = pytest.mark.skipif(not READER.is_file(), reason="has no trained reader yet (impasto/mini/reader.safetensors)")
 
+
 def renders(first: int, count: int, pairs: float = 0.2) -> list[Image.Image]:
     """Pictures of the world."""
     return [world.draw(world.scene(seed, pairs=pairs), 128, seed) for seed in range(first, first + count)]
