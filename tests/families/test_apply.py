@@ -14,7 +14,7 @@ from impasto.deltas.lowrank import LowRank
 from impasto.families.apply import apply, notices
 from impasto.families.sd1 import SD1
 from tests.families.conftest import random_sd1
-from tests.families.test_load import Notes
+from tests.heard import Heard
 
 
 def adapter(on: SD1, **changes: Any) -> Adapter:
@@ -65,10 +65,10 @@ def test_unknown_layers(base: SD1) -> None:
 
 
 def test_another_checkpoint_is_one_line(base: SD1) -> None:
-    notes = Notes()
-    apply(base, adapter(base), report=notes).detach()
-    assert not notes.lines
+    heard = Heard()
+    apply(base, adapter(base), report=heard).detach()
+    assert not heard.notes
     other = adapter(base, base=base.fingerprint() | {"unet": "0" * 32, "vae": "1" * 32})
-    apply(base, other, report=notes).detach()
-    assert notes.lines == notices(base, other) == ["the adapter was made on another checkpoint of sd1 (unet)"]
+    apply(base, other, report=heard).detach()
+    assert heard.notes == notices(base, other) == ["the adapter was made on another checkpoint of sd1 (unet)"]
     assert notices(base, adapter(base, base={})) == []
