@@ -105,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Arguments are taken as they are: on Windows too, since a prompt may hold `*`, `?` or `%`.
     """
+    # Threads that wait spinning cost next to nothing alone, and a hundredfold beside another busy process; before torch
+    # is loaded, which reads it once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a code page that lacks a character must not end a run

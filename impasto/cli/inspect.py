@@ -19,6 +19,7 @@ from impasto.cli import findings, pickle_names
 from impasto.cli.console import RichReporter, emit
 from impasto.cli.options import Json
 from impasto.core.errors import UserError
+from impasto.core.files import no_such_file
 from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.formats.header import Header, read_header
 from impasto.mini import BASE, check_weights
@@ -64,7 +65,7 @@ def look(path: Path, report: Reporter, *, hashes: bool = False) -> Findings:
         found |= pickled(path) if pickle else known(path)
         hashes = hashes or found["kind"] == "adapter"
     else:
-        raise UserError("no such file", where=path)
+        raise no_such_file(path)
     if hashes:
         told = report if found["bytes"] > WORTH_TELLING else SILENT
         with told.phase("hashing", found["bytes"], "bytes") as advance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
@@ -25,6 +26,21 @@ def cache_dir() -> Path:
     if os.name == "nt":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "impasto"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "impasto"
+
+
+def no_such_file(path: Path | str, what: str = "file") -> UserError:
+    """The error about a path at which nothing is: it names the first folder of it that is missing, or what lies beside
+    it by nearly that name."""
+    path = Path(path)
+    for parent in reversed(path.parents):
+        if not parent.is_dir():
+            return UserError(f"no such {what}", where=path, fix=f"there is no folder {parent}")
+    try:
+        close = difflib.get_close_matches(path.name, (each.name for each in path.parent.iterdir()), n=1, cutoff=0.75)
+    except OSError:
+        close = []
+    fix = f"did you mean {close[0]!r}?" if close else f"looked for in {path.parent.resolve()}"
+    return UserError(f"no such {what}", where=path, fix=fix)
 
 
 def _sync_directory(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from impasto.core.errors import UserError
+from impasto.core.files import no_such_file
 from impasto.core.progress import SILENT, Reporter
 from impasto.families import FAMILIES
 from impasto.families.base import Base
@@ -81,7 +82,7 @@ def locate(path: str | Path, *, download: bool = False) -> Path:
     if Path(path).exists():
         return Path(path)
     if not is_hub_id(name):
-        raise UserError("no such file or folder", where=path)
+        raise no_such_file(path, "file or folder")
     try:
         return Path(huggingface_hub.snapshot_download(
             name, local_files_only=not download, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))

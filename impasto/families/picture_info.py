@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 import impasto
 from impasto.core.errors import UserError
-from impasto.core.files import atomic_write
+from impasto.core.files import atomic_write, no_such_file
 from impasto.families.base import Base
 from impasto.families.prompts import extract_loras
 from impasto.families.sampling import SampleSettings
@@ -115,7 +115,7 @@ def open_picture(path: Path | str) -> Image.Image:
             picture.load()
             return picture
     except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
+        raise no_such_file(path) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot be read as a picture ({error})", where=path) from error
 

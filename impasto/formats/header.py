@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from impasto.core.errors import UserError
+from impasto.core.files import no_such_file
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ def read_header(path: Path | str) -> Header:
                 raise _not_safetensors(path, head + file.read(64), length, size)
             raw = file.read(length)
     except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
+        raise no_such_file(path) from None
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror or error})", where=path) from error
     entries = _parse(raw, path)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from impasto.core.errors import UserError
+from impasto.core.files import no_such_file
 
 #: what torch raises for a pickle that is broken, by accident or by intent
 _BROKEN = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError,
@@ -86,7 +87,7 @@ def load_pickle(path: Path | str) -> Any:
         with open(path, "rb") as file:
             start = file.read(4)
     except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
+        raise no_such_file(path) from None
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror or error})", where=path) from error
     archive = start == b"PK\x03\x04"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from impasto.core.errors import UserError
+from impasto.core.files import no_such_file
 
 
 def first_bytes(path: Path) -> bytes:
@@ -15,7 +16,7 @@ def first_bytes(path: Path) -> bytes:
         with open(path, "rb") as file:
             return file.read(16)
     except FileNotFoundError:
-        raise UserError("no such file or folder", where=path) from None
+        raise no_such_file(path, "file or folder") from None
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror or error})", where=path) from error
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,16 @@ def test_arguments_reach_the_verb_as_they_are(monkeypatch, capsys) -> None:
     monkeypatch.setenv("IMPASTO_TEST_WORD", "expanded")
     assert run(monkeypatch, verb, "*", "$IMPASTO_TEST_WORD", "~", "--", "-x") == 0
     assert capsys.readouterr().out.strip() == "['*', '$IMPASTO_TEST_WORD', '~', '-x']"
+
+
+def test_threads_wait_without_spinning_unless_told_otherwise(monkeypatch) -> None:
+    def verb() -> None:
+        pass
+
+    for told, found in ((None, "passive"), ("active", "active")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if told:
+            monkeypatch.setenv("OMP_WAIT_POLICY", told)
+        assert run(monkeypatch, verb) == 0
+        assert os.environ["OMP_WAIT_POLICY"] == found
+    monkeypatch.delenv("OMP_WAIT_POLICY")

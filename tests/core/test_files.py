@@ -101,3 +101,12 @@ def test_a_held_lock_names_its_holder(tmp_path: Path) -> None:
                 pass
     with files.locked(tmp_path / ".lock", doing="training here"):
         pass
+
+
+def test_what_is_not_there_is_told_with_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "dog.safetensors").touch()
+    assert str(files.no_such_file(tmp_path / "dgo.safetensors")).endswith("no such file; did you mean 'dog.safetensors'?")
+    assert str(files.no_such_file(tmp_path / "cat.png")).endswith(f"no such file; looked for in {tmp_path}")
+    lost = files.no_such_file(tmp_path / "runs" / "one" / "dog.safetensors", "file or folder")
+    assert str(lost).endswith(f"no such file or folder; there is no folder {tmp_path / 'runs'}")
+    assert files.no_such_file(tmp_path / "dog.safetensors" / "x").fix == f"there is no folder {tmp_path / 'dog.safetensors'}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from impasto.core.errors import UserError
+from impasto.core.files import no_such_file
 from impasto.training.foreign.engine import Imported
 
 #: settings are not larger, bytes
@@ -62,7 +63,7 @@ def lines_of(path: Path, largest: int) -> list[str]:
 def read_document(path: Path) -> Document:
     """The document at `path`. Raises `UserError` for what is no text, or too large to be settings."""
     if not can_be_seen(path):
-        raise UserError("no such file", where=path)
+        raise no_such_file(path)
     try:
         if path.stat().st_size > LARGEST:
             raise UserError("is too large for settings", where=path, fix="is it a checkpoint? See impasto inspect")
