@@ -126,7 +126,7 @@ def prepare_times(data: DataOptions) -> tuple[float, float, float, float]:
     """Seconds to look at all pictures, to check them once they are known, to encode them, and to begin once more."""
     from impasto.data.check import check
     from impasto.data.inventory import take_inventories
-    from impasto.data.shards_check import check_shards
+    from impasto.data.shards.check import check_shards
     from impasto.data.source import pictures_of
 
     def checked() -> object:
@@ -258,8 +258,8 @@ def own_memory() -> int:
 
 def measure_memory(folder: Path) -> dict[str, float]:
     """What one process takes: reading the shards, opening them again, an epoch's order, and a thousand steps of it."""
-    from impasto.data.shards import open_table
-    from impasto.data.shards_items import shard_items
+    from impasto.data.shards.items import shard_items
+    from impasto.data.shards.table import open_table
 
     torch.set_num_threads(1)
     data = DataOptions.model_validate({"source": "shards", "shards": str(folder), "resolution": 8, "bucket_step": 8})

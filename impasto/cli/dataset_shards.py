@@ -11,9 +11,9 @@ from impasto.data.check import check_all, plain, verdict
 from impasto.data.dataset import list_folder, located
 from impasto.data.inventory import take_inventory
 from impasto.data.options import DataOptions, PriorOptions, of_class_pictures
-from impasto.data.shards import WORDS
-from impasto.data.shards_check import CheckedShards, check_shards
-from impasto.data.shards_check import plain as plain_shards
+from impasto.data.shards.check import CheckedShards, check_shards
+from impasto.data.shards.check import plain as plain_shards
+from impasto.data.shards.table import WORDS
 
 #: buckets in the text
 ROWS = 8

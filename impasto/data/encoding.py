@@ -101,7 +101,7 @@ class Encoding:
 
     def _run_many(self, items: Many, uses: Uses, report: Reporter, rank: int, world: int) -> None:
         """The same for items that are made when they are asked for."""
-        from impasto.data.shards_cache import Making, Packs
+        from impasto.data.shards.cache import Making, Packs
 
         assert isinstance(self.cache, Packs), "such items have a cache of their own kind"
 

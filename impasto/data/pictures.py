@@ -16,7 +16,7 @@ from impasto.data.many import Many
 from impasto.data.options import DataOptions, ValidationOptions
 from impasto.data.phrasing import Phrasing
 from impasto.data.sets import DataSets, label
-from impasto.data.shards_items import shard_items
+from impasto.data.shards.items import shard_items
 
 
 def pictures_of(data: DataOptions | DataSets, validation: ValidationOptions | None, seed: int,

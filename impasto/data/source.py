@@ -27,7 +27,7 @@ from impasto.data.order import Order
 from impasto.data.pictures import data_fingerprint, pictures_of
 from impasto.data.prior import draw_prior
 from impasto.data.sets import DataSets, cache_folder, label
-from impasto.data.shards_cache import Packs
+from impasto.data.shards.cache import Packs
 from impasto.data.shares import SharedOrder
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.mini.labels import LABEL_SIZES, NOTHING

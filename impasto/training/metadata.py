@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import impasto
-from impasto.data.shards_access import is_url
+from impasto.data.shards.access import is_url
 from impasto.families.load import is_hub_id
 from impasto.training.recipe import Recipe
 

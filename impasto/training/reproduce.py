@@ -15,7 +15,7 @@ from impasto.data.items import collect
 from impasto.data.options import of_class_pictures
 from impasto.data.pictures import data_fingerprint, pictures_of
 from impasto.data.sets import label
-from impasto.data.shards_access import is_url
+from impasto.data.shards.access import is_url
 from impasto.families.fingerprint import fingerprint
 from impasto.families.load import locate
 from impasto.formats.checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ import pytest
 from impasto.cli import app
 from tests.cli.running import impasto, one_line
 from tests.data.sharded import aged, sample, serving, write_shard, write_shards
-from tests.data.test_shards_index import bad_shard
+from tests.data.shards.test_index import bad_shard
 
 SETTINGS = ("data.resolution=64", "data.bucket_step=8")
 

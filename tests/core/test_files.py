@@ -104,9 +104,10 @@ def test_a_held_lock_names_its_holder(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_told_with_what_lies_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "dog.safetensors").touch()
-    assert str(files.no_such_file(tmp_path / "dgo.safetensors")).endswith("no such file; did you mean 'dog.safetensors'?")
-    assert str(files.no_such_file(tmp_path / "cat.png")).endswith(f"no such file; looked for in {tmp_path}")
-    lost = files.no_such_file(tmp_path / "runs" / "one" / "dog.safetensors", "file or folder")
-    assert str(lost).endswith(f"no such file or folder; there is no folder {tmp_path / 'runs'}")
-    assert files.no_such_file(tmp_path / "dog.safetensors" / "x").fix == f"there is no folder {tmp_path / 'dog.safetensors'}"
+    dog = tmp_path / "dog.safetensors"
+    dog.touch()
+    for path, fix in ((tmp_path / "dgo.safetensors", "did you mean 'dog.safetensors'?"),
+                      (tmp_path / "cat.png", f"looked for in {tmp_path}"),
+                      (tmp_path / "runs" / "one" / "dog.png", f"there is no folder {tmp_path / 'runs'}"),
+                      (dog / "x", f"there is no folder {dog}")):
+        assert str(files.no_such_file(path)) == f"{path}: no such file; {fix}"

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from impasto.core.progress import SILENT
-from impasto.data import shards_cache
 from impasto.data.cache import Cache, key_of
-from impasto.data.shards_cache import Packs
+from impasto.data.shards import cache as shards_cache
+from impasto.data.shards.cache import Packs
 
 
 def together(task: Callable[[Path, int], None], folder: Path) -> None:

@@ -20,9 +20,9 @@ from impasto.core.errors import UserError
 from impasto.core.files import atomic_write, key_of, locked, require_space
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.dataset import FRESH_SECONDS
-from impasto.data.shards_http import About, HttpFile
-from impasto.data.shards_pool import Pool
-from impasto.data.shards_tar import Read
+from impasto.data.shards.http import About, HttpFile
+from impasto.data.shards.pool import Pool
+from impasto.data.shards.tar import Read
 
 #: {0000..0099}, and {train,val}
 _NUMBERS, _CHOICES = re.compile(r"\{(\d+)\.\.(\d+)\}"), re.compile(r"\{([^{}]*,[^{}]*)\}")

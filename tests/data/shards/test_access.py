@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from impasto.core.errors import UserError
-from impasto.data import shards_http
-from impasto.data.shards_access import HttpShard, LocalShard, expanded, reached
-from impasto.data.shards_http import HttpFile
+from impasto.data.shards import http as shards_http
+from impasto.data.shards.access import HttpShard, LocalShard, expanded, reached
+from impasto.data.shards.http import HttpFile
 from tests.data.sharded import serving
 from tests.heard import Heard
 

@@ -17,8 +17,8 @@ from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from impasto.core.errors import UserError
-from impasto.data.shards_connection import PATIENCE, connect, headers_of, path_of
-from impasto.data.shards_pool import Pool
+from impasto.data.shards.connection import PATIENCE, connect, headers_of, path_of
+from impasto.data.shards.pool import Pool
 
 #: a request is made so often at most, seconds before the second try (then twice as long each time), and the longest of
 #: these waits

@@ -18,9 +18,9 @@ from impasto.core.errors import UserError
 from impasto.core.progress import Advance
 from impasto.data.caption_files import lines_of, text_in
 from impasto.data.dataset import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES, decode
-from impasto.data.shards_access import Shard
-from impasto.data.shards_index import CAPTIONS, COLUMNS, Status, save_index
-from impasto.data.shards_tar import CutShort, Member, members
+from impasto.data.shards.access import Shard
+from impasto.data.shards.index import CAPTIONS, COLUMNS, Status, save_index
+from impasto.data.shards.tar import CutShort, Member, members
 
 #: members that are larger are not read, bytes
 LARGEST_PICTURE, LARGEST_CAPTION = 1 << 29, 1 << 24

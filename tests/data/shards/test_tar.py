@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from impasto.data.shards_tar import CutShort, Member, members
+from impasto.data.shards.tar import CutShort, Member, members
 from tests.data.sharded import write_shard
 
 LONG = "folder-" * 20 + "/" + "name" * 40 + ".jpg"

@@ -22,9 +22,9 @@ from impasto.data.buckets import bucket_sizes, place, too_small
 from impasto.data.caption_files import tidy
 from impasto.data.dataset import Problem, Size
 from impasto.data.options import DataOptions
-from impasto.data.shards_access import Shard, expanded, labels, reached
-from impasto.data.shards_index import CAPTIONS, Index, Status, index_name, open_index
-from impasto.data.shards_read import read_shard
+from impasto.data.shards.access import Shard, expanded, labels, reached
+from impasto.data.shards.index import CAPTIONS, Index, Status, index_name, open_index
+from impasto.data.shards.read import read_shard
 
 #: samples that cannot be used are named in an error up to so many
 NAMED = 20

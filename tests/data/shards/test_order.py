@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from impasto.data.shards_order import ShardOrder
+from impasto.data.shards.order import ShardOrder
 
 
 def order(sizes: list[int], bucket: list[int] | np.ndarray | None = None, window: int = 8, group: int = 2,

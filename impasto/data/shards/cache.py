@@ -26,8 +26,8 @@ from impasto.core.errors import UserError
 from impasto.core.files import atomic_write, cache_dir, disk_error, key_of
 from impasto.core.progress import Reporter
 from impasto.data.cache import Cache, packed, unpacked
-from impasto.data.shards_access import read_at
-from impasto.data.shards_tar import BLOCK, CutShort, members
+from impasto.data.shards.access import read_at
+from impasto.data.shards.tar import BLOCK, CutShort, members
 
 #: a tar is closed at so many bytes, so many entries or after so many seconds: no more than that is lost in a kill
 PACK_BYTES, PACK_ENTRIES, PACK_SECONDS = 64 << 20, 1024, 60.0

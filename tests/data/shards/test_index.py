@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from impasto.core.errors import UserError
-from impasto.data import shards, shards_access
 from impasto.data.options import DataOptions
-from impasto.data.shards import Survey, Use, caption_of, open_table, refuse_samples, surveyed
-from impasto.data.shards_index import Status, open_index
-from impasto.data.shards_read import split
+from impasto.data.shards import access as shards_access
+from impasto.data.shards import table
+from impasto.data.shards.index import Status, open_index
+from impasto.data.shards.read import split
+from impasto.data.shards.table import Survey, Use, caption_of, open_table, refuse_samples, surveyed
 from tests.data.sharded import aged, sample, serving, write_shard, write_shards
 
 
@@ -110,7 +111,7 @@ def test_many_problems_are_named_up_to_a_limit(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", {f"{i}.txt": b"x" for i in range(50)})
     with pytest.raises(UserError, match="50 samples cannot be used") as caught:
         refuse_samples(survey(path))
-    assert str(caught.value).count("a.tar/") == shards.NAMED and "and 30 more" in str(caught.value)
+    assert str(caught.value).count("a.tar/") == table.NAMED and "and 30 more" in str(caught.value)
 
 
 # --- cut short ---------------------------------------------------------------------------------------------
@@ -168,13 +169,13 @@ def test_what_is_no_shard_is_one_line(tmp_path: Path) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that are read from end to end."""
     names: list[str] = []
-    plain = shards.read_shard
+    plain = table.read_shard
 
     def noted(shard: shards_access.Shard, *rest: Any) -> None:
         names.append(shard.label)
         plain(shard, *rest)
 
-    monkeypatch.setattr(shards, "read_shard", noted)
+    monkeypatch.setattr(table, "read_shard", noted)
     return names
 
 
@@ -255,7 +256,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
     for count in counts:
         data = options(tmp_path / str(count), resolution=8)
         open_table(data)  # imports and first uses
-        shutil.rmtree(shards.index_folder(data))
+        shutil.rmtree(table.index_folder(data))
         tracemalloc.start()
         found = surveyed(open_table(data), data)
         kept, peak = tracemalloc.get_traced_memory()

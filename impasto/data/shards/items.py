@@ -23,9 +23,9 @@ from impasto.data.items import Handling, Item
 from impasto.data.many import Many, Tally
 from impasto.data.options import DataOptions, ValidationOptions
 from impasto.data.phrasing import Phrasing
-from impasto.data.shards import Survey, caption_of, open_table, refuse_samples, surveyed
-from impasto.data.shards_access import Shard
-from impasto.data.shards_order import ShardOrder
+from impasto.data.shards.access import Shard
+from impasto.data.shards.order import ShardOrder
+from impasto.data.shards.table import Survey, caption_of, open_table, refuse_samples, surveyed
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from impasto.data.dataset import Size
 from impasto.data.findings import MUCH_CROPPED, MUCH_ENLARGED, Finding, Level, number
 from impasto.data.inventory import CELL
 from impasto.data.options import DataOptions
-from impasto.data.shards import Survey, Use, kinds_read, open_table, surveyed
-from impasto.data.shards_index import CAPTIONS
+from impasto.data.shards.index import CAPTIONS
+from impasto.data.shards.table import Survey, Use, kinds_read, open_table, surveyed
 
 #: samples that are named in a finding
 NAMED = 20

@@ -12,9 +12,9 @@ from safetensors.torch import load
 
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT
-from impasto.data import shards_cache
 from impasto.data.cache import key_of
-from impasto.data.shards_cache import Making, Packs
+from impasto.data.shards import cache as shards_cache
+from impasto.data.shards.cache import Making, Packs
 from tests.data.filling import fill_packs, together
 
 KEYS = [key_of(i) for i in range(50)]

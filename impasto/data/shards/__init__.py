@@ -1,0 +1,6 @@
+"""Samples in tar files, on the disk or on a web server, as webdataset writes them: read in place, never unpacked.
+
+From the bottom: `access`, `connection`, `http` and `pool` reach bytes; `tar` and `read` find samples in them, once, for
+an `index`; a `table` is the indexes of all shards; `order` shuffles its samples, `items` makes them, `cache` keeps what
+they are encoded to, `check` accounts for them before a run.
+"""
