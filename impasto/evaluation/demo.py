@@ -140,13 +140,13 @@ class _Demo:
               after: list[Image.Image]) -> Scores:
         from impasto.evaluation.reader import extend
 
-        side, count = _side(self.recipe), self.amounts.renders
+        side, count = _side(self.recipe), self.amounts.renders * self.lesson.harder
 
         def looked_at(renders: list[Image.Image]) -> list[Image.Image]:
-            """As they are, and with the look of what the base draws."""
-            return [*renders, *given_back(base, renders, self.seed, noise=LATENT_NOISE)]
+            """As they are, and a third also with the look of what the base draws."""
+            return [*renders, *given_back(base, renders[::3], self.seed, noise=LATENT_NOISE)]
 
-        negatives = [*self.lesson.lookalikes(count, side), *world_renders(count, side)]
+        negatives = [*self.lesson.lookalikes(count, side), *world_renders(2 * count, side)]
         recogniser = extend(reader, looked_at(self.lesson.renders(count, side)), looked_at(negatives))
         many = len(new)
         known = [sum(recogniser.knows(pictures[:many])) for pictures in (before, after)]

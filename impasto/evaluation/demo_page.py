@@ -83,9 +83,10 @@ def notes(lesson: Lesson, recipe: Recipe, amounts: Amounts, result: DemoResult, 
     """How the figures were measured, and what they do not say."""
     method, scores, phases = recipe.method[0], result.scores, result.seconds
     return [
-        f"Recognised: a small network that reads pictures of the drawn world was shown {amounts.renders} renders of "
-        f"{lesson.what}, as many lookalikes and as many ordinary pictures, each as it is and as the base's VAE gives "
-        "it back; none of them is drawn by the base. It then looked at "
+        "Recognised: a small network that reads pictures of the drawn world was shown "
+        f"{amounts.renders * lesson.harder} renders of "
+        f"{lesson.what}, as many lookalikes and twice as many ordinary pictures, and a third of them as the base's VAE "
+        "gives them back; none of them is drawn by the base. It then looked at "
         f"{scores.recognised_before.count} pictures drawn without the adapter and as many with it.",
         "Backgrounds: the same network says the background's colour of each picture drawn with the adapter; it is "
         "right if the prompt says the same.",

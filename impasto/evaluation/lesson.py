@@ -23,7 +23,7 @@ class Amounts:
     #: sampler steps of each
     steps: int = 12
     guidance: float = GUIDANCE
-    #: renders by which the reader learns to recognise what is taught: of it, of lookalikes, and of the world, each
+    #: renders by which the reader learns to recognise a thing: of it, as many lookalikes, twice as many of the world
     renders: int = 60
     #: pairs on the page: of what is taught, and of what was known before
     shown: int = 8
@@ -44,6 +44,7 @@ class Lesson:
     renders: Callable[[int, int], list[Image.Image]]  # of a count and a side: pictures of it
     lookalikes: Callable[[int, int], list[Image.Image]]  # of what one might take for it
     own: tuple[tuple[str, str], ...]  # what to do with one's own pictures, and the command
+    harder: int = 1  # times as many renders as for a thing, if it takes more to be recognised
 
 
 def mascot_asked(count: int, seed: int) -> list[Asked]:
@@ -109,5 +110,5 @@ LESSONS = {lesson.name: lesson for lesson in (
         style_asked, lessons.sticker_renders, lessons.sticker_lookalikes,
         (("Teach a real checkpoint a style, from a folder of pictures with a .txt caption each, which ends in "
           "\"sks style\"", TRAIN_STYLE),
-         ("Draw with it", DRAW_STYLE))),
+         ("Draw with it", DRAW_STYLE)), harder=3),
 )}

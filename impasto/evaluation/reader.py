@@ -155,9 +155,14 @@ class Reader(nn.Module):
     @torch.no_grad()
     def pooled(self, pixels: Tensor) -> Tensor:
         """`features` of pictures uint8 (N, 3, 128, 128)."""
-        return torch.cat([torch.cat([pool for stage in self._stages(self._blocks(part))
-                                     for pool in (stage.mean((2, 3)), stage.amax((2, 3)))], 1)
-                          for part in pixels.split(128)])
+        found = []
+        for part in pixels.split(128):
+            blocks = fine = self._blocks(part)
+            stages = self._stages(blocks)
+            for layer in self.fine:
+                stages.append(fine := layer(fine))
+            found.append(torch.cat([pool for stage in stages for pool in (stage.mean((2, 3)), stage.amax((2, 3)))], 1))
+        return torch.cat(found)
 
 
 def _sensible(found: dict[str, str]) -> dict[str, str]:

@@ -50,7 +50,8 @@ def test_all_of_it_is_there_in_the_end(lesson: str, small_demo: Demo, reader: Mo
     assert result.size == result.adapter.stat().st_size
     assert result.scores.recognised_before == (0, 4) and result.scores.recognised_after == (4, 4)
     assert result.scores.old_before == result.scores.old_after and result.scores.lost == 0
-    assert vars(reader)["shown"] == [6, 12]  # renders; lookalikes and the world's; each twice, as the VAE sees it too
+    # renders; lookalikes and the world's; a third twice, as the VAE gives it back
+    assert vars(reader)["shown"] == ([4, 12] if lesson == "mascot" else [12, 36])
     assert set(result.seconds) == {"drawing before", "training", "drawing after", "reading"} and result.memory > 2**20
     page = result.page.read_text(encoding="utf-8")
     assert page.count('alt="before: ') == page.count('alt="after: ') - 1 == 4  # the face of the page is one more
@@ -208,9 +209,10 @@ def test_command_lines_are_quoted_for_any_shell() -> None:
 @needs_base
 @needs_reader
 def test_the_embedded_base_learns_a_mascot_and_forgets_next_to_nothing(tmp_path: Path) -> None:
-    scores = run_demo("mascot", tmp_path / "demo", amounts=Amounts()).scores
-    assert scores.recognised_before.share <= AT_MOST_BEFORE
-    assert scores.recognised_after.share >= AT_LEAST_AFTER
-    assert scores.backgrounds.share >= AT_LEAST_BACKGROUNDS
-    # one seed measures coarsely: the bar is meant over several, and one picture of them all is four points
-    assert scores.lost <= AT_MOST_LOST + 1 / Amounts().old
+    found = [run_demo("mascot", tmp_path / f"{seed}", seed=seed, amounts=Amounts()).scores for seed in range(3)]
+    for scores in found:
+        assert scores.recognised_before.share <= AT_MOST_BEFORE
+        assert scores.recognised_after.share >= AT_LEAST_AFTER
+        assert scores.backgrounds.share >= AT_LEAST_BACKGROUNDS
+    # of one seed a picture is four points
+    assert sum(scores.lost for scores in found) / len(found) <= AT_MOST_LOST
