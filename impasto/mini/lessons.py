@@ -32,7 +32,7 @@ TEAL, CREAM = np.array([0.05, 0.66, 0.64], np.float32), np.array([0.99, 0.91, 0.
 MASCOT_NAME, MASCOT_CLASS = "sks mascot", "mascot"
 #: backgrounds of the pictures that teach the mascot, and those on which it is then asked for
 TAUGHT_ON = ("blue", "yellow", "green", "brown", "black", "white")
-ASKED_ON = ("red", "purple", "pink", "orange")
+ASKED_ON = ("purple", "pink", "orange", "red")
 
 #: words for the style in captions
 STYLE_NAME = "sks style"
