@@ -58,6 +58,35 @@ def test_three_in_a_hundred_broken_are_all_told_before_anything_is_encoded(recip
     assert train(made).step == 6
 
 
+def test_broken_pictures_of_all_parts_are_told_at_once_and_before_the_base_is_loaded(
+        recipe: RecipeMaker, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {name: shutil.copytree(pictures, tmp_path / name) for name in ("one", "two", "class", "apart", "good")}
+    for name, folder in folders.items():
+        if name != "good":
+            (folder / f"{name}.png").write_bytes(b"")
+    (folders["one"] / "page.jpg").write_bytes(b"<html>not found</html>")
+    plain = recipe().plain()
+    plain["data"] = [{**plain["data"], "folder": str(folders[name])} for name in ("one", "good", "two")]
+    plain |= {"prior": {"folder": str(folders["class"]), "caption": "a dog"}}
+    plain["validation"] |= {"folder": str(folders["apart"])}
+    monkeypatch.setattr(trainer, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    with pytest.raises(UserError) as raised:
+        train(Recipe.model_validate(plain))
+    first, *lines = str(raised.value).splitlines()
+    assert first == "4 sets of pictures cannot be used:"
+    assert [line.split(": ")[:2] for line in lines if not line.startswith(" ")] == [
+        ["data.0", str(folders["one"])], ["data.2", str(folders["two"] / "two.png")],
+        ["validation", str(folders["apart"] / "apart.png")], ["prior", str(folders["class"] / "class.png")]]
+    assert [line.split(": ")[0] for line in lines if line.startswith(" ")] == ["  one.png", "  page.jpg"]
+
+
+def test_a_base_that_is_not_there_is_told_before_pictures_are_looked_at(recipe: RecipeMaker,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "pictures_of", lambda *_: pytest.fail("pictures were looked at"))
+    with pytest.raises(UserError, match="nowhere.safetensors"):
+        train(recipe(base={"path": "nowhere.safetensors"}))
+
+
 def test_a_picture_that_changes_under_a_run_is_noticed_where_it_is_read_again(recipe: RecipeMaker, pictures: Path,
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained VAE reads pictures in each step."""
