@@ -27,7 +27,7 @@ from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
 from impasto.training.journal import Journal
-from impasto.training.kept_recipe import keep_recipe
+from impasto.training.kept_recipe import compare_recipe
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.outcome import Outcome
 from impasto.training.previews import Previews, evaluating
@@ -65,7 +65,7 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
         with processes.all_or_none():  # the others look into the directory when it is whole
             if processes.first:
                 run = held.enter_context(Run.open(folder, name, report))
-                keep_recipe(run, recipe.plain(), accept=accept_changes)
+                compare_recipe(run, recipe.plain(), accept=accept_changes)
                 announce(recipe.output, report)
         with processes.all_or_none():
             trainer = Trainer(recipe, run, report, processes, accept_changes=accept_changes)
