@@ -126,15 +126,15 @@ def prepare_times(data: DataOptions) -> tuple[float, float, float, float]:
     """Seconds to look at all pictures, to check them once they are known, to encode them, and to begin once more."""
     from impasto.data.check import check
     from impasto.data.inventory import take_inventories
+    from impasto.data.pictures import pictures_of
     from impasto.data.shards.check import check_shards
-    from impasto.data.source import pictures_of
 
     def checked() -> object:
         if data.source == "shards":
             return check_shards(data, BATCH)
         return [check(inventory) for inventory in take_inventories(data, None, BATCH)]
 
-    index = timed(lambda: pictures_of(data, None, 0))
+    index = timed(lambda: pictures_of(data, None, None, 0))
     found = timed(checked)
     return index, found, timed(lambda: prepared(data, "unet")), timed(lambda: prepared(data, "unet"))
 

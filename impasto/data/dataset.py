@@ -106,15 +106,15 @@ def _undecodable(name: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path, key: str = "data.folder") -> Listing:
     """Find pictures and captions, in inner folders too; hidden files and folders (`.`, macOS's `._`) are not.
 
     The order is that of the composed relative names by code point: the same on every system.
-    Raises `UserError` for a folder that is missing, no folder, or without pictures.
+    Raises `UserError` for a folder that is missing, no folder, or without pictures; the recipe names it by `key`.
     """
     if not folder.is_dir():
         reason = "is not a folder" if folder.exists() else "there is no such folder"
-        raise UserError(reason, where=folder, fix="say where the pictures are: data.folder=…")
+        raise UserError(reason, where=folder, fix=f"say where the pictures are: {key}=…")
     names: list[str] = []
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):

@@ -33,7 +33,8 @@ class DataOptions(Section):
         "folder", description="shards: webdataset's tar files (shards). world: pictures of the embedded base's drawn "
         "world with their captions, made as they are needed.")
     shards: list[str] | None = Field(None, description="Webdataset's tar files, one or a list: paths, folders, * "
-                                     "patterns, http(s) addresses, {0000..0099} for numbers. Captions are the .txt, "
+                                     "patterns, http(s) addresses (to the Hugging Face hub with its token, HF_TOKEN or "
+                                     "hf auth login), {0000..0099} for numbers. Captions are the .txt, "
                                      ".caption or .json beside each picture in the shard. A shard is read whole once, "
                                      "and its index kept beside the cache.")
     shuffle_window: int = Field(4096, ge=1, description="Samples of shards that are shuffled among each other, as in "

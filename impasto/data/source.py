@@ -17,14 +17,13 @@ from impasto.data.account import accounts, of_set, wordings
 from impasto.data.augment import Variant
 from impasto.data.buckets import check_sizes
 from impasto.data.cache import Cache
-from impasto.data.dataset import list_folder, located
 from impasto.data.encoding import Encoding
 from impasto.data.frontier import READS, Frontier, frontier
 from impasto.data.items import Item, collect
 from impasto.data.many import Many, Stream
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions, of_class_pictures
 from impasto.data.order import Order
-from impasto.data.pictures import data_fingerprint, pictures_of
+from impasto.data.pictures import Pictures, data_fingerprint, pictures_of
 from impasto.data.prior import draw_prior
 from impasto.data.sets import DataSets, cache_folder, label
 from impasto.data.shards.cache import Packs
@@ -216,26 +215,23 @@ class Source:
 def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions | None, *, trains: frozenset[str],
                    batch_size: int, accumulation: int, seed: int, device: torch.device | str,
                    reads: frozenset[str] = READS, report: Reporter = SILENT, rank: int = 0, world: int = 1,
-                   validation: ValidationOptions | None = None) -> Source:
-    """Look at every picture, draw or collect class pictures, encode what may be encoded once.
+                   validation: ValidationOptions | None = None, pictures: Pictures | None = None) -> Source:
+    """Look at every picture, draw class pictures where none are there, encode what may be encoded once.
 
     `trains` names the components that are trained, `reads` what the objective looks at. Without `validation` no
-    picture is held out.
-    Nothing may be attached to the base yet: class pictures
-    are drawn with the base as it is. Raises one `UserError` with all files of a folder that cannot be used.
+    picture is held out. `pictures`: what `pictures_of` has found before the base was there. Nothing may be attached to
+    the base yet: class pictures are drawn with the base as it is. Raises `UserError` as `pictures_of` does.
     """
     share = Share(batch_size, accumulation, seed, rank, world)
     for number, one in enumerate(data.sets):
         check_sizes(one, base.cell, label(number, data))
     fingerprint = base.fingerprint()
-    notes: list[str] = []
-    items, held_out = pictures_of(data, validation, seed, report, notes)
-    class_items: Sequence[Item] = []
-    if prior is not None:
+    found = pictures or pictures_of(data, prior, validation, seed, report)
+    items, held_out, class_items = found.learned, found.held_out, found.of_class or ()
+    if prior is not None and found.of_class is None:
         class_data = of_class_pictures(data.sets[0], prior)
-        listing = list_folder(located(prior.folder)) if prior.folder is not None else \
-            draw_prior(base, fingerprint, prior, class_data.resolution, report, rank, world)
-        class_items = collect(listing, class_data, report, "class pictures", prior.weight, notes)
+        listing = draw_prior(base, fingerprint, prior, class_data.resolution, report, rank, world)
+        class_items = collect(listing, class_data, report, "class pictures", prior.weight)
     many = any(one.wildcards for one in data.sets) and any(item.phrasing.variants(item.caption) is None
                                                            for item in itertools.chain(items, class_items))
     rule = frontier(trains, base.text_encoder_names, data, reads, many=many)
@@ -245,7 +241,7 @@ def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions
     no_caption = encoding.caption("") if any(one.caption_dropout for one in data.sets) else ""
     encoding.run(report, rank, world)
     return Source(_kept(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
-                  LABEL_SIZES if any(one.source == "world" for one in data.sets) else (), notes=notes,
+                  LABEL_SIZES if any(one.source == "world" for one in data.sets) else (), notes=found.notes,
                   varied=rule.captions and not set(base.text_encoder_names) & trains, held_out=_kept(held_out))
 
 

@@ -13,37 +13,53 @@ from impasto.core.files import atomic_write
 from impasto.training.recipe import make_recipe
 from impasto.training.run import Run
 
+FILE = "recipe.toml"
+
 #: keys that may change between two sittings of a run: they do not touch the weights. A batch may be divided among
 #: more or fewer processes; what it is in all of them together is compared by itself
 FREE_KEYS = {"sample", "output", "train.steps", "train.epochs", "train.device", "train.batch_size", "validation.every",
              "validation.patience", "validation.keep_best"}
 
 
-def keep_recipe(run: Run, plain: dict[str, Any], *, accept: bool = False) -> None:
-    """Keep `Recipe.plain()` as recipe.toml, which `impasto train` takes as it is; say which keys have changed.
+def compare_recipe(run: Run, plain: dict[str, Any], *, accept: bool = False) -> None:
+    """Say in which keys `Recipe.plain()` differs from the recipe that the run of this directory was begun with.
 
-    Raises `UserError`, which names the keys, where the directory holds a run with another recipe: one that differs in
-    more than `FREE_KEYS`. With `accept` it is a warning, and a line of the log.
+    Raises `UserError`, which names the keys, where those are more than `FREE_KEYS`; with `accept` it is a warning.
     """
-    path = run.folder / "recipe.toml"
-    now = _flat(without_none(plain))
-    if path.exists() and (kept := run.checkpoints()):
-        before = _flat(without_none(_renewed(_read(path))))
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        told = {key: f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in changed}
-        binding = [told[key] for key in changed if not {key, key.split(".")[0]} & FREE_KEYS]
-        if free := [line for line in told.values() if line not in binding]:
-            run.report.note(f"goes on with {_few(free)}")
-        if binding and not accept:
-            raise UserError(f"holds a run with another recipe ({_few(binding)})", where=run.folder,
-                            fix="choose another output.dir, put the recipe back, or go on with this one by "
-                            "--accept-changes")
-        if binding:
-            run.report.warn(f"goes on with another recipe, as told ({_few(binding)}): what comes of it is what neither "
-                            "of the two would have made alone")
-            run.log(event="recipe changed", step=int(kept[0].name), changes=binding)
-    with atomic_write(path) as file:
+    free, binding = _changes(run, plain)
+    if free:
+        run.report.note(f"goes on with {_few(free)}")
+    if binding and not accept:
+        raise UserError(f"holds a run with another recipe ({_few(binding)})", where=run.folder,
+                        fix="choose another output.dir, put the recipe back, or go on with this one by "
+                        "--accept-changes")
+    if binding:
+        run.report.warn(f"goes on with another recipe, as told ({_few(binding)}): what comes of it is what neither "
+                        "of the two would have made alone")
+
+
+def keep_recipe(run: Run, plain: dict[str, Any], step: int) -> None:
+    """Keep `Recipe.plain()` as recipe.toml, which `impasto train` takes as it is, from `step` on.
+
+    Another one than before is a line of the log.
+    """
+    _, binding = _changes(run, plain)
+    if binding:
+        run.log(event="recipe changed", step=step, changes=binding)
+    with atomic_write(run.folder / FILE) as file:
         tomli_w.dump(without_none(plain), file)
+
+
+def _changes(run: Run, plain: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What has changed since the run was begun, key by key: of `FREE_KEYS`, and of others."""
+    path = run.folder / FILE
+    if not path.exists() or not run.checkpoints():
+        return [], []
+    before, now = _flat(without_none(_renewed(_read(path)))), _flat(without_none(plain))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    told = {key: f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in changed}
+    binding = [told[key] for key in changed if not {key, key.split(".")[0]} & FREE_KEYS]
+    return [line for line in told.values() if line not in binding], binding
 
 
 def _few(lines: list[str]) -> str:

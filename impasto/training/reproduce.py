@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from impasto.core.errors import UserError
-from impasto.core.progress import SILENT
-from impasto.data.dataset import list_folder, located
-from impasto.data.items import collect
-from impasto.data.options import of_class_pictures
 from impasto.data.pictures import data_fingerprint, pictures_of
 from impasto.data.sets import label
 from impasto.data.shards.access import is_url
@@ -114,14 +110,11 @@ def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:
         found.unknown.append("the pictures: they are on a web server, and would have to be fetched to be compared")
         return
     try:
-        streams = [pictures_of(data, recipe.validation, recipe.train.seed)[0]]
-        if prior is not None:
-            own = of_class_pictures(data.sets[0], prior)
-            streams.append(collect(list_folder(located(str(prior.folder))), own, SILENT, weight=prior.weight))
+        now = pictures_of(data, prior, recipe.validation, recipe.train.seed)
     except UserError as error:
         key = "shards" if data.sets[0].source == "shards" else "folder"
         found.unknown.append(f"the pictures: {error.what}; say where they are: {label(0, data)}.{key}=…")
         return
-    if data_fingerprint(data, streams) != before:
+    if data_fingerprint(data, [now.learned, *([] if now.of_class is None else [now.of_class])]) != before:
         found.differs.append("the pictures, their captions or their cuts are others")
 

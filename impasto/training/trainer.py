@@ -18,15 +18,16 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import Draws, seed_for
+from impasto.data.pictures import pictures_of
 from impasto.data.source import prepare_source
-from impasto.families.load import load_base
+from impasto.families.load import load_base, locate
 from impasto.methods import METHODS
 from impasto.methods.base import Method, group_of
 from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
 from impasto.training.journal import Journal
-from impasto.training.kept_recipe import keep_recipe
+from impasto.training.kept_recipe import compare_recipe
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.outcome import Outcome
 from impasto.training.previews import Previews, evaluating
@@ -64,7 +65,7 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
         with processes.all_or_none():  # the others look into the directory when it is whole
             if processes.first:
                 run = held.enter_context(Run.open(folder, name, report))
-                keep_recipe(run, recipe.plain(), accept=accept_changes)
+                compare_recipe(run, recipe.plain(), accept=accept_changes)
                 announce(recipe.output, report)
         with processes.all_or_none():
             trainer = Trainer(recipe, run, report, processes, accept_changes=accept_changes)
@@ -88,6 +89,9 @@ class Trainer:
         self.precision = Precision.choose(self.options.precision, self.device)
         choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
         self.tracking = Tracking(recipe, run.folder, run.name, report)
+        if not recipe.base.download:
+            locate(recipe.base.path)
+        pictures = pictures_of(recipe.data, recipe.prior, recipe.validation, self.options.seed, report)
         with report.phase("loading the base"):
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
@@ -101,7 +105,7 @@ class Trainer:
             self.base, recipe.data, recipe.prior, trains=trains, batch_size=self.options.batch_size,
             accumulation=self.options.accumulation, seed=self.options.seed, device=self.device,
             reads=self.objective.reads, report=report, rank=self.processes.rank, world=self.processes.count,
-            validation=recipe.validation)
+            pictures=pictures)
         groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
         own = self.objective.prepare(self.base, self.source.label_sizes, self.options.seed)
         groups += [group_of(module, f"objective.{name}", name) for name, module in own.items()]

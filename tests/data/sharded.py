@@ -71,7 +71,9 @@ class Server:
     sent: int = 0
     break_off: list[int] = field(default_factory=list)  # of the next answers, after so many bytes
     busy: int = 0  # of the next answers, so many are 503
-    redirect: bool = False  # /moved/x leads to /x
+    elsewhere: str = ""  # the server to which /moved/x leads, as /x there; else this one
+    token: str = ""  # who does not show it is answered 401
+    shown: list[str | None] = field(default_factory=list)  # Authorization, of each request
 
     def url(self, name: str) -> str:
         return f"{self.address}/{name}"
@@ -99,12 +101,17 @@ def serving(folder: Path, **options: object) -> Iterator[Server]:
         def do_GET(self) -> None:
             wanted = self.headers.get("Range")
             server.asked.append((self.path, wanted))
+            server.shown.append(self.headers.get("Authorization"))
             if server.busy:
                 server.busy -= 1
                 self._plain(503)
                 return
+            if server.token and server.shown[-1] != f"Bearer {server.token}":
+                self._plain(401)
+                return
             if self.path.startswith("/moved/"):
-                self._plain(302, {"Location": f"{server.address}/{self.path.removeprefix('/moved/')}"})
+                to = server.elsewhere or server.address
+                self._plain(302, {"Location": f"{to}/{self.path.removeprefix('/moved/')}"})
                 return
             path = server.folder / self.path.lstrip("/")
             if not path.is_file():

@@ -14,7 +14,8 @@ from impasto.data.buckets import Placement
 from impasto.data.dataset import Picture
 from impasto.data.heldout import divide
 from impasto.data.options import DataOptions, ValidationOptions
-from impasto.data.source import Item, Source, pictures_of, prepare_source
+from impasto.data.pictures import pictures_of
+from impasto.data.source import Item, Source, prepare_source
 from tests.data.fakes import FakeBase, write_picture
 
 
@@ -86,9 +87,10 @@ def test_a_folder_of_their_own_takes_copies_out_of_the_others() -> None:
 def test_the_drawn_world_holds_out_numbers_beyond() -> None:
     data = DataOptions.model_validate(
         {"source": "world", "pictures": 20, "resolution": 32, "buckets": False})
-    kept, out = pictures_of(data, asked_for(), 3)
+    found = pictures_of(data, None, asked_for(), 3)
+    kept, out = found.learned, found.held_out
     assert [each.picture.name for each in out] == ["drawing 20", "drawing 21"]
-    assert kept == pictures_of(data, None, 3)[0] and out[0].labels
+    assert kept == pictures_of(data, None, None, 3).learned and out[0].labels
 
 
 def prepare(folder: Path, validation: ValidationOptions | None, **keys: object) -> Source:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from impasto.core.errors import UserError
 from impasto.core.progress import SILENT
 from impasto.data import prior as room
-from impasto.data.options import DataOptions, PriorOptions
+from impasto.data.options import DataOptions, PriorOptions, ValidationOptions
 from impasto.data.prior import draw_prior, prior_folder
 from impasto.data.source import prepare_source
 from impasto.diffusion.process import DDPM
@@ -119,3 +120,16 @@ def test_a_run_with_drawn_class_pictures(sampler: Sampler, tmp_path: Path) -> No
     assert len(source.class_pictures) == 5
     ((instance, drawn),) = source.micro_batches(0)  # of two shapes
     assert instance.names == ["a.png"] and drawn.weight.tolist() == [0.25] and drawn.samples == [1]
+
+
+def test_none_are_drawn_where_other_pictures_cannot_be_used(sampler: Sampler, tmp_path: Path) -> None:
+    write_picture(tmp_path / "photos" / "a.png", caption="x")
+    (tmp_path / "photos" / "bad.png").write_text("x")
+    data = DataOptions(folder=str(tmp_path / "photos"), resolution=64, bucket_step=8)
+    with pytest.raises(UserError) as caught:
+        prepare_source(FakeBase.make(), data, PriorOptions(caption="a dog", images=2), trains=frozenset({"unet"}),
+                       batch_size=1, accumulation=1, seed=0, device="cpu",
+                       validation=ValidationOptions(folder=str(tmp_path / "apart")))
+    text = str(caught.value)
+    assert "2 sets of pictures" in text and "bad.png" in text and "validation.folder=…" in text
+    assert not sampler.seeds

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from impasto.core.errors import UserError
 from impasto.core.progress import Reporter
 from impasto.training import room, trainer
-from impasto.training.kept_recipe import keep_recipe
-from impasto.training.recipe import Recipe
+from impasto.training.kept_recipe import compare_recipe
+from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.run import Run
 from impasto.training.trainer import train
 from tests.heard import Heard
@@ -56,6 +56,35 @@ def test_three_in_a_hundred_broken_are_all_told_before_anything_is_encoded(recip
     for name in ("cut.png", "empty.png", "page.jpg"):
         (folder / name).unlink()
     assert train(made).step == 6
+
+
+def test_broken_pictures_of_all_parts_are_told_at_once_and_before_the_base_is_loaded(
+        recipe: RecipeMaker, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {name: shutil.copytree(pictures, tmp_path / name) for name in ("one", "two", "class", "apart", "good")}
+    for name, folder in folders.items():
+        if name != "good":
+            (folder / f"{name}.png").write_bytes(b"")
+    (folders["one"] / "page.jpg").write_bytes(b"<html>not found</html>")
+    plain = recipe().plain()
+    plain["data"] = [{**plain["data"], "folder": str(folders[name])} for name in ("one", "good", "two")]
+    plain |= {"prior": {"folder": str(folders["class"]), "caption": "a dog"}}
+    plain["validation"] |= {"folder": str(folders["apart"])}
+    monkeypatch.setattr(trainer, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    with pytest.raises(UserError) as raised:
+        train(Recipe.model_validate(plain))
+    first, *lines = str(raised.value).splitlines()
+    assert first == "4 sets of pictures cannot be used:"
+    assert [line.split(": ")[:2] for line in lines if not line.startswith(" ")] == [
+        ["data.0", str(folders["one"])], ["data.2", str(folders["two"] / "two.png")],
+        ["validation", str(folders["apart"] / "apart.png")], ["prior", str(folders["class"] / "class.png")]]
+    assert [line.split(": ")[0] for line in lines if line.startswith(" ")] == ["  one.png", "  page.jpg"]
+
+
+def test_a_base_that_is_not_there_is_told_before_pictures_are_looked_at(recipe: RecipeMaker,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "pictures_of", lambda *_: pytest.fail("pictures were looked at"))
+    with pytest.raises(UserError, match="nowhere.safetensors"):
+        train(recipe(base={"path": "nowhere.safetensors"}))
 
 
 def test_a_picture_that_changes_under_a_run_is_noticed_where_it_is_read_again(recipe: RecipeMaker, pictures: Path,
@@ -105,10 +134,34 @@ def test_another_recipe_is_refused_by_key_or_gone_on_with_as_told(recipe: Recipe
     assert heard.warnings == []
 
 
-def test_weights_of_another_recipe_do_not_fit_even_if_accepted(recipe: RecipeMaker) -> None:
-    train(recipe(train={"steps": 2}))
-    with pytest.raises(UserError, match="checkpoint of step 2 holds other weights than this recipe trains"):
-        train(recipe(method={"rank": 8}), accept_changes=True)
+LORA = {"kind": "lora", "rank": 4}
+
+
+@pytest.mark.parametrize(("before", "after", "says"), [
+    ({}, {"method": [{"kind": "lora", "rank": 8}]}, r"method\.0.*: the checkpoint .* holds other weights"),
+    ({}, {"method": [LORA | {"targets": ["convolutions"]}]}, r"method\.0.*: the checkpoint .* holds other weights"),
+    ({}, {"method": [{"kind": "full"}]}, r"method\.0.*: the checkpoint .* holds other weights"),
+    ({"method": [LORA, LORA | {"targets": ["text-encoder"]}]}, {}, r"method\.1: the checkpoint .* other weights"),
+    ({}, {"train": {"optimizer": "sgd"}}, "train.optimizer: the checkpoint .* holds the state of another"),
+    ({"train": {"optimizer": "sgd"}}, {}, "train.optimizer: the checkpoint .* holds the state of another"),
+    ({}, {"train": {"optimizer": "muon"}},
+     "train.optimizer: the checkpoint .* holds the state of another"),
+    ({}, {"train": {"rates": {"attn1": 1e-4}}}, "in other groups"),
+    ({}, {"train": {"ema": 0.9}}, "train.ema: the checkpoint of step 2 holds no averages"),
+])
+def test_what_does_not_fit_another_recipe_is_one_line_and_leaves_the_kept_one(
+        before: dict[str, Any], after: dict[str, Any], says: str, recipe: RecipeMaker) -> None:
+    def made(sections: dict[str, Any]) -> Recipe:
+        plain = recipe(train={"steps": 2, **sections.get("train", {})}).plain()
+        return make_recipe({**plain, "method": sections.get("method", plain["method"])})
+
+    train(made(before))
+    folder = Path(recipe().output.dir)
+    kept = {path: path.read_bytes() for path in (folder / "recipe.toml", folder / "log.jsonl")}
+    with pytest.raises(UserError, match=says) as raised:
+        train(made(after), accept_changes=True)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+    assert all(path.read_bytes() == data for path, data in kept.items())
 
 
 def test_a_kept_recipe_that_cannot_be_read_is_said(recipe: RecipeMaker) -> None:
@@ -116,7 +169,7 @@ def test_a_kept_recipe_that_cannot_be_read_is_said(recipe: RecipeMaker) -> None:
     train(made)
     (Path(made.output.dir) / "recipe.toml").write_text("[base\n", encoding="utf-8")
     with Run.open(Path(made.output.dir), "dog") as run, pytest.raises(UserError, match="recipe.toml: cannot be read"):
-        keep_recipe(run, made.plain())
+        compare_recipe(run, made.plain())
 
 
 # --- the directory -----------------------------------------------------------------------------------------

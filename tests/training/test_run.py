@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from impasto.core.errors import UserError
-from impasto.training.kept_recipe import keep_recipe
+from impasto.training.kept_recipe import compare_recipe, keep_recipe
 from impasto.training.recipe import Recipe
 from impasto.training.run import Run, State
 from impasto.training.trainer import train
@@ -99,14 +99,14 @@ def test_an_old_checkpoint_is_whole_until_it_is_forgotten(tmp_path: Path, monkey
 def test_another_recipe_is_refused_by_key(tmp_path: Path) -> None:
     with Run.open(tmp_path / "r", "dog") as run:
         plain = {"train": {"steps": 5, "learning_rate": 1e-4, "epochs": None}, "method": [{"kind": "lora", "rank": 4}]}
-        keep_recipe(run, plain)
+        keep_recipe(run, plain, 0)
         run.save(state(1), {}, keep=2)
-        keep_recipe(run, {**plain, "train": {**plain["train"], "steps": 9}})
+        compare_recipe(run, {**plain, "train": {**plain["train"], "steps": 9}})
         with pytest.raises(UserError, match="another recipe .*method.0.rank 4 -> 8"):
-            keep_recipe(run, {**plain, "method": [{"kind": "lora", "rank": 8}]})
-        keep_recipe(run, {**plain, "train": {**plain["train"], "rates": {}}})  # says nothing
+            compare_recipe(run, {**plain, "method": [{"kind": "lora", "rank": 8}]})
+        compare_recipe(run, {**plain, "train": {**plain["train"], "rates": {}}})  # says nothing
         with pytest.raises(UserError, match="another recipe .*train.rates.unet None -> "):
-            keep_recipe(run, {**plain, "train": {**plain["train"], "rates": {"unet": 1e-5}}})
+            compare_recipe(run, {**plain, "train": {**plain["train"], "rates": {"unet": 1e-5}}})
 
 
 def test_the_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:

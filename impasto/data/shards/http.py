@@ -17,7 +17,7 @@ from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from impasto.core.errors import UserError
-from impasto.data.shards.connection import PATIENCE, connect, headers_of, path_of
+from impasto.data.shards.connection import LOGIN, PATIENCE, connect, headers_of, is_hub, path_of
 from impasto.data.shards.pool import Pool
 
 #: a request is made so often at most, seconds before the second try (then twice as long each time), and the longest of
@@ -128,7 +128,7 @@ class HttpFile:
                 if answer.status in ELSEWHERE:
                     url = urljoin(url, answer.getheader("Location") or "")
                     if urlsplit(url).scheme not in ("http", "https"):
-                        raise UserError(f"leads to {url}, which is not on the web", where=self.shown)
+                        raise UserError(f"leads to {_without_secrets(url)}, which is not on the web", where=self.shown)
                     raise _NotKept
                 if answer.status in expected:
                     self._target = url
@@ -138,6 +138,8 @@ class HttpFile:
                     raise _Busy(answer)
                 else:
                     fix = {401: "it asks for a password", 403: "it is not open to everyone"}.get(answer.status)
+                    if is_hub(parts) and answer.status in (401, 403, 404):  # of what is private, it says 404
+                        fix = f"see whether the address is right; if it is private or gated: {LOGIN}"
                     raise UserError(f"the server answers {answer.status} {answer.reason}", where=self.shown,
                                     fix=fix or "see whether the address is right: data.shards=…")
                 if not answer.isclosed() or answer.will_close:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from impasto.core.errors import UserError
 from impasto.data.shards import http as shards_http
 from impasto.data.shards.access import HttpShard, LocalShard, expanded, reached
+from impasto.data.shards.connection import headers_of
 from impasto.data.shards.http import HttpFile
-from tests.data.sharded import serving
+from tests.data.sharded import Server, serving
 from tests.heard import Heard
 
 DATA = bytes(range(256)) * 40
@@ -125,6 +128,72 @@ def test_redirects_are_followed_and_remembered(folder: Path, tmp_path: Path) -> 
 
 def test_passwords_in_addresses_are_not_told() -> None:
     assert HttpFile("https://me:secret@x.org/a.tar?token=abc").shown == "https://x.org/a.tar"
+
+
+# --- the hub's token ---------------------------------------------------------------------------------------
+
+TOKEN = "hf_secretsecretsecret"
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that stands for the hub, and asks for the token."""
+    with serving(folder, token=TOKEN) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(folder.parent / "token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def test_the_hub_is_shown_the_token_and_nobody_else(hub: Server, folder: Path, tmp_path: Path) -> None:
+    with serving(folder) as other:
+        hub.elsewhere = other.address
+        shard = reached(hub.url("moved/a.tar"), tmp_path)
+        assert shard.read(0, 10) == DATA[:10] and shard.read(300, 5) == DATA[300:305]
+        with shard.stream() as read:
+            assert read(10**6) == DATA
+        assert reached(other.url("a.tar"), tmp_path).read(0, 9) == DATA[:9]
+        assert set(hub.shown) == {f"Bearer {TOKEN}"} and len(other.shown) > 4 and set(other.shown) == {None}
+    assert TOKEN not in f"{shard.name} {shard.shown} {vars(shard)} {vars(shard.file)}"
+
+
+def test_a_server_that_leads_to_the_hub_never_sees_the_token(hub: Server, folder: Path, tmp_path: Path) -> None:
+    with serving(folder, elsewhere=hub.address) as other:
+        assert reached(other.url("moved/a.tar"), tmp_path).read(0, 10) == DATA[:10]
+        assert set(other.shown) == {None} and set(hub.shown) == {f"Bearer {TOKEN}"}
+
+
+def test_the_token_of_a_login_counts_and_an_address_may_have_its_own(
+        hub: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    (folder.parent / "token").write_text(f"{TOKEN}\n", encoding="utf-8")
+    assert reached(hub.url("a.tar"), tmp_path).read(0, 10) == DATA[:10]
+    hub.shown.clear()
+    with pytest.raises(UserError, match="answers 401"):
+        reached(hub.url("a.tar").replace("http://", "http://me:word@"), tmp_path)
+    assert hub.shown == ["Basic bWU6d29yZA=="]
+
+
+@pytest.mark.parametrize("token", ["", "hf_wrongwrong", "hf_wröng", "hf_wrong…"])
+def test_a_token_that_does_not_do_is_one_line_without_it(token: str, hub: Server, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match="hf auth login.*HF_TOKEN") as raised:
+        reached(hub.url("a.tar"), tmp_path)
+    assert "\n" not in str(raised.value) and "hf_" not in str(raised.value)
+
+
+@pytest.mark.parametrize("address", ["https://huggingface.co.evil.org/a", "http://huggingface.co/a",
+                                     "https://huggingface.co:444/a", "https://evil.org/https://huggingface.co/a",
+                                     "https://evil.org@evil.org/huggingface.co"])
+def test_what_only_looks_like_the_hub_gets_no_token(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert TOKEN not in str(headers_of(urlsplit(address), {}))
+    for own in ("https://huggingface.co/datasets/me/x/resolve/main/a.tar", "https://HuggingFace.co:443/a"):
+        assert headers_of(urlsplit(own), {})["Authorization"] == f"Bearer {TOKEN}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert "Authorization" not in headers_of(urlsplit(own), {})
 
 
 def test_without_range_a_shard_is_fetched_once_and_said_so(folder: Path, tmp_path: Path) -> None:

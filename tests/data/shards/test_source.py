@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from impasto.core.errors import UserError
+from impasto.data.items import Item
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions
+from impasto.data.pictures import pictures_of
 from impasto.data.sets import one_or_several
-from impasto.data.source import Source, pictures_of, prepare_source
+from impasto.data.source import Source, prepare_source
 from impasto.objectives.batch import Batch
 from tests.data.fakes import FakeBase, noise_picture, write_picture
 from tests.data.sharded import aged, sample, serving, write_shard, write_shards
@@ -112,8 +115,8 @@ def test_another_augmentation_that_leaves_the_first_sample_alone_is_encoded_too(
 
 
 def test_held_out_samples_weigh_one(folder: Path) -> None:
-    learned, held_out = pictures_of(options(folder, loss_weight=0.5), ValidationOptions(fraction=0.2), 0)
-    assert {item.weight for item in learned} == {0.5} and {item.weight for item in held_out} == {1.0}
+    found = pictures_of(options(folder, loss_weight=0.5), None, ValidationOptions(fraction=0.2), 0)
+    assert {item.weight for item in found.learned} == {0.5} and {item.weight for item in found.held_out} == {1.0}
 
 
 @pytest.mark.parametrize(("keys", "why"), [
@@ -215,6 +218,10 @@ def test_the_fingerprint_follows_what_is_learned_from(folder: Path) -> None:
     assert len({plain, *others}) == 6
 
 
+def digests(items: Sequence[Item]) -> list[str]:
+    return sorted(item.picture.digest for item in items)
+
+
 def test_held_out_pictures_are_those_of_a_folder(folder: Path, tmp_path: Path) -> None:
     for i, size in enumerate(size for own in SIZES for size in own):
         write_picture(tmp_path / "photos" / f"{i:06d}.png", i, size, f"caption {i}")
@@ -224,16 +231,15 @@ def test_held_out_pictures_are_those_of_a_folder(folder: Path, tmp_path: Path) -
     for fraction in (None, 0.3, 0):
         validation = ValidationOptions.model_validate({"fraction": fraction})
         for seed in range(4):
-            notes: list[str] = []
-            kept, out = pictures_of(options(folder), validation, seed, notes=notes)
-            others_kept, others = pictures_of(plain, validation, seed)
-            assert sorted(item.picture.digest for item in out) == sorted(item.picture.digest for item in others)
-            assert sorted(item.picture.digest for item in kept) == sorted(item.picture.digest for item in others_kept)
-            assert len(notes) == bool(out)
+            found = pictures_of(options(folder), None, validation, seed)
+            other = pictures_of(plain, None, validation, seed)
+            assert digests(found.held_out) == digests(other.held_out)
+            assert digests(found.learned) == digests(other.learned)
+            assert len(found.notes) == bool(found.held_out)
     apart = ValidationOptions.model_validate({"folder": str(tmp_path / "own")})
     write_picture(tmp_path / "own" / "x.png", 3, caption="x")
-    kept, out = pictures_of(options(folder), apart, 0)
-    assert len(kept) == COUNT - 1 and [item.picture.name for item in out] == ["x.png"]
+    found = pictures_of(options(folder), None, apart, 0)
+    assert len(found.learned) == COUNT - 1 and [item.picture.name for item in found.held_out] == ["x.png"]
     source = prepare(options(folder), validation=ValidationOptions.model_validate({"fraction": 0.3}))
     batch = source.validation_batch([0])
     assert batch.moments is not None and batch.names == [source.held_out[0].picture.name]
