@@ -25,8 +25,8 @@ PLAIN = 3.0
 ALIKE = 8
 #: least correlation of the colours of two copies
 SAME_COLOURS = 0.9
-#: pairs of hashes that are compared at once, and in all: minutes
-AT_ONCE, PAIRS = 1 << 17, 1 << 34
+#: pairs of hashes that are compared at once, and in all: a minute or two, and enough for five million pictures
+AT_ONCE, PAIRS = 1 << 17, 1 << 32
 #: a bucket with more members may be all one group; bits of a band that are used
 CROWDED, WIDEST = 512, 22
 

@@ -46,26 +46,34 @@ class Tags:
     spellings: list[list[str]]  # tags that differ only in case, underscores or hyphens, the most frequent first
     missed: int = 0  # captions that a count may be too low by, where there were too many tags; rarer ones are left out
 
+    @property
+    def doubt(self) -> str:
+        """What is to be said where not all tags could be counted."""
+        return f"Counts may be too low by up to {self.missed:,}: there are too many tags to count the rare ones."
+
 
 def oddities(caption: str, tagged: bool = False, separator: str = ",") -> list[str]:
     """Keys of `ODDITIES` that are so of a caption; `tagged`: captions here are tags."""
-    parts = split_tags(caption, separator)
+    parts = split_tags(caption, separator) if tagged else []
     found = {
         "mojibake": garbled(caption),
-        "control": any(not c.isprintable() and not c.isspace() and c not in "\u200c\u200d" for c in caption),
+        "control": not caption.isprintable() and any(
+            not c.isprintable() and not c.isspace() and c not in "\u200c\u200d" for c in caption),
         "cut": not tagged and len(caption.split()) > 3 and bool(_OPEN_END.search(caption)),
         "entity": bool(_ENTITY.search(caption)),
         "wildcard": bool(_WILDCARD.search(caption)),
         "weight": bool(_WEIGHT.search(caption)),
         "bracket": "\\(" in caption or "\\)" in caption,
         "comma": bool(_COMMA.search(caption)),
-        "twice": tagged and len(set(parts)) < len(parts),
+        "twice": len(set(parts)) < len(parts),
     }
     return [kind for kind, so in found.items() if so]
 
 
 def garbled(text: str) -> bool:
     """Whether letters of it are UTF-8 that was read as Latin-1 or Windows-1252 ("cafÃ©"), or were lost (U+FFFD)."""
+    if text.isascii():
+        return False
     if "\ufffd" in text:
         return True
     for run in re.findall(r"[^\x00-\x7f]{2,}", text):
