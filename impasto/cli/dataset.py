@@ -57,8 +57,8 @@ def check(
     if recipe.data.sets[0].source == "shards":  # the only set
         from impasto.cli.dataset_shards import check_and_print
 
-        if not check_and_print(recipe.data.sets[0], recipe.prior, recipe.train.batch_size, page=html is not None,
-                               as_json=as_json):
+        if not check_and_print(recipe.data.sets[0], recipe.prior, recipe.train.batch_size,
+                               near=not no_near_duplicates, page=html, as_json=as_json):
             raise typer.Exit(1)
         return
     from impasto.cli.dataset_text import lines
@@ -71,8 +71,9 @@ def check(
     found = verdict(checked)
     if html is not None:
         from impasto.evaluation.dataset_page import write_page
+        from impasto.evaluation.dataset_parts import folder_part
 
-        write_page(checked, found, html, report)
+        write_page([folder_part(each) for each in checked], found, html, report)
     if as_json:
         told: dict[str, Any] = {"fit": found.fit, "verdict": found.line, "advice": found.advice,
                                 "page": None if html is None else str(html), "folders": [plain(c) for c in checked]}

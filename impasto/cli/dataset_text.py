@@ -13,6 +13,8 @@ from impasto.cli.drawings import bar, columns, safe, short
 from impasto.data.check import Checked, Verdict, shapes
 from impasto.data.dataset import Size
 from impasto.data.findings import Finding, Level
+from impasto.data.shapes import Shapes
+from impasto.data.wording import Tags
 
 #: pictures named with a finding, and lines of a histogram; a refused picture is always named
 NAMED = {Level.WARNING: 6, Level.NOTE: 3}
@@ -24,7 +26,7 @@ HEADINGS = {Level.REFUSED: "refused", Level.WARNING: "warnings", Level.NOTE: "no
 
 def lines(checked: Sequence[Checked], verdict: Verdict, page: Path | None) -> list[str]:
     """Everything worth reading about all folders."""
-    told = [*wrapped(verdict.line, 0), *(line for advice in verdict.advice[:4] for line in wrapped(advice, 2, "-> "))]
+    told = verdict_lines(verdict)
     for folder in checked:
         told += ["", *_folder(folder)]
     more = any(len(finding.names) > NAMED.get(finding.level, len(finding.names))
@@ -34,6 +36,11 @@ def lines(checked: Sequence[Checked], verdict: Verdict, page: Path | None) -> li
     elif more:
         told += ["", *wrapped("--json lists all of them, --html FILE shows them with every crop", 0)]
     return told
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """The verdict and the most important advice."""
+    return [*wrapped(verdict.line, 0), *(line for advice in verdict.advice[:4] for line in wrapped(advice, 2, "-> "))]
 
 
 def _folder(checked: Checked) -> list[str]:
@@ -46,6 +53,12 @@ def _folder(checked: Checked) -> list[str]:
     told = [f"{inventory.title}: {safe(str(inventory.listing.folder))}"]
     told += wrapped(f"{len(checked.used):,} of {len(inventory.listing.pictures):,} can be used; {buckets}, "
                   f"batches of {inventory.batch}", 2)
+    return told + shape_lines(found) + finding_lines(checked.findings) + tag_lines(checked.tags)
+
+
+def shape_lines(found: Shapes) -> list[str]:
+    """Sizes and cuts in words, then buckets and shapes as bars."""
+    told = []
     if found.smallest and found.middle and found.largest:
         told += wrapped(f"{_size(found.smallest)} to {_size(found.largest)} pixels, {_size(found.middle)} in the "
                         "middle; " + ", ".join(f"{count:,} {shape}" for shape, count in found.orientations.items()), 2)
@@ -58,7 +71,7 @@ def _folder(checked: Checked) -> list[str]:
     if found.buckets:
         told += ["", *_beside([_histogram("bucket", {_size(size): n for size, n in found.buckets.items()}),
                                _histogram("shape", found.ratios), _histogram("shorter side", found.sides)])]
-    return told + finding_lines(checked.findings) + _tags(checked)
+    return told
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:
@@ -94,14 +107,16 @@ def _named(name: str, detail: str, width: int, room: int) -> list[str]:
     return [f"      {safe(name) if i == 0 else '':<{width}}  {line}".rstrip() for i, line in enumerate(words)]
 
 
-def _tags(checked: Checked) -> list[str]:
-    tags = checked.tags
+def tag_lines(tags: Tags | None) -> list[str]:
+    """The most frequent tags as bars, and the rare ones."""
     if tags is None:
         return []
     told = ["", "tags", *wrapped(f"{len(tags.counts):,} tags in {tags.captions:,} captions", 2)]
     most = {short(tag, 24): count for tag, count in list(tags.counts.items())[:ROWS]}
     told += [f"  {line}" for line in _bars(most, 24, 24)]
-    if tags.once:
+    if tags.missed:
+        told += wrapped(tags.doubt, 2)
+    elif tags.once:
         named = ", ".join(safe(tag) for tag in tags.once[:12]) + (", ..." if len(tags.once) > 12 else "")
         told += wrapped(f"{len(tags.once):,} in one caption only: {named}", 2)
     return told

@@ -5,20 +5,18 @@ Facts in, verdict out: nothing here reads a file.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
-import math
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from impasto.data.dataset import Size
-from impasto.data.findings import Alike, Finding, Level, all_findings, are, number, orientation, sharpness
+import numpy as np
+
+from impasto.data.findings import Alike, Finding, Level, all_findings, are, number, sharpness
 from impasto.data.inventory import Inventory
-from impasto.data.similar import alike, distance
+from impasto.data.shapes import Shapes, shapes_of
+from impasto.data.similar import alike, ranked
 from impasto.data.wording import Tags, tag_statistics
 
 
@@ -136,70 +134,23 @@ def near_duplicates(inventory: Inventory) -> list[Alike]:
     hashes = [int(look.hash, 16) if look.hash else None for look in looks]
     found = []
     for group in alike(hashes, [bytes.fromhex(look.colours) for look in looks]):
-        first, *others = sorted(group, key=lambda i: (-looks[i].height * looks[i].width, i))
-        far = {i: distance(hashes[first] or 0, hashes[i] or 0) for i in others}
-        ordered = [first, *sorted(others, key=lambda i: (far[i], i))]
-        found.append(Alike([distinct[i] for i in ordered], [far.get(i, 0) for i in ordered], False))
+        order, far = ranked(np.array(group), np.array([hashes[i] for i in group], np.uint64),
+                            np.array([looks[i].height * looks[i].width for i in group]))
+        found.append(Alike([distinct[group[place]] for place in order], far.tolist(), False))
     return found
 
 
 # --- summaries ---------------------------------------------------------------------------------------------
 
 
-#: width to height of the shapes that pictures are counted as
-RATIOS = {"1:3": 1 / 3, "1:2": 1 / 2, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "4:5": 4 / 5, "1:1": 1.0,
-          "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2.0, "3:1": 3.0}
-#: shorter sides in pixels between which pictures are counted
-SIDES = (128, 256, 512, 768, 1024, 1536, 2048, 4096)
-_SIDE_NAMES = [f"under {SIDES[0]}", *(f"{low} to {high - 1}" for low, high in itertools.pairwise(SIDES)),
-               f"{SIDES[-1]} and more"]
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes, shapes and cuts of all pictures of a folder that can be decoded."""
-
-    buckets: dict[Size, int]  # the fullest first
-    orientations: dict[str, int]
-    ratios: dict[str, int]  # the nearest of RATIOS, from tall to wide
-    sides: dict[str, int]  # shorter side in pixels, between SIDES, from small to large
-    smallest: Size | None
-    middle: Size | None  # by area
-    largest: Size | None
-    cropped_mean: float
-    cropped_most: tuple[float, str] | None
-    enlarged: int
-    enlarged_most: tuple[float, str] | None
-
-
 def shapes(checked: Checked) -> Shapes:
     """How large the pictures are, and what becomes of them."""
     placed = checked.inventory.placed
-    counts = Counter(p.bucket for p in checked.inventory.all_cuts)
-    sizes = sorted((look.size for look in checked.inventory.looks.values()), key=lambda size: (size[0] * size[1], size))
-    enlarged = [(p.scale, name) for name, p in placed.items() if p.scale > 1]
-    return Shapes(
-        buckets=dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))),
-        orientations=dict(Counter(map(orientation, sizes)).most_common()),
-        ratios=_histogram(RATIOS, map(_ratio, sizes)),
-        sides=_histogram(_SIDE_NAMES, (_SIDE_NAMES[bisect.bisect(SIDES, min(size))] for size in sizes)),
-        smallest=sizes[0] if sizes else None, middle=sizes[len(sizes) // 2] if sizes else None,
-        largest=sizes[-1] if sizes else None,
-        cropped_mean=statistics.fmean(p.cropped for p in placed.values()) if placed else 0.0,
-        cropped_most=max(((p.cropped, name) for name, p in placed.items()), default=None),
-        enlarged=len(enlarged), enlarged_most=max(enlarged, default=None))
-
-
-def _ratio(size: Size) -> str:
-    """The name of the nearest shape."""
-    height, width = size
-    return min(RATIOS, key=lambda name: abs(math.log(width / height / RATIOS[name])))
-
-
-def _histogram(order: Iterable[str], values: Iterable[str]) -> dict[str, int]:
-    """How often each value occurs, in that order, without those that do not."""
-    counts = Counter(values)
-    return {name: counts[name] for name in order if name in counts}
+    names = list(placed)
+    return shapes_of(Counter(look.size for look in checked.inventory.looks.values()),
+                     Counter(p.bucket for p in checked.inventory.all_cuts),
+                     np.array([p.cropped for p in placed.values()]), np.array([p.scale for p in placed.values()]),
+                     lambda i: names[i])
 
 
 # --- for machines ------------------------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from impasto.data.buckets import all_buckets, too_small
-from impasto.data.dataset import Problem, Size
+from impasto.data.dataset import Problem
 from impasto.data.inventory import Inventory
 from impasto.data.looks import Look
+from impasto.data.options import DataOptions
+from impasto.data.shapes import orientation
 from impasto.data.wording import CHUNK, ODDITIES, Tags, oddities
 
 #: more of a picture's area than this cut off, or more enlarged than this, is worth a warning
@@ -55,12 +58,14 @@ class Alike:
     names: list[str]
     distances: list[int]  # bits of 64 in which each differs from the first; 0 for exact copies
     exact: bool
+    more: int = 0  # how many are not among the names, where they are too many
 
 
 def all_findings(inventory: Inventory, groups: Sequence[Alike], tags: Tags | None) -> list[Finding]:
     """Everything that is to be said of a folder: what a run refuses first, then warnings, then notes."""
-    found = [*refusals(inventory), *_alike(inventory, groups), *_cuts(inventory), *_batches(inventory),
-             *_captions(inventory), *_wording(inventory, tags), *_stored(inventory), *_shown(inventory)]
+    found = [*refusals(inventory), *alike_findings(groups, inventory.captions.get), *_cuts(inventory),
+             *_batches(inventory), *_captions(inventory), *_wording(inventory, tags), *_stored(inventory),
+             *_shown(inventory)]
     order = list(Level)
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -100,22 +105,27 @@ def _named(problems: Sequence[Problem]) -> dict[str, str]:
 # --- copies ------------------------------------------------------------------------------------------------
 
 
-def _alike(inventory: Inventory, groups: Sequence[Alike]) -> Iterator[Finding]:
+def alike_findings(groups: Sequence[Alike], caption: Callable[[str], str | None], most: int | None = None,
+                   unlisted: Mapping[bool, int] | None = None) -> Iterator[Finding]:
+    """Exact copies, then near ones; `most` of each are named.
+
+    `caption` is of a picture by name; `unlisted` how many (exact: True) there are in groups beside these.
+    """
     for exact, kind, what, fix in (
             (True, "copies", "exact cop{} of other pictures", "keep one of each: what is there twice is learned twice"),
             (False, "near-duplicates", "near-cop{} of other pictures",
              "keep the best of each, unless they are meant to count more than once")):
+        own = [group for group in groups if group.exact is exact]
+        count = sum(len(group.names) - 1 + group.more for group in own) + (unlisted or {}).get(exact, 0)
+        pairs = ((group.names[0], name, bits) for group in own
+                 for name, bits in zip(group.names[1:], group.distances[1:], strict=True))
         names = {}
-        for group in groups:
-            if group.exact is exact:
-                first = group.names[0]
-                for name, bits in zip(group.names[1:], group.distances[1:], strict=True):
-                    told = f"of {first}" if exact else f"like {first} ({number(bits, 'bit')} of 64 differ)"
-                    other = inventory.captions.get(first) != inventory.captions.get(name)
-                    names[name] = f"{told}, with another caption" if exact and other else told
-        if names:
-            what = what.format("y" if len(names) == 1 else "ies")
-            yield Finding(Level.WARNING, kind, f"{len(names):,} {what}", fix, names)
+        for first, name, bits in itertools.islice(pairs, most):
+            told = f"of {first}" if exact else f"like {first} ({number(bits, 'bit')} of 64 differ)"
+            names[name] = f"{told}, with another caption" if exact and caption(first) != caption(name) else told
+        if count:
+            what = what.format("y" if count == 1 else "ies")
+            yield Finding(Level.WARNING, kind, f"{count:,} {what}", fix, names, count - len(names))
 
 
 # --- cuts --------------------------------------------------------------------------------------------------
@@ -170,12 +180,6 @@ def _batches(inventory: Inventory) -> Iterator[Finding]:
                       "those pictures to a shape that others have", thin)
 
 
-def orientation(size: Size) -> str:
-    """The shape of a picture in a word: square is within a twentieth."""
-    height, width = size
-    return "square" if 0.95 <= width / height <= 1 / 0.95 else "landscape" if width > height else "portrait"
-
-
 # --- captions ----------------------------------------------------------------------------------------------
 
 
@@ -207,19 +211,13 @@ def _wording(inventory: Inventory, tags: Tags | None) -> Iterator[Finding]:
     """What the captions say."""
     one = inventory.data.caption
     texts = {name: text for name, text in inventory.captions.items() if text} if one is None else {ALL: one}
-    meant = ("weight", "bracket") if inventory.data.caption_weights else ()
+    meant = meant_oddities(inventory.data)
     found: dict[str, dict[str, str]] = {}
     for name, text in texts.items():
         for kind in oddities(inventory.phrasing.body(text), tags is not None, inventory.phrasing.separator):
             if kind not in meant:
                 found.setdefault(kind, {})[name] = text
-    for kind, what in ODDITIES.items():
-        if kind in found:
-            level = Level.WARNING if kind in ("mojibake", "control", "cut") else Level.NOTE
-            fix = {"mojibake": "save those files as UTF-8", "cut": "write them to their end",
-                   "wildcard": "data.wildcards=true chooses one of them in each use"}.get(kind, "")
-            yield Finding(level, f"caption {kind}", f"{number(len(found[kind]), 'caption')} {what}", fix,
-                          found[kind])
+    yield from odd_captions(found, {kind: len(names) for kind, names in found.items()})
     chunks = inventory.chunks if one is None else {ALL: max(inventory.chunks.values(), default=1)}
     long = {name: number(chunks[name], "chunk") for name in texts if chunks[name] > 1}
     cut = inventory.cut if one is None else dict.fromkeys([ALL] * bool(inventory.cut), next(iter(
@@ -233,11 +231,38 @@ def _wording(inventory: Inventory, tags: Tags | None) -> Iterator[Finding]:
     counts = Counter(texts.values())
     shared = {name: text for name, text in texts.items() if counts[text] >= SHARED}
     if shared:
-        what = number(len(set(shared.values())), "caption")
-        yield Finding(Level.NOTE, "shared captions", f"{number(len(shared), 'picture')} that share {what}", "", shared)
+        yield shared_captions(shared, len(shared), len(set(shared.values())), "picture")
     if tags is not None and tags.spellings:
-        yield Finding(Level.NOTE, "tag spellings", f"{number(len(tags.spellings), 'tag')} written in several ways",
-                      "write each in one way", {same[0]: ", ".join(same[1:]) for same in tags.spellings})
+        yield tag_spellings(tags)
+
+
+def meant_oddities(data: DataOptions) -> tuple[str, ...]:
+    """Kinds of oddities that the recipe asks for."""
+    return ("weight", "bracket") if data.caption_weights else ()
+
+
+def odd_captions(names: Mapping[str, dict[str, str]], counts: Mapping[str, int]) -> Iterator[Finding]:
+    """A finding for each kind of oddity: the captions that are named, and how many there are."""
+    for kind, what in ODDITIES.items():
+        if counts.get(kind):
+            level = Level.WARNING if kind in ("mojibake", "control", "cut") else Level.NOTE
+            fix = {"mojibake": "save those files as UTF-8", "cut": "write them to their end",
+                   "wildcard": "data.wildcards=true chooses one of them in each use"}.get(kind, "")
+            yield Finding(level, f"caption {kind}", f"{number(counts[kind], 'caption')} {what}", fix, names[kind],
+                          counts[kind] - len(names[kind]))
+
+
+def shared_captions(names: dict[str, str], count: int, different: int, noun: str) -> Finding:
+    """`count` pictures, some of them named, that share `different` captions."""
+    return Finding(Level.NOTE, "shared captions", f"{number(count, noun)} that share {number(different, 'caption')}",
+                   "", names, count - len(names))
+
+
+def tag_spellings(tags: Tags, most: int | None = None) -> Finding:
+    """Tags written in several ways, `most` of them named."""
+    return Finding(Level.NOTE, "tag spellings", f"{number(len(tags.spellings), 'tag')} written in several ways",
+                   "write each in one way", {same[0]: ", ".join(same[1:]) for same in tags.spellings[:most]},
+                   max(len(tags.spellings) - most, 0) if most is not None else 0)
 
 
 # --- how pictures are stored, and what they show -----------------------------------------------------------

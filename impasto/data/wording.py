@@ -44,27 +44,36 @@ class Tags:
     counts: dict[str, int]  # how many captions each tag is in, the most frequent first
     once: list[str]  # tags of one caption only, sorted
     spellings: list[list[str]]  # tags that differ only in case, underscores or hyphens, the most frequent first
+    missed: int = 0  # captions that a count may be too low by, where there were too many tags; rarer ones are left out
+
+    @property
+    def doubt(self) -> str:
+        """What is to be said where not all tags could be counted."""
+        return f"Counts may be too low by up to {self.missed:,}: there are too many tags to count the rare ones."
 
 
 def oddities(caption: str, tagged: bool = False, separator: str = ",") -> list[str]:
     """Keys of `ODDITIES` that are so of a caption; `tagged`: captions here are tags."""
-    parts = split_tags(caption, separator)
+    parts = split_tags(caption, separator) if tagged else []
     found = {
         "mojibake": garbled(caption),
-        "control": any(not c.isprintable() and not c.isspace() and c not in "\u200c\u200d" for c in caption),
+        "control": not caption.isprintable() and any(
+            not c.isprintable() and not c.isspace() and c not in "\u200c\u200d" for c in caption),
         "cut": not tagged and len(caption.split()) > 3 and bool(_OPEN_END.search(caption)),
         "entity": bool(_ENTITY.search(caption)),
         "wildcard": bool(_WILDCARD.search(caption)),
         "weight": bool(_WEIGHT.search(caption)),
         "bracket": "\\(" in caption or "\\)" in caption,
         "comma": bool(_COMMA.search(caption)),
-        "twice": tagged and len(set(parts)) < len(parts),
+        "twice": len(set(parts)) < len(parts),
     }
     return [kind for kind, so in found.items() if so]
 
 
 def garbled(text: str) -> bool:
     """Whether letters of it are UTF-8 that was read as Latin-1 or Windows-1252 ("cafÃ©"), or were lost (U+FFFD)."""
+    if text.isascii():
+        return False
     if "\ufffd" in text:
         return True
     for run in re.findall(r"[^\x00-\x7f]{2,}", text):
@@ -98,19 +107,55 @@ def split_tags(caption: str, separator: str = ",") -> list[str]:
     return [part.strip() for part in caption.split(separator) if part.strip()]
 
 
+def are_tags(captions: Iterable[str], separator: str = ",") -> bool:
+    """Whether captions are lists of tags; not where they are sentences, or too few to tell."""
+    whole = listed = 0
+    for caption in captions:
+        if parts := split_tags(caption, separator):
+            whole += 1
+            listed += len(parts) >= TAG_PARTS and _middle_words(parts) <= TAG_WORDS
+    return whole >= 2 and 2 * listed >= whole
+
+
+class TagCounter:
+    """How many captions each tag is in, one caption after another, in a table of at most `room` tags.
+
+    When it is full, the rarest half goes (lossy counting: Manku and Motwani 2002).
+    """
+
+    def __init__(self, separator: str = ",", room: int = 1 << 18) -> None:
+        self.separator, self.room = separator, room
+        self._counts, self._captions, self._missed = Counter[str](), 0, 0
+
+    def add(self, caption: str) -> None:
+        """One more caption."""
+        parts = split_tags(caption, self.separator)
+        self._captions += bool(parts)
+        self._counts.update(dict.fromkeys(parts).keys())
+        if len(self._counts) > self.room:
+            least = sorted(self._counts.values())[len(self._counts) // 2]
+            self._missed += least
+            self._counts = Counter({tag: count for tag, count in self._counts.items() if count > least})
+
+    def tags(self) -> Tags:
+        """What was counted."""
+        ordered = dict(sorted(self._counts.items(), key=lambda pair: (-pair[1], pair[0])))
+        alike: dict[str, list[str]] = {}
+        for tag in ordered:
+            alike.setdefault(re.sub(r"[\s_-]+", " ", tag).casefold(), []).append(tag)
+        return Tags(self._captions, ordered, sorted(tag for tag, count in ordered.items() if count == 1),
+                    [tags for tags in alike.values() if len(tags) > 1], self._missed)
+
+
 def tag_statistics(captions: Iterable[str], separator: str = ",") -> Tags | None:
-    """How often each tag occurs; None where captions are sentences, or too few to tell."""
-    lists = [split_tags(caption, separator) for caption in captions if caption.strip()]
-    listed = [parts for parts in lists if len(parts) >= TAG_PARTS and _middle_words(parts) <= TAG_WORDS]
-    if len(lists) < 2 or 2 * len(listed) < len(lists):
+    """How often each tag occurs; None where captions are no tags."""
+    captions = list(captions)
+    if not are_tags(captions, separator):
         return None
-    counts = Counter(tag for parts in lists for tag in dict.fromkeys(parts))
-    ordered = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-    alike: dict[str, list[str]] = {}
-    for tag in ordered:
-        alike.setdefault(re.sub(r"[\s_-]+", " ", tag).casefold(), []).append(tag)
-    return Tags(len(lists), ordered, sorted(tag for tag, count in ordered.items() if count == 1),
-                [tags for tags in alike.values() if len(tags) > 1])
+    counter = TagCounter(separator)
+    for caption in captions:
+        counter.add(caption)
+    return counter.tags()
 
 
 def _middle_words(parts: Sequence[str]) -> int:

@@ -1,4 +1,5 @@
-"""A folder's pictures as one HTML file that needs no network: what is wrong with them, and each as the model sees it.
+"""Pictures of folders, or of shards, as one HTML file that needs no network: what is wrong with them, and each as the
+model sees it.
 
 Its look is the report's; what stands beside, dataset.html, is the page without its content.
 """
@@ -15,12 +16,15 @@ from string import Template
 
 from PIL import Image, ImageOps
 
+from impasto.core.errors import UserError
 from impasto.core.files import atomic_write, disk_error
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.buckets import Placement
-from impasto.data.check import Checked, Verdict, shapes
+from impasto.data.check import Verdict
 from impasto.data.dataset import opened, to_rgb
 from impasto.data.findings import Finding, Level, number
+from impasto.data.wording import Tags
+from impasto.evaluation.dataset_parts import Part, Shown
 from impasto.evaluation.report import PAGE as REPORT
 from impasto.evaluation.report import Figure, data_uri, figures, icon, paint, section
 
@@ -28,8 +32,8 @@ from impasto.evaluation.report import Figure, data_uri, figures, icon, paint, se
 PAGE = Path(__file__).with_name("dataset.html")
 #: longest side in pixels at which a crop is kept
 SIDE = 256
-#: pictures of a folder that are shown at most, groups of copies, and pictures of a group
-MOST, MOST_GROUPS, MEMBERS = 240, 40, 8
+#: groups of copies that are shown at most, and pictures of a group
+MOST_GROUPS, MEMBERS = 40, 8
 #: names of a finding, rare tags and bars that are listed at most
 NAMES, RARE, BARS = 500, 80, 16
 #: names that are shown without a click
@@ -38,37 +42,35 @@ FOLDED = 3
 Crops = dict[str, Image.Image]
 
 
-def write_page(checked: Sequence[Checked], verdict: Verdict, path: Path, report: Reporter = SILENT) -> Path:
+def write_page(parts: Sequence[Part], verdict: Verdict, path: Path, report: Reporter = SILENT) -> Path:
     """Draw the crops and write the page, whole or not at all. Raises `UserError` where it cannot be written."""
     try:
         with atomic_write(path) as file:
-            file.write(page(checked, verdict, report).encode("utf-8", "replace"))
+            file.write(page(parts, verdict, report).encode("utf-8", "replace"))
     except OSError as error:  # the folder itself
         raise disk_error(error, path) from error
     return path
 
 
-def page(checked: Sequence[Checked], verdict: Verdict, report: Reporter = SILENT) -> str:
+def page(parts: Sequence[Part], verdict: Verdict, report: Reporter = SILENT) -> str:
     """The whole page as HTML."""
-    parts: list[str] = []
+    sections: list[str] = []
     first: list[Image.Image] = []
-    for folder in checked:
-        shown = chosen(folder)
-        crops = draw_crops(folder, [*shown, *(name for group in folder.groups[:MOST_GROUPS]
-                                            for name in group.names[:MEMBERS])], report)
-        first = first or [crops[name] for name in shown if name in crops and name not in folder.unused]
-        prefix = f"{folder.inventory.title.capitalize()}: " if len(checked) > 1 else ""
-        parts += _folder(folder, shown, crops, prefix)
+    for part in parts:
+        crops = draw_crops(part, [*part.chosen, *(name for group in part.groups[:MOST_GROUPS]
+                                                  for name in group.names[:MEMBERS])], report)
+        first = first or [crops[name] for name in part.chosen if name in crops and name not in part.unused]
+        sections += _sections(part, crops, f"{part.title.capitalize()}: " if len(parts) > 1 else "")
     head, _, rest = verdict.line.partition(": ")
-    folders = " and ".join(str(folder.inventory.listing.folder) for folder in checked)
+    places = " and ".join(part.where for part in parts)
     advice = "".join(f"<li>{escape(line)}</li>" for line in verdict.advice)
     mosaic = _mosaic(first)
     face = f'<figure class="face"><img src="{data_uri(mosaic)}" alt="some of the pictures" width="{mosaic.width}" ' \
         f'height="{mosaic.height}"></figure>' if mosaic else ""
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=escape(head.capitalize()), lead=escape(f"{rest[:1].upper()}{rest[1:]}. In {folders}."),
+        title=escape(head.capitalize()), lead=escape(f"{rest[:1].upper()}{rest[1:]}. In {places}."),
         advice=f'<ul class="advice">{advice}</ul>' if advice else "", style=_style(), face=face,
-        icon=icon(first[0]) if first else "data:,", paint=paint(first[:24]), sections="\n".join(filter(None, parts)))
+        icon=icon(first[0]) if first else "data:,", paint=paint(first[:24]), sections="\n".join(filter(None, sections)))
 
 
 def _style() -> str:
@@ -77,77 +79,48 @@ def _style() -> str:
     return text[text.index("<style>") + len("<style>"):text.index("</style>")].strip()
 
 
-def _folder(checked: Checked, shown: Sequence[str], crops: Crops, prefix: str) -> list[str]:
-    pictures = len(checked.inventory.listing.pictures)
-    some = f" {len(shown)} of {pictures:,} are shown: those with something to say first, then some of the others." \
-        if len(shown) < pictures else ""
+def _sections(part: Part, crops: Crops, prefix: str) -> list[str]:
     return [
-        figures(_numbers(checked)),
-        section(f"{prefix}What was found" if prefix else "What was found", "", _findings(checked.findings)),
+        figures(_numbers(part)),
+        section(f"{prefix}What was found" if prefix else "What was found", "", _findings(part.findings)),
         section(f"{prefix}Copies", "Of each group the largest picture stands first, with the bits of 64 in which the "
-                "others' hashes differ from its own.", _groups(checked, crops)),
-        section(f"{prefix}Sizes and shapes", "", _charts(checked)),
-        section(f"{prefix}Tags", "", _tags(checked)),
+                "others' hashes differ from its own.", _groups(part, crops)),
+        section(f"{prefix}Sizes and shapes", "", _charts(part)),
+        section(f"{prefix}Tags", "", _tags(part.tags)),
         section(f"{prefix}As the model will see them", "Each picture cut to its bucket; the small frame shows what is "
-                f"kept of the whole.{some}", _sheet(checked, shown, crops)),
+                f"kept of the whole. {part.how}".strip(), _sheet(part, crops)),
     ]
 
 
-# --- which pictures, and how they look ---------------------------------------------------------------------------
+# --- how pictures look -------------------------------------------------------------------------------------------
 
 
-def marks(checked: Checked) -> dict[str, list[tuple[Level, str]]]:
-    """What is to be said of each picture, the worst first."""
-    pictures = set(checked.inventory.listing.pictures)
-    found: dict[str, list[tuple[Level, str]]] = {}
-    for finding in checked.findings:
-        for name, detail in finding.names.items():
-            if name in pictures:
-                plain = finding.kind.startswith("caption") or finding.kind == "shared captions"  # the caption itself
-                told = detail if finding.level is Level.REFUSED else \
-                    finding.kind if plain or not detail else f"{finding.kind}: {detail}"
-                found.setdefault(name, []).append((finding.level, told))
-    return found
-
-
-def chosen(checked: Checked, most: int = MOST) -> list[str]:
-    """The pictures to show: refused ones, those with warnings, then the others.
-
-    Where they are too many, a quarter of the room is for the others, taken evenly.
-    """
-    worst = {name: said[0][0] for name, said in marks(checked).items()}
-    pictures = checked.inventory.listing.pictures
-    told = [name for level in (Level.REFUSED, Level.WARNING) for name in pictures if worst.get(name) is level]
-    others = [name for name in pictures if worst.get(name) not in (Level.REFUSED, Level.WARNING)]
-    room = min(max(most - len(told), most // 4), len(others))
-    return [*told[:most - room], *(others[i * len(others) // room] for i in range(room))]
-
-
-def draw_crops(checked: Checked, names: Iterable[str], report: Reporter = SILENT) -> Crops:
+def draw_crops(part: Part, names: Iterable[str], report: Reporter = SILENT) -> Crops:
     """The crops of those pictures, small; without those that cannot be read (any more)."""
-    inventory = checked.inventory
-    wanted = [name for name in dict.fromkeys(names) if name in inventory.looks]
+    wanted = list(dict.fromkeys(names))
     crops: Crops = {}
-    with report.phase("drawing the crops", len(wanted), inventory.title) as advance, \
+    with report.phase("drawing the crops", len(wanted), part.title) as advance, \
             ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for name, crop in zip(wanted, pool.map(lambda name: _crop(
-                inventory.listing.folder / name, inventory.placements.get(name), inventory.data.background), wanted),
-                strict=True):
+        for name, crop in zip(wanted, pool.map(lambda name: _crop(part.shown(name), part.background), wanted),
+                              strict=True):
             if crop is not None:
                 crops[name] = crop
             advance(1)
     return crops
 
 
-def _crop(path: Path, placement: Placement | None, background: str) -> Image.Image | None:
+def _crop(shown: Shown, background: str) -> Image.Image | None:
     """What `data.buckets.cut` keeps of a picture, or the whole one that has no place, at most SIDE pixels."""
+    if shown.size is None:
+        return None
+    placement = shown.placement
     try:
-        with opened(path.read_bytes()) as image:
+        with opened(shown.read()) as image:
             image.draft(None, (2 * SIDE, 2 * SIDE))
             image.load()
             upright = ImageOps.exif_transpose(image)
         whole = to_rgb(upright, background)
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return None  # it has changed since it was looked at
     left, top, right, bottom = placement.window if placement else (0.0, 0.0, 1.0, 1.0)
     height, width = placement.bucket if placement else (whole.height, whole.width)
@@ -172,23 +145,20 @@ def _mosaic(crops: Sequence[Image.Image], across: int = 3, side: int = 128) -> I
 # --- sections ----------------------------------------------------------------------------------------------------
 
 
-def _numbers(checked: Checked) -> list[Figure]:
-    inventory, found = checked.inventory, shapes(checked)
-    pictures, used = len(inventory.listing.pictures), len(checked.used)
-    exact = sum(len(group.names) - 1 for group in checked.groups if group.exact)
-    near = sum(len(group.names) - 1 for group in checked.groups if not group.exact)
+def _numbers(part: Part) -> list[Figure]:
+    found = part.shapes
+    exact, near = part.copies
     size = "" if found.middle is None else f"{_size(found.middle)} in the middle"
-    told = [Figure(inventory.title, f"{used:,} of {pictures:,}", "can be used", used == pictures),
+    told = [Figure(part.title, f"{part.used:,} of {part.count:,}", "can be used", part.used == part.count),
             Figure("buckets", f"{len(found.buckets):,}", size),
             Figure("cut off", f"{found.cropped_mean:.1%}", "of their area, on average"),
             Figure("enlarged", f"{found.enlarged:,}",
                    f"at most {found.enlarged_most[0]:.2f} times" if found.enlarged_most else "none"),
             Figure("copies", f"{exact + near:,}", f"{exact:,} exact, {near:,} nearly so" if exact + near else "none",
                    None if exact + near else True)]
-    if inventory.data.caption is None:
-        captions = [text for text in inventory.captions.values() if text]
-        told.append(Figure("captions", f"{len(captions):,}", f"{len(set(captions)):,} different",
-                           len(captions) == pictures))
+    if part.captions is not None:
+        said, different = part.captions
+        told.append(Figure("captions", f"{said:,}", f"{different:,} different", said == part.count))
     return told
 
 
@@ -205,33 +175,36 @@ def _names(finding: Finding) -> str:
     """The pictures of a finding; folded up where they are many and a run would take them."""
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(detail)}</dd>"
                    for name, detail in itertools.islice(finding.names.items(), NAMES))
-    left = len(finding.names) - NAMES
+    left = max(len(finding.names) - NAMES, 0) + finding.more
     listed = f'<dl class="names">{rows}</dl>' + (f"<p>And {left:,} more.</p>" if left > 0 else "") if rows else ""
     if len(finding.names) <= FOLDED or finding.level is Level.REFUSED and left <= 0:
         return listed
-    return f"<details><summary>All {len(finding.names):,} of them</summary>{listed}</details>"
+    summary = f"{len(finding.names):,} of {len(finding.names) + finding.more:,}" if finding.more else \
+        f"All {len(finding.names):,} of them"
+    return f"<details><summary>{summary}</summary>{listed}</details>"
 
 
-def _groups(checked: Checked, crops: Crops) -> str:
-    looks = checked.inventory.looks
+def _groups(part: Part, crops: Crops) -> str:
     told = []
-    for group in checked.groups[:MOST_GROUPS]:
+    for group in part.groups[:MOST_GROUPS]:
         cards = []
         for place, (name, bits) in enumerate(zip(group.names[:MEMBERS], group.distances[:MEMBERS], strict=True)):
             differs = "" if place == 0 else "the same" if group.exact else number(bits, "bit")
+            size = part.shown(name).size
+            told_of = " · ".join(filter(None, (_size(size) if size else "", differs)))
             cards.append(f'<figure>{_pane(name, crops)}<figcaption><div class="name">{escape(name)}</div>'
-                         f"<div>{' · '.join(filter(None, (_size(looks[name].size), differs)))}</div>"
+                         f"<div>{told_of}</div>"
                          "</figcaption></figure>")
-        rest = len(group.names) - MEMBERS
+        rest = len(group.names) + group.more - MEMBERS
         cards += [f"<figure><figcaption>and {rest:,} more</figcaption></figure>"] * (rest > 0)
         told.append(f'<div class="group">{"".join(cards)}</div>')
-    left = len(checked.groups) - MOST_GROUPS
+    left = max(len(part.groups) - MOST_GROUPS, 0) + part.more_groups
     more = f"<p>And {number(left, 'group')} more.</p>" if left > 0 else ""
     return f'<div class="groups">{"".join(told)}</div>{more}' if told else ""
 
 
-def _charts(checked: Checked) -> str:
-    found, batch = shapes(checked), checked.inventory.batch
+def _charts(part: Part) -> str:
+    found, batch = part.shapes, part.batch
     if not found.buckets:
         return ""
     buckets = {_size(size): count for size, count in found.buckets.items()}
@@ -250,26 +223,26 @@ def _bars(title: str, counts: Mapping[str, int], drawn: Mapping[str, str] | None
     return f'<div><h3>{escape(title)}</h3><dl class="bars">{"".join(rows)}</dl>{more}</div>'
 
 
-def _tags(checked: Checked) -> str:
-    tags = checked.tags
+def _tags(tags: Tags | None) -> str:
     if tags is None:
         return ""
     once = ", ".join(tags.once[:RARE]) + (", …" if len(tags.once) > RARE else "")
     most = dict(list(tags.counts.items())[:BARS])
     title = f"The most frequent of {number(len(tags.counts), 'tag')} in {number(tags.captions, 'caption')}"
+    if tags.missed:
+        return f'<div class="charts">{_bars(title, most)}</div><p>{escape(tags.doubt)}</p>'
     rare = f'<div><h3>In one caption only: {number(len(tags.once), "tag")}</h3><p class="rare">{escape(once)}</p></div>'
     return f'<div class="charts">{_bars(title, most)}{rare if tags.once else ""}</div>'
 
 
-def _sheet(checked: Checked, shown: Sequence[str], crops: Crops) -> str:
-    said = marks(checked)
-    cards = [_card(checked, name, crops, said.get(name, [])) for name in shown]
+def _sheet(part: Part, crops: Crops) -> str:
+    said = part.marks
+    cards = [_card(name, part.shown(name), crops, said.get(name, [])) for name in part.chosen]
     return '<div class="sheet">\n' + "\n".join(cards) + "\n</div>" if cards else ""
 
 
-def _card(checked: Checked, name: str, crops: Crops, said: Sequence[tuple[Level, str]]) -> str:
-    inventory = checked.inventory
-    placement, caption = inventory.placements.get(name), inventory.captions.get(name, "")
+def _card(name: str, shown: Shown, crops: Crops, said: Sequence[tuple[Level, str]]) -> str:
+    placement, caption = shown.placement, shown.caption
     cut = ""
     if placement is not None:
         off = f" · {placement.cropped:.1%} cut off" if placement.cropped else ""

@@ -16,10 +16,11 @@ from impasto.core.errors import UserError
 from impasto.data.buckets import bucket_sizes, place
 from impasto.data.check import Checked, check, check_all, plain, shapes, verdict
 from impasto.data.dataset import list_folder
-from impasto.data.findings import Level, orientation
+from impasto.data.findings import Level
 from impasto.data.inventory import take_inventories, take_inventory
 from impasto.data.looks import look_at
 from impasto.data.options import DataOptions, PriorOptions
+from impasto.data.shapes import orientation
 from impasto.data.source import prepare_source
 from tests.data.fakes import FakeBase
 from tests.data.photos import encoded, good_folder, photo, put

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from impasto.data.similar import ALIKE, SIDE, alike, distance, grid_colours, picture_hash
+from impasto.data import similar
+from impasto.data.similar import ALIKE, SIDE, alike, distance, grid_colours, grouped, picture_hash, ranked
 from impasto.mini import lessons
 from tests.data.photos import encoded, photo
 
@@ -86,7 +87,7 @@ def by_hand(hashes: list[int], most: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 8, 12])
-def test_bands_miss_no_pair(most: int) -> None:
+def test_bands_miss_no_pair(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(most)
     hashes = [int(value) for value in rng.integers(0, 2**64, 300, dtype=np.uint64)]
     for i in range(100):  # near ones, at every distance around the limit
@@ -94,12 +95,40 @@ def test_bands_miss_no_pair(most: int) -> None:
         hashes[200 + i] = hashes[i] ^ sum(1 << int(bit) for bit in flips)
     found = alike(hashes, [bytes(range(48))] * 300, most)
     assert found == by_hand(hashes, most) and (most == 0 or len(found) > 20)
+    bands = similar._bands
+    for count in (10**4, 10**6, 10**8):  # few wide bands, each with flipped bits
+        monkeypatch.setattr(similar, "_bands", lambda _, most, count=count: bands(count, most))
+        assert most > 8 or alike(hashes, [bytes(range(48))] * 300, most) == found
 
 
 def test_many_copies_of_one_picture_make_no_square() -> None:
     """5,000 of them would be 12 million pairs."""
     hashes = [0x0123456789ABCDEF ^ (1 << (i % 60)) for i in range(5000)]
     assert alike(hashes, [bytes(range(48))] * 5000) == [list(range(5000))]
+
+
+def test_a_crowd_of_other_colours_is_apart() -> None:
+    """One hash for all, two colours in turn: no pair is missed, and what is one group already is not compared again."""
+    colours = np.array([list(range(48)), list(range(48))[::-1]], np.uint8)
+    found, whole = grouped(np.full(3000, 77, np.uint64), colours[np.arange(3000) % 2])
+    assert whole and (found == np.arange(3000) % 2).all()
+
+
+def test_no_more_pairs_are_compared_than_allowed() -> None:
+    """Those that agree best come first, and it is said."""
+    values = np.random.default_rng(0).integers(0, 2**64, 2000, dtype=np.uint64)
+    values[1000:] = values[:1000]
+    colours = np.tile(np.arange(48, dtype=np.uint8), (2000, 1))
+    found, whole = grouped(values, colours)
+    assert whole and (found == np.arange(2000) % 1000).all()
+    some, whole = grouped(values, colours, pairs=0)
+    assert not whole and (some == np.arange(2000)).all()
+
+
+def test_the_largest_stands_first_then_the_nearest() -> None:
+    hashes, areas = np.array([0b1, 0b111, 0b0, 0b11], np.uint64), np.array([5, 9, 9, 2])
+    order, far = ranked(np.array([3, 4, 7, 9]), hashes, areas)
+    assert order.tolist() == [1, 3, 0, 2] and far.tolist() == [0, 1, 2, 3]
 
 
 def test_a_chain_is_one_group() -> None:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 
-from impasto.data.wording import CHUNK, ODDITIES, count_chunks, cut_to, file_oddities, garbled, oddities, tag_statistics
+from impasto.data.wording import (
+    CHUNK,
+    ODDITIES,
+    TagCounter,
+    count_chunks,
+    cut_to,
+    file_oddities,
+    garbled,
+    oddities,
+    tag_statistics,
+)
 from impasto.families.clip import chunks_of
 from impasto.families.tokenizer import clip_tokenizer
 
@@ -112,6 +125,23 @@ def test_tags_are_counted() -> None:
 ])
 def test_sentences_are_no_tags(captions: list[str]) -> None:
     assert tag_statistics(captions) is None
+
+
+def test_of_too_many_tags_the_frequent_ones_stay() -> None:
+    """No count is too high, none lower than is said, and no tag of more captions than that is left out."""
+    rng = random.Random(0)
+    captions = [", ".join([f"t{int(rng.paretovariate(0.4))}" for _ in range(6)]) for _ in range(4000)]
+    exact = Counter(tag for caption in captions for tag in set(caption.split(", ")))
+    for room in (200, 1 << 18):
+        counter = TagCounter(room=room)
+        for caption in captions:
+            counter.add(caption)
+        tags = counter.tags()
+        assert tags.captions == 4000 and len(tags.counts) <= room and bool(tags.missed) is (room == 200)
+        assert all(exact[tag] - tags.missed <= count <= exact[tag] for tag, count in tags.counts.items())
+        assert all(tag in tags.counts for tag, count in exact.items() if count > tags.missed)
+    assert tags.counts == exact and list(tags.counts)[:3] == [
+        tag for tag, _ in sorted(exact.items(), key=lambda pair: (-pair[1], pair[0]))[:3]]
 
 
 def test_chunks_are_those_of_the_text_encoder() -> None:

@@ -15,13 +15,14 @@ from PIL import Image
 
 from impasto.core.errors import UserError
 from impasto.data.buckets import bucket_sizes, cut, place
-from impasto.data.check import Checked, check_all, verdict
+from impasto.data.check import Checked, Verdict, check_all, verdict
 from impasto.data.dataset import decode
 from impasto.data.findings import Level
 from impasto.data.inventory import take_inventories
 from impasto.data.options import DataOptions, PriorOptions
-from impasto.evaluation import dataset_page
-from impasto.evaluation.dataset_page import chosen, draw_crops, marks, page, write_page
+from impasto.evaluation import dataset_page, dataset_parts
+from impasto.evaluation.dataset_page import draw_crops, page, write_page
+from impasto.evaluation.dataset_parts import Part, folder_part
 from tests.data.photos import encoded, good_folder, photo, put
 from tests.evaluation.test_report import HOSTILE, Reader
 
@@ -34,8 +35,12 @@ def look(folder: Path, prior: Path | None = None, **keys: Any) -> list[Checked]:
     return check_all(take_inventories(data, prior and PriorOptions(folder=str(prior), caption="a dog"), 2))
 
 
+def parts(checked: list[Checked]) -> tuple[list[Part], Verdict]:
+    return [folder_part(each) for each in checked], verdict(checked)
+
+
 def shown(checked: list[Checked]) -> Reader:
-    return Reader(page(checked, verdict(checked)))
+    return Reader(page(*parts(checked)))
 
 
 @pytest.fixture
@@ -62,13 +67,13 @@ def test_a_page_of_everything_is_well_formed_and_runs_nothing(folder: Path) -> N
             assert not name.startswith("on")
             if name in ("src", "href"):
                 assert value is not None and value.startswith("data:")
-    without = re.sub(r"base64,[\w+/=]+", "", page(look(folder), verdict(look(folder))))
+    without = re.sub(r"base64,[\w+/=]+", "", page(*parts(look(folder))))
     assert not re.search(r"https?:|//|@import|url\(", without, re.IGNORECASE)
 
 
 def test_names_and_captions_are_only_text(folder: Path) -> None:
     checked = look(folder)
-    written = page(checked, verdict(checked))
+    written = page(*parts(checked))
     read = Reader(written)
     assert "<script" not in written and read.text.count(NAME) >= 1 and HOSTILE in read.text
     assert NAME in [image["alt"] for image in read.all("img")]
@@ -83,9 +88,9 @@ def test_the_verdict_stands_at_the_top_and_problems_first(folder: Path) -> None:
     checked = look(folder)
     read = shown(checked)
     assert "Not fit to train yet" in read.text and "A run would refuse 2 pictures" in read.text
-    order = chosen(checked[0])
+    order = folder_part(checked[0]).chosen
     assert order[:2] == ["small.png", "torn.jpg"] and sorted(order) == sorted(checked[0].inventory.listing.pictures)
-    said = marks(checked[0])
+    said = folder_part(checked[0]).marks
     levels = [said[name][0][0] if name in said else Level.NOTE for name in order]
     assert levels == sorted(levels, key=list(Level).index)
     cards = [attributes["class"] for tag, attributes in read.elements if attributes.get("class") == "card"]
@@ -104,7 +109,7 @@ def test_crops_are_what_the_model_sees(tmp_path: Path) -> None:
     for buckets in (True, False):
         data = DataOptions(folder=str(tmp_path), resolution=384, buckets=buckets, bucket_step=64)
         checked = look(tmp_path, resolution=384, buckets=buckets, bucket_step=64)
-        crops = draw_crops(checked[0], checked[0].used)
+        crops = draw_crops(folder_part(checked[0]), checked[0].used)
         assert len(crops) == 4
         for name, crop in crops.items():
             image = decode((tmp_path / name).read_bytes())
@@ -121,7 +126,7 @@ def test_crops_are_what_the_model_sees(tmp_path: Path) -> None:
 
 def test_pictures_on_the_page_come_back(folder: Path) -> None:
     checked = look(folder)
-    crop = draw_crops(checked[0], ["000.jpg"])["000.jpg"]
+    crop = draw_crops(folder_part(checked[0]), ["000.jpg"])["000.jpg"]
     image = next(image for image in shown(checked).all("img") if image["alt"] == "000.jpg")
     back = Image.open(io.BytesIO(base64.b64decode(str(image["src"]).split(",")[1], validate=True)))
     assert back.size == crop.size == (int(str(image["width"])), int(str(image["height"])))
@@ -130,16 +135,16 @@ def test_pictures_on_the_page_come_back(folder: Path) -> None:
 
 def test_transparent_pictures_stand_on_their_background(tmp_path: Path) -> None:
     put(tmp_path / "a.png", Image.new("RGBA", (96, 96), (0, 0, 0, 0)), "a")
-    crop = draw_crops(look(tmp_path, background="#204060")[0], ["a.png"])["a.png"]
+    crop = draw_crops(folder_part(look(tmp_path, background="#204060")[0]), ["a.png"])["a.png"]
     assert crop.getpixel((50, 50)) == (0x20, 0x40, 0x60)
 
 
 def test_of_many_pictures_some_are_shown_and_it_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_page, "MOST", 6)
+    monkeypatch.setattr(dataset_parts, "MOST", 6)
     checked = look(folder)
-    assert len(chosen(checked[0], 6)) == 6 and {"small.png", "torn.jpg"} <= set(chosen(checked[0], 6))
-    assert chosen(checked[0], 1) == ["small.png"] and chosen(checked[0], 4)[-1] == NAME  # a good one, too
-    monkeypatch.setattr(dataset_page, "chosen", lambda folder: chosen(folder, 6))
+    chosen = {most: folder_part(checked[0], most).chosen for most in (1, 4, 6)}
+    assert len(chosen[6]) == 6 and {"small.png", "torn.jpg"} <= set(chosen[6])
+    assert chosen[1] == ["small.png"] and chosen[4][-1] == NAME  # a good one, too
     read = shown(checked)
     assert "6 of 11 are shown" in read.text
     assert sum(attributes.get("class") == "card" for _, attributes in read.elements) == 6
@@ -180,15 +185,15 @@ def test_a_picture_that_has_gone_since_is_no_error(folder: Path) -> None:
 
 def test_it_is_written_whole_or_not_at_all(folder: Path, tmp_path: Path) -> None:
     checked = look(folder)
-    path = write_page(checked, verdict(checked), tmp_path / "a" / "page.html")
-    assert path.read_text(encoding="utf-8") == page(checked, verdict(checked))
+    path = write_page(*parts(checked), tmp_path / "a" / "page.html")
+    assert path.read_text(encoding="utf-8") == page(*parts(checked))
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(UserError, match="page.html"):
-        write_page(checked, verdict(checked), tmp_path / "file" / "page.html")
+        write_page(*parts(checked), tmp_path / "file" / "page.html")
 
 
 def test_the_look_is_the_report_s(folder: Path) -> None:
-    written = page(look(folder), verdict(look(folder)))
+    written = page(*parts(look(folder)))
     for name in ("--paper", "prefers-color-scheme: dark", ".figures .value"):
         assert name in written
 
@@ -197,4 +202,4 @@ def test_a_hundred_pictures_stay_small(tmp_path: Path) -> None:
     for i in range(100):
         put(tmp_path / f"{i}.jpg", encoded(photo(i, (96, 96)), "JPEG"), f"picture {i}")
     checked = look(tmp_path)
-    assert len(page(checked, verdict(checked))) < 2_500_000
+    assert len(page(*parts(checked))) < 2_500_000

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.buckets import bucket_sizes, check_sizes
-from impasto.data.dataset import Size
-from impasto.data.findings import MUCH_CROPPED, MUCH_ENLARGED, Finding, Level, number
+from impasto.data.findings import MUCH_CROPPED, MUCH_ENLARGED, Finding, Level, alike_findings, number
 from impasto.data.inventory import CELL
 from impasto.data.options import DataOptions
+from impasto.data.shapes import Shapes, shapes_of
+from impasto.data.shards.copies import Copies, copies, firsts
 from impasto.data.shards.index import CAPTIONS
 from impasto.data.shards.table import Survey, Use, kinds_read, open_table, surveyed
+from impasto.data.shards.words import Words, words_of
+from impasto.data.wording import Tags
 
-#: samples that are named in a finding
-NAMED = 20
+#: samples that are named in a finding, and tags for machines
+NAMED, TAGS = 20, 10_000
 
 #: what a run refuses: kind for machines, words, and what to do
 _REFUSED = {
@@ -48,11 +51,20 @@ class CheckedShards:
     counts: list[int]
     by_shard: list[list[int]]
     findings: list[Finding]  # refused ones first, then warnings, then notes
+    copies: Copies
+    words: Words
+    numbers: dict[str, int]  # of all samples that are named
 
     @property
     def fit(self) -> bool:
         """Whether a run would begin."""
         return bool(self.counts[Use.USED]) and not any(each.level is Level.REFUSED for each in self.findings)
+
+    @property
+    def where(self) -> str:
+        """Which shards."""
+        shards = self.survey.table.shards
+        return shards[0].shown + (f" and {len(shards) - 1:,} more" if len(shards) > 1 else "")
 
     @property
     def line(self) -> str:
@@ -73,15 +85,21 @@ class CheckedShards:
                                   if each.level is wanted and each.fix))
 
     @property
-    def shapes(self) -> dict[Size, int]:
-        """Samples that are used by bucket, the fullest first."""
-        counts = np.bincount(self.survey.bucket[self.survey.used], minlength=len(self.survey.buckets)).tolist()
-        pairs = [(size, count) for size, count in zip(self.survey.buckets, counts, strict=True) if count]
-        return dict(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+    def shapes(self) -> Shapes:
+        """How large the pictures are, and what becomes of them."""
+        survey, used = self.survey, self.survey.used
+        height, width = (survey.table.column(name).astype(np.int64) for name in ("height", "width"))
+        packed, times = np.unique((height << 32) | width, return_counts=True)
+        sizes = {(value >> 32, value & 0xFFFFFFFF): count
+                 for value, count in zip(packed.tolist(), times.tolist(), strict=True) if value}
+        counts = np.bincount(survey.bucket[used], minlength=len(survey.buckets)).tolist()
+        buckets = {size: count for size, count in zip(survey.buckets, counts, strict=True) if count}
+        return shapes_of(sizes, buckets, *survey.cuts(used), lambda i: survey.name(int(used[i])))
 
 
-def check_shards(data: DataOptions, batch: int, report: Reporter = SILENT) -> CheckedShards:
-    """Look at all shards of a recipe, or remember them. `batch`: pictures in a micro-batch.
+def check_shards(data: DataOptions, batch: int, report: Reporter = SILENT, *, near: bool = True) -> CheckedShards:
+    """Look at all shards of a recipe, or remember them. `batch`: pictures in a micro-batch; `near`: look for
+    near-copies too.
 
     Raises `UserError` for shards that cannot be read and sizes that no base could have.
     """
@@ -91,58 +109,63 @@ def check_shards(data: DataOptions, batch: int, report: Reporter = SILENT) -> Ch
     by_shard = [np.bincount(survey.use[begin:end], minlength=len(Use)).tolist()
                 for begin, end in itertools.pairwise(edges)]
     counts = np.bincount(survey.use, minlength=len(Use)).tolist()
-    found = [*_refused(survey, counts), *_copies(survey), *_cuts(survey), *_batches(survey, batch), *_captions(survey),
-             *_keys(survey)]
+    with report.phase("looking for copies", None, "pictures"):
+        alike = copies(survey, near=near)
+    words = words_of(survey, NAMED, report)
+    named = _Named(survey)
+    found = [*_refused(named, counts), *_copies(survey, alike), *_cuts(named), *_batches(survey, batch),
+             *_captions(named), *words.findings, *_keys(named)]
     order = list(Level)
-    return CheckedShards(survey, batch, counts, by_shard, sorted(found, key=lambda each: order.index(each.level)))
+    return CheckedShards(survey, batch, counts, by_shard, sorted(found, key=lambda each: order.index(each.level)),
+                         alike, words, words.numbers | alike.numbers | named.numbers)
 
 
-def _named(survey: Survey, numbers: Iterable[int], told: Iterable[str]) -> dict[str, str]:
-    return {survey.table.name(*survey.table.find(number)): what
-            for number, what, _ in zip(numbers, told, range(NAMED), strict=False)}
+@dataclass(frozen=True)
+class _Named:
+    """Findings about samples, and which ones they name."""
+
+    survey: Survey
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def finding(self, level: Level, kind: str, what: str, fix: str, numbers: np.ndarray,
+                told: Iterable[str]) -> Finding:
+        """What is so of the samples with these numbers; the first are named, with what is told of them."""
+        names: dict[str, str] = {}
+        for sample, said in zip(numbers[:NAMED].tolist(), told, strict=False):
+            name = self.survey.name(sample)
+            names[name] = said
+            self.numbers.setdefault(name, sample)
+        return Finding(level, kind, f"{number(len(numbers), 'sample')} {what}", fix, names, len(numbers) - len(names))
 
 
-def _finding(survey: Survey, level: Level, kind: str, what: str, fix: str, numbers: np.ndarray,
-             told: Iterable[str]) -> Finding:
-    names = _named(survey, numbers.tolist(), told)
-    return Finding(level, kind, f"{number(len(numbers), 'sample')} {what}", fix, names, len(numbers) - len(names))
-
-
-def _refused(survey: Survey, counts: list[int]) -> Iterator[Finding]:
+def _refused(named: _Named, counts: list[int]) -> Iterator[Finding]:
+    survey = named.survey
     skip = survey.data.bad_samples == "skip"
     for use, (kind, what, fix) in _REFUSED.items():
         if counts[use]:
             numbers = np.flatnonzero(survey.use == use)
             if use is Use.NO_CAPTION and counts[use] == sum(counts):
                 fix = "give one caption for all with data.caption=…"
-            yield _finding(survey, Level.WARNING if skip else Level.REFUSED, kind, f"{what}{', left out' * skip}",
+            yield named.finding(Level.WARNING if skip else Level.REFUSED, kind, f"{what}{', left out' * skip}",
                            fix if skip else f"{fix}, {_SKIP}", numbers, map(survey.reason, numbers.tolist()))
 
 
-def _copies(survey: Survey) -> Iterator[Finding]:
-    used = survey.used
-    digests = np.ascontiguousarray(survey.table.column("digest", used)).view("V16").reshape(-1)
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    firsts = first[inverse.reshape(-1)]
-    again = np.flatnonzero(firsts != np.arange(len(used)))
-    if len(again):
-        told = (f"of {survey.table.name(*survey.table.find(int(used[firsts[i]])))}" for i in again.tolist())
-        yield _finding(survey, Level.WARNING, "copies", "with exact copies of other pictures",
-                       "keep one of each: what is there twice is learned twice", used[again], told)
+def _copies(survey: Survey, alike: Copies) -> Iterator[Finding]:
+    yield from alike_findings(alike.groups, lambda name: survey.caption(alike.numbers[name]), NAMED, alike.unlisted)
+    if not alike.whole:
+        yield Finding(Level.NOTE, "not compared", f"{number(alike.looked, 'picture')} are too much alike to compare "
+                      "each with each: those that agree best were, and there may be more near-copies", "", {})
 
 
-def _cuts(survey: Survey) -> Iterator[Finding]:
-    used = survey.used
-    height, width = (survey.table.column(name, used).astype(np.float64) for name in ("height", "width"))
-    tall, wide = np.array(survey.buckets, np.float64)[survey.bucket[used]].T
-    cropped = 1 - np.minimum(width * tall, height * wide) / np.maximum(width * tall, height * wide)
-    scale = np.maximum(tall / height, wide / width)
+def _cuts(named: _Named) -> Iterator[Finding]:
+    survey, used = named.survey, named.survey.used
+    cropped, scale = survey.cuts(used)
     much = np.flatnonzero(cropped >= MUCH_CROPPED)
     much = much[np.argsort(-cropped[much], kind="stable")]
     if len(much):
         fix = "crop them by hand to what matters" if survey.data.buckets else \
             "let them keep their shape with data.buckets=true"
-        yield _finding(survey, Level.WARNING, "cropped", "cropped by a quarter or more", fix, used[much],
+        yield named.finding(Level.WARNING, "cropped", "cropped by a quarter or more", fix, used[much],
                        (f"loses {share:.0%} of its area" for share in cropped[much]))
     large = np.flatnonzero(scale > 1)
     large = large[np.argsort(-scale[large], kind="stable")]
@@ -150,7 +173,7 @@ def _cuts(survey: Survey) -> Iterator[Finding]:
         most = int((scale > MUCH_ENLARGED).sum())
         what = "enlarged" + (f", {most:,} more than {MUCH_ENLARGED:g} times" if most else "")
         fix = "take larger ones, lower data.resolution, or give them smaller buckets with data.upscale=never"
-        yield _finding(survey, Level.WARNING if most else Level.NOTE, "enlarged", what, fix, used[large],
+        yield named.finding(Level.WARNING if most else Level.NOTE, "enlarged", what, fix, used[large],
                        (f"{value:.2f} times" for value in scale[large]))
 
 
@@ -170,12 +193,13 @@ def _batches(survey: Survey, batch: int) -> Iterator[Finding]:
                       own)
 
 
-def _captions(survey: Survey) -> Iterator[Finding]:
+def _captions(named: _Named) -> Iterator[Finding]:
+    survey = named.survey
     table, data = survey.table, survey.data
     if data.caption is not None:
         unread = np.flatnonzero(table.column("said"))
         if len(unread):
-            yield _finding(survey, Level.WARNING, "unread captions", "with a caption that is not read, since one is "
+            yield named.finding(Level.WARNING, "unread captions", "with a caption that is not read, since one is "
                            "given for all", "leave data.caption out to use them", unread, itertools.repeat(""))
         return
     kinds = kinds_read(data)
@@ -183,7 +207,7 @@ def _captions(survey: Survey) -> Iterator[Finding]:
     said = table.column("said") & bits
     empty = np.flatnonzero((survey.use == Use.USED) & (said == 0))
     if len(empty):
-        yield _finding(survey, Level.WARNING, "empty captions", "without a caption, learned with none",
+        yield named.finding(Level.WARNING, "empty captions", "without a caption, learned with none",
                        "put a .txt beside each picture", empty, itertools.repeat(""))
     several = np.flatnonzero((survey.use == Use.USED) & (np.bitwise_count(said) > 1))
     differ, told = [], []
@@ -196,21 +220,18 @@ def _captions(survey: Survey) -> Iterator[Finding]:
             if len(told) < NAMED:
                 told.append(f".{first} goes before {' and '.join(f'.{kind}' for kind in others)}")
     if differ:
-        yield _finding(survey, Level.WARNING, "captions differ", "of which two members say different things",
+        yield named.finding(Level.WARNING, "captions differ", "of which two members say different things",
                        "choose with data.caption_source", np.array(differ), told)
 
 
-def _keys(survey: Survey) -> Iterator[Finding]:
+def _keys(named: _Named) -> Iterator[Finding]:
     """Keys that two shards have: names in messages then need the shard's to be told apart."""
-    table = survey.table
-    used = survey.used
-    _, first, inverse = np.unique(table.column("key_hash", used), return_index=True, return_inverse=True)
-    firsts = first[inverse.reshape(-1)]
-    again = np.flatnonzero(firsts != np.arange(len(used)))
+    survey, used = named.survey, named.survey.used
+    first = firsts(survey.table.column("key_hash", used))
+    again = np.flatnonzero(first != np.arange(len(used)))
     if len(again):
-        told = (f"as {table.name(*table.find(int(used[firsts[i]])))}" for i in again.tolist())
-        yield _finding(survey, Level.NOTE, "same keys", "with the key of a sample in another shard", "", used[again],
-                       told)
+        told = (f"as {survey.name(int(used[first[i]]))}" for i in again.tolist())
+        yield named.finding(Level.NOTE, "same keys", "with the key of a sample in another shard", "", used[again], told)
 
 
 def plain(checked: CheckedShards) -> dict[str, Any]:
@@ -221,12 +242,23 @@ def plain(checked: CheckedShards) -> dict[str, Any]:
     def counted(counts: list[int]) -> dict[str, int]:
         return {"samples": sum(counts), **dict(zip(names, counts, strict=True))}
 
+    shapes = checked.shapes
     return {
         "title": "samples", "fit": checked.fit, "data": checked.survey.data.model_dump(mode="json"),
         "batch_size": checked.batch, **counted(checked.counts),
-        "findings": [{"level": each.level, "kind": each.kind, "what": each.what, "fix": each.fix, "names": each.names,
-                      "more": each.more} for each in checked.findings],
-        "buckets": [{"bucket": list(size), "samples": count} for size, count in checked.shapes.items()],
+        "findings": [asdict(each) for each in checked.findings],
+        "shapes": asdict(shapes) | {"buckets": [{"bucket": list(size), "samples": count}
+                                                for size, count in shapes.buckets.items()]},
+        "alike": [asdict(group) for group in checked.copies.groups], "alike_more": checked.copies.more,
+        "compared": {"pictures": checked.copies.looked, "all": checked.copies.whole},
+        "captions": {"captions": checked.words.captions, "different": checked.words.different},
+        "tags": None if checked.words.tags is None else _plain_tags(checked.words.tags),
         "shards": [{"shard": shard.shown, **counted(counts)}
                    for shard, counts in zip(table.shards, checked.by_shard, strict=True)],
     }
+
+
+def _plain_tags(tags: Tags) -> dict[str, Any]:
+    """As JSON-able; of very many the most frequent alone."""
+    return asdict(tags) | {"counts": dict(itertools.islice(tags.counts.items(), TAGS)), "once": tags.once[:TAGS],
+                           "spellings": tags.spellings[:TAGS], "tags": len(tags.counts)}

@@ -21,7 +21,7 @@ import numpy as np
 from impasto.core.files import atomic_write, key_of
 
 #: raise it when an index tells something else
-VERSION = 1
+VERSION = 2
 #: members that are captions, by extension; the first ones go before the others
 CAPTIONS = ("txt", "caption", "json")
 
@@ -44,8 +44,10 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "offset": ("<i8", "I64", ()), "size": ("<i8", "I64", ()),  # of the picture's bytes in the shard
     "end": ("<i8", "I64", ()),  # of the row's text in `text`
     "key_hash": ("<u8", "U64", ()),
+    "hash": ("<u8", "U64", ()),  # as `picture_hash`; 0 for none
     "height": ("<i4", "I32", ()), "width": ("<i4", "I32", ()),  # upright, in pixels
     "digest": ("u1", "U8", (16,)),  # as `Picture.digest`
+    "colours": ("u1", "U8", (48,)),  # as `grid_colours`
     "status": ("u1", "U8", ()), "said": ("u1", "U8", ()), "unread": ("u1", "U8", ()),  # bits: CAPTIONS with words, not
 }
 
@@ -67,7 +69,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Index:
-    """One shard's rows, mapped from a file: numpy arrays of (N,) or (N, 16) by the names of `COLUMNS`."""
+    """One shard's rows, mapped from a file: numpy arrays of (N,), (N, 16) or (N, 48) by the names of `COLUMNS`."""
 
     columns: dict[str, np.ndarray]
     text: np.ndarray

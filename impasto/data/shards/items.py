@@ -112,11 +112,8 @@ class ShardItems(Many):
                       data.upscale, data.caption, data.caption_source, data.wildcards, data.shuffle_window)
 
     def tally(self, buckets: Sequence[tuple[int, int]]) -> Tally:
-        table, bucket = self.survey.table, self.survey.bucket[self.numbers]
-        height, width = (table.column(name, self.numbers).astype(np.float64) for name in ("height", "width"))
-        tall, wide = np.array(self.survey.buckets, np.float64)[bucket].T
-        cropped = 1 - np.minimum(width * tall, height * wide) / np.maximum(width * tall, height * wide)
-        scale = np.maximum(tall / height, wide / width)
+        bucket = self.survey.bucket[self.numbers]
+        cropped, scale = self.survey.cuts(self.numbers)
         counts = np.bincount(bucket, minlength=len(self.survey.buckets)).tolist()
         shapes = {size: count for size, count in zip(self.survey.buckets, counts, strict=True) if count}
         known = set(buckets)
@@ -126,7 +123,7 @@ class ShardItems(Many):
 
     def _most(self, values: np.ndarray) -> tuple[float, str]:
         place = int(values.argmax())
-        return float(values[place]), self.survey.table.name(*self.survey.table.find(int(self.numbers[place])))
+        return float(values[place]), self.survey.name(int(self.numbers[place]))
 
     def _digests(self) -> np.ndarray:
         """(N,) 16 opaque bytes each."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -18,9 +19,11 @@ from impasto.core.errors import UserError
 from impasto.core.progress import Advance
 from impasto.data.caption_files import lines_of, text_in
 from impasto.data.dataset import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES, decode
+from impasto.data.looks import shrunk
 from impasto.data.shards.access import Shard
 from impasto.data.shards.index import CAPTIONS, COLUMNS, Status, save_index
 from impasto.data.shards.tar import CutShort, Member, members
+from impasto.data.similar import grid_colours, picture_hash
 
 #: members that are larger are not read, bytes
 LARGEST_PICTURE, LARGEST_CAPTION = 1 << 29, 1 << 24
@@ -32,8 +35,15 @@ _OTHERS = {suffix[1:] for suffix in OTHER_PICTURE_SUFFIXES}
 #: array's letters for COLUMNS' types
 _CODES = {"<i8": "q", "<u8": "Q", "<i4": "i", "u1": "B"}
 
-#: digest, upright height and width of a picture
-Facts = tuple[bytes, int, int]
+
+class Facts(NamedTuple):
+    """What a row says of a picture that can be decoded, by the names of `COLUMNS`."""
+
+    digest: bytes = bytes(16)
+    height: int = 0
+    width: int = 0
+    hash: int = 0
+    colours: bytes = bytes(48)
 
 
 def read_shard(shard: Shard, advance: Advance, path: Path, stamp: list[object] | None) -> None:
@@ -160,12 +170,14 @@ def _key_hash(key: str) -> int:
 
 
 def _examined(data: bytes) -> Facts | str:
-    """Digest, upright height and width of a picture, or what is wrong with it."""
+    """What there is to know of a picture, or what is wrong with it."""
     try:
         image = decode(data)
     except ValueError as error:
         return str(error)
-    return hashlib.blake2b(data, digest_size=16).digest(), image.height, image.width
+    small = shrunk(image)
+    return Facts(hashlib.blake2b(data, digest_size=16).digest(), image.height, image.width, picture_hash(small) or 0,
+                 grid_colours(small))
 
 
 class _Rows:
@@ -180,14 +192,16 @@ class _Rows:
         found = None if examined is None else examined.result()
         if isinstance(found, str):
             sample.status, sample.reason = Status.BROKEN, found
-        digest, height, width = found if isinstance(found, tuple) else (bytes(16), 0, 0)
+        facts = found if isinstance(found, Facts) else Facts()
         words = [sample.key, sample.extension, sample.reason.replace("\0", " "),
                  *(sample.captions.get(kind, "") for kind in CAPTIONS)]
         self.text += "\0".join(words).encode("utf-8", "surrogateescape")
         said = sum(1 << i for i, kind in enumerate(CAPTIONS) if sample.captions.get(kind))
         unread = sum(1 << i for i, kind in enumerate(CAPTIONS) if kind in sample.unread)
         row = {"offset": sample.offset, "size": sample.size, "end": len(self.text), "key_hash": _key_hash(sample.key),
-               "height": height, "width": width, "status": sample.status, "said": said, "unread": unread}
+               "status": sample.status, "said": said, "unread": unread, **facts._asdict()}
         for name, value in row.items():
-            self.columns[name].append(value)
-        self.columns["digest"].frombytes(digest)
+            if isinstance(value, bytes):
+                self.columns[name].frombytes(value)
+            else:
+                self.columns[name].append(value)

@@ -18,7 +18,7 @@ import numpy as np
 from impasto.core.errors import UserError
 from impasto.core.files import cache_dir
 from impasto.core.progress import SILENT, Advance, Reporter
-from impasto.data.buckets import bucket_sizes, place, too_small
+from impasto.data.buckets import Placement, bucket_sizes, place, too_small
 from impasto.data.caption_files import tidy
 from impasto.data.dataset import Problem, Size
 from impasto.data.options import DataOptions
@@ -167,6 +167,33 @@ class Survey:
     def used(self) -> np.ndarray:
         """Numbers of the samples that can be used, ascending."""
         return np.flatnonzero(self.use == Use.USED)
+
+    def cuts(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of samples that have a bucket, by ascending numbers (N,): the share of area cut off and the enlargement."""
+        height, width = (self.table.column(name, numbers).astype(np.float64) for name in ("height", "width"))
+        tall, wide = np.array(self.buckets, np.float64).reshape(-1, 2)[self.bucket[numbers]].T
+        return (1 - np.minimum(width * tall, height * wide) / np.maximum(width * tall, height * wide),
+                np.maximum(tall / height, wide / width))
+
+    def size(self, number: int) -> Size:
+        """Of a sample's picture; zeros where there is none, or a broken one."""
+        shard, row = self.table.find(number)
+        index = self.table.indexes[shard]
+        return int(index["height"][row]), int(index["width"][row])
+
+    def placement(self, number: int) -> Placement | None:
+        """How a sample is cut; None where it is too small, or has no picture."""
+        size = self.size(number)
+        return place(size, self.data, bucket_sizes(self.data)) if min(size) else None
+
+    def name(self, number: int) -> str:
+        """What a sample is called in messages."""
+        return self.table.name(*self.table.find(number))
+
+    def caption(self, number: int) -> str:
+        """A sample's caption, as it is read."""
+        shard, row = self.table.find(number)
+        return caption_of(self.table.indexes[shard], row, self.data)
 
     def problems(self) -> Iterator[tuple[int, Problem]]:
         """Each sample that cannot be used, with why."""
