@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 import threading
 import time
 import types
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from impasto.training.trackers import TRACKERS, tracking
 from impasto.training.trackers.base import Sitting, Tracker
 from impasto.training.trainer import Trainer, train
 from tests.heard import Heard
+from tests.training.standing_in import SETTINGS, StandIn
 
 RecipeMaker = Callable[..., Recipe]
 
@@ -216,58 +219,84 @@ def test_a_proof_of_resume_tells_nobody(recipe: RecipeMaker, book: type[Book]) -
 # --- Weights & Biases ----------------------------------------------------------------------------------------
 
 
-class StandIn(types.ModuleType):
-    """As much of the library as is used, and what it was given."""
-
-    def __init__(self, mode: str = "online", key: bool = True) -> None:
-        super().__init__("wandb")
-        self.inits: list[dict[str, Any]] = []
-        self.logged: list[tuple[dict[str, Any], int]] = []
-        self.finished: list[int] = []
-        self.next_step = 0
-        settings = types.SimpleNamespace(mode=mode)
-        self.setup = lambda: types.SimpleNamespace(settings=settings)
-        self.login = lambda prompt: key
-        self.Image = lambda path, caption: (Path(path).name, caption)
-        self.run = types.SimpleNamespace(log=lambda data, step: self.logged.append((data, step)), summary={}, url=None,
-                                         finish=lambda exit_code: self.finished.append(exit_code), dir="here", step=0)
-
-    def init(self, **given: Any) -> Any:
-        self.inits.append(given)
-        self.run.step = self.next_step
-        return self.run
-
-
-def test_wandb_is_given_figures_pictures_and_the_same_id(recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = StandIn()
-    monkeypatch.setitem(sys.modules, "wandb", library)
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    made = recipe(output={"trackers": ["wandb"]}, sample={"every": 6, "steps": 1, "prompts": ["a dog"]})
-    train(made, stop_after=3)
+    monkeypatch.setitem(sys.modules, "wandb", library := StandIn())
+    return library
+
+
+def test_wandb_is_given_figures_pictures_and_the_same_id(recipe: RecipeMaker, library: StandIn) -> None:
+    heard = Heard()
+    made = recipe(output={"trackers": ["wandb"]}, sample={"every": 6, "steps": 1, "prompts": ["a dog"]},
+                  validation={"fraction": 0.2, "every": 3})
+    train(made, heard, stop_after=3)
     library.next_step = 5  # the server had more than the checkpoint: it takes no step twice
-    train(made)
+    train(made, heard)
     first, second = library.inits
     assert first["id"] == second["id"] and first["resume"] == "allow" and first["project"] == "impasto"
     assert first["name"] == "dog" and first["config"]["method"][0]["rank"] == 4
-    figures = [(data["step"], step) for data, step in library.logged if "train/loss" in data]
-    assert figures == [(1, 1), (2, 2), (3, 3), (4, 5), (5, 5), (6, 6)]
-    pictures = [data["previews"] for data, _ in library.logged if "previews" in data]
-    assert pictures == [[("000000-0.png", "a dog")], [("000006-0.png", "a dog")]]
-    assert library.finished == [0, 0] and library.run.summary == {"ending": "finished"}
+    before, after = library.runs
+    assert [step for step, _ in before.of("train/loss")] == [1, 2, 3]
+    assert [step for step, _ in after.of("train/loss")] == [4, 5, 6]
+    assert [step for _, step in after.logged] == [5, 5, 6, 6, 6]  # and no step twice
+    lines = (Path(made.output.dir) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    assert before.of("train/loss") + after.of("train/loss") == losses
+    validated = [(entry["step"], entry["validation"]) for entry in log if "validation" in entry]
+    assert before.of("validation/loss") + after.of("validation/loss") == validated and len(validated) == 3
+    pictures = [(step, [image.told for image in images]) for run in library.runs for step, images in run.of("previews")]
+    assert pictures == [(0, [("000000-0.png", "a dog")]), (6, [("000006-0.png", "a dog")])]
+    assert [run.metrics for run in library.runs] == [[("*", "step")]] * 2
+    assert [run.exit_code for run in library.runs] == [0, 0]
+    assert [run.summary for run in library.runs] == [{"ending": "stopped"}, {"ending": "finished"}]
+    assert heard.warnings == before.warnings == after.warnings == []
+    assert "wandb: https://wandb.test/run" in heard.notes
 
 
-def test_wandb_without_a_key_is_one_warning_and_no_question(recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
-                                                            ) -> None:
-    library, heard = StandIn(key=False), Heard()
-    monkeypatch.setitem(sys.modules, "wandb", library)
+def test_wandb_offline_asks_for_nothing_on_the_web(recipe: RecipeMaker, library: StandIn) -> None:
+    heard, library.mode, library.key = Heard(), "offline", False
+    train(recipe(output={"trackers": ["wandb"]}, train={"steps": 2}), heard)
+    (run,) = library.runs
+    assert [step for step, _ in run.of("train/loss")] == [1, 2] and library.inits[0]["resume"] is None
+    assert heard.warnings == run.warnings == [] and "wandb: kept in here; wandb sync sends it" in heard.notes
+
+
+def test_wandb_is_told_of_a_failure(recipe: RecipeMaker, library: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_keep", lambda *_, **__: fail(RuntimeError("no memory"))())
+    with pytest.raises(RuntimeError, match="no memory"):
+        train(recipe(output={"trackers": ["wandb"]}))
+    (run,) = library.runs
+    assert run.exit_code == 1 and run.summary == {"ending": "failed"} and len(run.of("train/loss")) == 1
+
+
+def test_wandb_without_a_key_is_one_warning_and_no_question(recipe: RecipeMaker, library: StandIn) -> None:
+    heard, library.key = Heard(), False
     assert train(recipe(output={"trackers": ["wandb"]}, train={"steps": 2}), heard).artifact is not None
     assert library.inits == [] and len(heard.warnings) == 1 and "wandb login" in heard.warnings[0]
 
 
-def test_the_real_library_offline(recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not hasattr(pytest.importorskip("wandb"), "init"):
+def test_what_stands_in_takes_what_the_real_library_takes() -> None:
+    wandb = real_library()
+    for name in ("init", "login", "setup", "Image.__init__", "Run.log", "Run.define_metric", "Run.finish"):
+        pairs = [attrgetter(name)(owner) for owner in (wandb, StandIn)]
+        names, own = ([key for key in inspect.signature(call).parameters if key != "self"] for call in pairs)
+        assert names == own, name
+    assert wandb.Settings.model_fields.keys() >= SETTINGS
+
+
+def real_library() -> Any:
+    """The package wandb, or the test is passed over."""
+    if not hasattr(wandb := pytest.importorskip("wandb"), "init"):
         pytest.skip("a folder of that name is no package")
+    return wandb
+
+
+def test_the_real_library_offline(recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    real_library()
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_CONFIG_DIR", str(tmp_path / "c")),
                         ("WANDB_CACHE_DIR", str(tmp_path / "k")), ("WANDB_DATA_DIR", str(tmp_path / "d"))):
         monkeypatch.setenv(name, value)
@@ -281,4 +310,8 @@ def test_the_real_library_offline(recipe: RecipeMaker, monkeypatch: pytest.Monke
     assert len(kept) == 2 and len({path.name.rpartition("-")[2] for path in kept}) == 1  # one id
     assert all(list(path.glob("run-*.wandb")) for path in kept)
     assert any("wandb sync" in note for note in heard.notes)
+    kept_figures = [path.read_bytes() for folder in kept for path in folder.glob("run-*.wandb")]
+    assert all(b"train/loss" in data for data in kept_figures)
+    assert [len(list(path.glob("files/media/images/previews_*.png"))) for path in kept] == [1, 1]
+    assert "URL not available" not in capsys.readouterr().err
     importlib.import_module("wandb").teardown()

@@ -37,7 +37,8 @@ class WeightsBiases(Tracker):
             settings={"silent": True, "console": "off", "save_code": False, "disable_git": True,
                       "init_timeout": GREETING, "finish_timeout": FAREWELL})
         self.first = self.run.step
-        return self.run.url or (f"kept in {self.run.dir}; wandb sync sends it" if offline else "")
+        self.run.define_metric("*", step_metric="step")  # its own step may be a later one, see `first`
+        return f"kept in {self.run.dir}; wandb sync sends it" if offline else self.run.url or ""
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         self.run.log({"step": step, **{f"train/{name}": value for name, value in figures.items()}},
