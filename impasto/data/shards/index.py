@@ -45,10 +45,10 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "offset": ("<i8", "I64", ()), "size": ("<i8", "I64", ()),  # of the picture's bytes in the shard
     "end": ("<i8", "I64", ()),  # of the row's text in `text`
     "key_hash": ("<u8", "U64", ()),
-    "hash": ("<u8", "U64", ()),  # as `picture_hash`; 0 for none
+    "hash": ("<u8", "U64", ()),  # `picture_hash`; 0 for none
     "height": ("<i4", "I32", ()), "width": ("<i4", "I32", ()),  # upright, in pixels
     "digest": ("u1", "U8", (16,)),  # as `Picture.digest`
-    "colours": ("u1", "U8", (48,)),  # as `grid_colours`
+    "colours": ("u1", "U8", (48,)),  # `grid_colours`
     "status": ("u1", "U8", ()), "said": ("u1", "U8", ()), "unread": ("u1", "U8", ()),  # bits: CAPTIONS with words, not
 }
 
