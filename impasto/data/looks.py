@@ -27,7 +27,7 @@ from impasto.data.similar import grid_colours, picture_hash
 
 #: raise it when a look tells something else; with Pillow's version, since another one may read what this one cannot
 VERSION = f"1 {PIL.__version__}"
-#: longest side in pixels at which what a picture shows is measured; larger ones are averaged down to it, others left
+#: longest side in pixels at which sharpness is measured; larger pictures are averaged down to it, smaller ones left
 SIDE = 512
 #: side in pixels at which a picture's main colour is looked for, and how far from it a value of 255 may be
 COLOUR_SIDE, COLOUR_REACH = 64, 16
@@ -77,18 +77,15 @@ def look_at(data: bytes) -> Look:
         upright = ImageOps.exif_transpose(image)
     width, height = upright.size if not reduced else stored[::-1] if orientation in LYING else stored
     clear = _clear(upright)
-    small = shrunk(to_rgb(upright))
+    small = to_rgb(upright)
+    if max(small.size) > SIDE:
+        small = small.resize(_within(small.size), Image.Resampling.BOX)
     contrast, laplacian = sharpness(small)
     colour, share = main_colour(small)
     shown = picture_hash(small)
     return Look(hashlib.blake2b(data, digest_size=16).hexdigest(), height, width, len(data), kind, mode,
                 orientation in range(2, 9), animated, round(clear, 4), colour, round(share, 4), round(contrast, 2),
                 round(laplacian, 3), "" if shown is None else f"{shown:016x}", grid_colours(small).hex())
-
-
-def shrunk(image: Image.Image) -> Image.Image:
-    """The picture averaged down to a longest side of SIDE, or as it is: what all that it shows is taken from."""
-    return image.resize(_within(image.size), Image.Resampling.BOX) if max(image.size) > SIDE else image
 
 
 def look_over(listing: Listing, remembered: Remembered, report: Reporter = SILENT,

@@ -110,7 +110,6 @@ def shards_part(checked: CheckedShards, most: int | None = None) -> Part:
 
     some = f"{len(names)} of {len(survey.table):,} are shown: those that are named above with something to say, then " \
         "others, taken evenly from all shards."
-
     return Part(
         "samples", checked.where, checked.findings, checked.copies.groups, checked.copies.more,
         (checked.copies.count(True), checked.copies.count(False)), checked.shapes, checked.words.tags,

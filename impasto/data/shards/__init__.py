@@ -2,5 +2,6 @@
 
 From the bottom: `access`, `connection`, `http` and `pool` reach bytes; `tar` and `read` find samples in them, once, for
 an `index`; a `table` is the indexes of all shards; `order` shuffles its samples, `items` makes them, `cache` keeps what
-they are encoded to, `check` accounts for them before a run.
+they are encoded to; before a run `copies` finds what is there more than once, `words` reads the captions, and `check`
+accounts for all.
 """

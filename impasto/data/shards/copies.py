@@ -62,12 +62,11 @@ def _with(found: Copies, survey: Survey, samples: np.ndarray, group: np.ndarray,
           whole: bool = True) -> Copies:
     """Those that were found before, and the groups of `samples`."""
     listed, numbers = [], dict(found.numbers)
+    height, width, hashes = (survey.table.column(name, samples) for name in ("height", "width", "hash"))
     for members in itertools.islice(groups(group), GROUPS):
-        own = samples[members]
-        height, width, hashes = (survey.table.column(name, own) for name in ("height", "width", "hash"))
-        order, far = ranked(own, hashes, height.astype(np.int64) * width)
-        names = {survey.name(number): number for number in own[order[:MEMBERS]].tolist()}
-        listed.append(Alike(list(names), far[:MEMBERS].tolist(), exact, max(len(own) - MEMBERS, 0)))
+        order, far = ranked(members, hashes[members], height[members].astype(np.int64) * width[members])
+        names = {survey.name(number): number for number in samples[members[order[:MEMBERS]]].tolist()}
+        listed.append(Alike(list(names), far[:MEMBERS].tolist(), exact, max(len(members) - MEMBERS, 0)))
         numbers |= names
     copied = int((group != np.arange(len(group))).sum())
     unlisted = copied - sum(len(each.names) - 1 + each.more for each in listed)

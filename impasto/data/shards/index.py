@@ -36,6 +36,7 @@ class Status(IntEnum):
     CUT = 4  # the shard ends in it
 
 
+_TWICE = int(Status.TWICE)
 #: what is wrong with a sample whose key was there before
 TWICE = "is there twice in this shard; members of one sample have to stand together (tar --sort=name)"
 
@@ -44,10 +45,10 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "offset": ("<i8", "I64", ()), "size": ("<i8", "I64", ()),  # of the picture's bytes in the shard
     "end": ("<i8", "I64", ()),  # of the row's text in `text`
     "key_hash": ("<u8", "U64", ()),
-    "hash": ("<u8", "U64", ()),  # as `picture_hash`; 0 for none
+    "hash": ("<u8", "U64", ()),  # `picture_hash`; 0 for none
     "height": ("<i4", "I32", ()), "width": ("<i4", "I32", ()),  # upright, in pixels
     "digest": ("u1", "U8", (16,)),  # as `Picture.digest`
-    "colours": ("u1", "U8", (48,)),  # as `grid_colours`
+    "colours": ("u1", "U8", (48,)),  # `grid_colours`
     "status": ("u1", "U8", ()), "said": ("u1", "U8", ()), "unread": ("u1", "U8", ()),  # bits: CAPTIONS with words, not
 }
 
@@ -84,9 +85,9 @@ class Index:
     def words(self, row: int) -> Words:
         """A sample's words."""
         ends = self.columns["end"]
-        raw = self.text[int(ends[row - 1]) if row else 0:int(ends[row])].tobytes()
+        raw = self.text[ends.item(row - 1) if row else 0:ends.item(row)].tobytes()
         key, extension, reason, *said = raw.decode("utf-8", "surrogateescape").split("\0")
-        reason = TWICE if self.columns["status"][row] == Status.TWICE else reason
+        reason = TWICE if self.columns["status"].item(row) == _TWICE else reason
         return Words(key, extension, reason, {kind: text for kind, text in zip(CAPTIONS, said, strict=True) if text})
 
 
@@ -123,7 +124,7 @@ def save_index(path: Path, columns: Mapping[str, array[int]], text: bytearray, f
 def open_index(path: Path) -> Index | None:
     """The index in a file, mapped; None where there is none, or another version's, or a damaged one."""
     try:
-        mapped = np.memmap(path, dtype=np.uint8, mode="r")
+        mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a memmap's own slices take far longer
         begin = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         header = json.loads(mapped[8:begin].tobytes())
         facts = json.loads(header["__metadata__"]["facts"])

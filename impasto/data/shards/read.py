@@ -19,7 +19,6 @@ from impasto.core.errors import UserError
 from impasto.core.progress import Advance
 from impasto.data.caption_files import lines_of, text_in
 from impasto.data.dataset import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES, decode
-from impasto.data.looks import shrunk
 from impasto.data.shards.access import Shard
 from impasto.data.shards.index import CAPTIONS, COLUMNS, Status, save_index
 from impasto.data.shards.tar import CutShort, Member, members
@@ -27,6 +26,8 @@ from impasto.data.similar import grid_colours, picture_hash
 
 #: members that are larger are not read, bytes
 LARGEST_PICTURE, LARGEST_CAPTION = 1 << 29, 1 << 24
+#: larger pictures are averaged down to a shorter side of about so many pixels before their hash is taken
+SMALL = 256
 #: pictures that are decoded at once, and that wait for it
 THREADS, WAITING = 4, 32
 
@@ -175,7 +176,8 @@ def _examined(data: bytes) -> Facts | str:
         image = decode(data)
     except ValueError as error:
         return str(error)
-    small = shrunk(image)
+    factor = min(image.size) // SMALL
+    small = image.reduce(factor) if factor > 1 else image
     return Facts(hashlib.blake2b(data, digest_size=16).digest(), image.height, image.width, picture_hash(small) or 0,
                  grid_colours(small))
 

@@ -13,7 +13,7 @@ from impasto.data.dataset import decode
 from impasto.data.looks import look_at
 from impasto.data.shards import copies as shards_copies
 from impasto.data.shards.copies import copies, firsts
-from impasto.data.similar import ALIKE, SAME_COLOURS, distance
+from impasto.data.similar import ALIKE, SAME_COLOURS, distance, grid_colours, picture_hash
 from tests.data.photos import encoded, photo
 from tests.data.sharded import write_shard
 from tests.data.shards.test_index import survey
@@ -64,6 +64,18 @@ def test_columns_hold_what_a_look_says(shards: tuple[Path, list[bytes]]) -> None
             assert index["colours"][row].tobytes().hex() == look.colours
             assert f"{int(index['hash'][row]):016x}" == look.hash
             assert (index["height"][row], index["width"][row]) == look.size == decode(data[i]).size[::-1]
+
+
+@pytest.mark.parametrize("size", [(300, 260), (700, 1100), (130, 2000)])
+def test_a_large_picture_s_hash_is_that_of_all_its_pixels_but_for_a_bit_or_two(
+        size: tuple[int, int], tmp_path: Path) -> None:
+    data = [encoded(photo(i, size)) for i in range(4)]
+    write_shard(tmp_path / "a.tar", {f"{i}.png": picture for i, picture in enumerate(data)})
+    index = survey(tmp_path, caption="x").table.indexes[0]
+    for row, image in enumerate(map(decode, data)):
+        assert distance(int(index["hash"][row]), picture_hash(image) or 0) <= 2
+        colours = np.frombuffer(grid_colours(image), np.uint8).astype(int)
+        assert np.abs(index["colours"][row].astype(int) - colours).max() <= 2
 
 
 def test_near_copies_are_those_of_all_pairs_compared(shards: tuple[Path, list[bytes]]) -> None:

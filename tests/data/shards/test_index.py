@@ -16,6 +16,7 @@ from PIL import Image
 from impasto.core.errors import UserError
 from impasto.data.options import DataOptions
 from impasto.data.shards import access as shards_access
+from impasto.data.shards import index as shards_index
 from impasto.data.shards import table
 from impasto.data.shards.index import Status, open_index
 from impasto.data.shards.read import split
@@ -198,6 +199,17 @@ def test_a_shard_is_read_once_and_again_when_it_changed(tmp_path: Path, reads: l
         index.write_bytes(data)
     survey(paths[0])
     assert reads[6:] == ["shard-0000.tar"]
+
+
+def test_another_version_s_index_is_made_anew(
+        tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = write_shards(tmp_path, [[(64, 64)]])
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_index, "VERSION", shards_index.VERSION - 1)
+        survey(path)
+    survey(path)
+    survey(path)
+    assert reads == [path.name] * 2
 
 
 def test_over_http_too(tmp_path: Path) -> None:
