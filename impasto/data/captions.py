@@ -8,6 +8,7 @@ the recipe allows it, a caption or a row without a picture, two rows of one rank
 
 from __future__ import annotations
 
+import posixpath
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ class _Reader:
         """Files of those kinds beside the pictures."""
         unreadable = {_stem(name) for name in self.listing.unreadable} | set(map(normal, self.listing.unreadable))
         for file in self.listing.captions:
-            kind = PurePosixPath(file).suffix.lower()
+            kind = posixpath.splitext(file)[1].lower()
             if kind not in kinds:
                 continue
             stem = _stem(file)
@@ -201,4 +202,4 @@ def _some(names: Sequence[str]) -> str:
 
 def _stem(name: str) -> str:
     """What a picture and its caption have in common."""
-    return normal(PurePosixPath(name).with_suffix("").as_posix())
+    return normal(posixpath.splitext(name)[0])

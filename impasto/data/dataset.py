@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import os
+import posixpath
 import struct
 import time
 import unicodedata
@@ -124,21 +125,24 @@ def list_folder(folder: Path, key: str = "data.folder") -> Listing:
             continue
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        names += [Path(root, f).relative_to(folder).as_posix() for f in files if not f.startswith(".")]
+        inner = Path(root).relative_to(folder).as_posix()
+        names += [f if inner == "." else f"{inner}/{f}" for f in files if not f.startswith(".")]
     if odd := [ascii(name) for name in names if _undecodable(name)]:
         raise UserError(f"has files whose names are not valid Unicode: {', '.join(odd)}", where=folder,
                         fix="rename them")
     names.sort(key=lambda name: (normal(name), name))
+    # strings, since a path of each of them takes longer than the disk
+    parts = {name: posixpath.splitext(name) for name in names}
 
     def having(suffixes: Set[str]) -> list[str]:
-        return [name for name in names if Path(name).suffix.lower() in suffixes]
+        return [name for name, (_, suffix) in parts.items() if suffix.lower() in suffixes]
 
     pictures = having(PICTURE_SUFFIXES)
-    beside = {normal(name) for name in pictures} | {normal(Path(name).with_suffix("").as_posix()) for name in pictures}
-    captions, tables = [], [name for name in names if Path(name).name.lower() in TABLES] + having({".parquet"})
+    beside = {normal(name) for name in pictures} | {normal(parts[name][0]) for name in pictures}
+    captions, tables = [], [name for name in names if posixpath.basename(name).lower() in TABLES] + having({".parquet"})
     for name in having(CAPTION_SUFFIXES):
-        is_json = Path(name).suffix.lower() == ".json"
-        alone = is_json and normal(Path(name).with_suffix("").as_posix()) not in beside
+        stem, suffix = parts[name]
+        alone = suffix.lower() == ".json" and normal(stem) not in beside
         (tables if alone else captions).append(name)
     listing = Listing(folder, pictures, captions, having(OTHER_PICTURE_SUFFIXES), tables)
     if not listing.pictures:
