@@ -1,13 +1,15 @@
 """What a run's data cost: finding and checking pictures, encoding them once, reading batches, and memory.
 
-    python -m benchmarks.data [--pictures 10000] [--side 256] [--samples 1000000] [--http] [--only pictures|samples]
+    python -m benchmarks.data [--pictures 10000] [--side 256] [--samples 1000000] [--http]
+                              [--only pictures|samples|copies]
 
 `--pictures`: generated JPEGs with captions, the same ones in a folder and in shards of 1,000; encoded with the
 embedded base's VAE at 64x64. Batches are read as pixels (decoded, resized and cut in each step, as for training a VAE)
 and as latents, beside a plain PyTorch DataLoader over the same files that decodes, resizes and crops with Pillow.
 
 `--samples`: tiny PNGs in shards of 10,000. Memory is what the process holds of its own (resident, less what is mapped
-from files), in a fresh process for each number of samples, above what it holds once everything is imported.
+from files), in a fresh process for each number of samples, above what it holds once everything is imported. Near-copies
+are looked for among as many random hashes, of which one in a hundred has a near one.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="of the pictures, pixels")
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--http", action="store_true", help="the shards over a web server on this machine too")
-    parser.add_argument("--only", choices=["pictures", "samples"])
+    parser.add_argument("--only", choices=["pictures", "samples", "copies"])
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.measure is not None:
@@ -59,10 +61,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         os.environ["IMPASTO_CACHE"] = str(Path(name) / "cache")
-        if chosen.only != "samples":
+        if chosen.only in (None, "pictures"):
             pictures(Path(name), chosen.pictures, chosen.side, chosen.http)
-        if chosen.only != "pictures":
+        if chosen.only in (None, "samples"):
             samples(Path(name), chosen.samples)
+        if chosen.only in (None, "copies"):
+            copies(chosen.samples)
 
 
 # --- pictures ----------------------------------------------------------------------------------------------
@@ -87,10 +91,10 @@ def pictures(folder: Path, count: int, side: int, http: bool) -> None:
                 for name, data in sources.items()]
     for workers in (0, 2):
         rate = loader_rate(folder / "photos", workers)
-        rows.append([f"PyTorch DataLoader, {workers} workers", "", "", "", "", f"{rate:.0f}", ""])
+        rows.append([f"PyTorch DataLoader, {workers} workers", *[""] * 5, f"{rate:.0f}", ""])
     print(f"{count:,} pictures of {side}x{side}, batches of {BATCH}")
-    print_table(["source", "s, index", "s, check", "s, encode", "s, prepare again", "pictures/s, pixels",
-                 "pictures/s, latents"], rows)
+    print_table(["source", "s, index", "s, index again", "s, check", "s, encode", "s, prepare again",
+                 "pictures/s, pixels", "pictures/s, latents"], rows)
 
 
 def options(**keys: Any) -> DataOptions:
@@ -122,8 +126,9 @@ def pack(photos: Path, folder: Path) -> None:
         os.utime(path, (OLD, OLD))
 
 
-def prepare_times(data: DataOptions) -> tuple[float, float, float, float]:
-    """Seconds to look at all pictures, to check them once they are known, to encode them, and to begin once more."""
+def prepare_times(data: DataOptions) -> list[float]:
+    """Seconds to look at all pictures, the same once they are known, to check them, to encode them, and to begin again.
+    """
     from impasto.data.check import check
     from impasto.data.inventory import take_inventories
     from impasto.data.pictures import pictures_of
@@ -134,9 +139,13 @@ def prepare_times(data: DataOptions) -> tuple[float, float, float, float]:
             return check_shards(data, BATCH)
         return [check(inventory) for inventory in take_inventories(data, None, BATCH)]
 
-    index = timed(lambda: pictures_of(data, None, None, 0))
-    found = timed(checked)
-    return index, found, timed(lambda: prepared(data, "unet")), timed(lambda: prepared(data, "unet"))
+    def looked() -> object:
+        return pictures_of(data, None, None, 0)
+
+    def ready() -> object:
+        return prepared(data, "unet")
+
+    return [timed(each) for each in (looked, looked, checked, ready, ready)]
 
 
 def prepared(data: DataOptions, trains: str) -> Any:
@@ -248,6 +257,27 @@ def pack_tiny(folder: Path, count: int, tiny: list[bytes]) -> None:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         os.utime(path, (OLD, OLD))
+
+
+def copies(most: int) -> None:
+    """The table of near-copies, up to `most` pictures."""
+    from impasto.data.similar import grouped
+
+    rows = []
+    for count in (most // 100, most // 10, most):
+        rng = np.random.default_rng(0)
+        values = rng.integers(0, 2**64, count, dtype=np.uint64)
+        near = count // 100
+        values[-near:] = values[:near] ^ np.uint64(0b10010001)
+        colours = rng.integers(0, 256, (count, 48), dtype=np.uint8)
+        colours[-near:] = colours[:near]
+        started = time.perf_counter()
+        group, whole = grouped(values, colours)
+        seconds = time.perf_counter() - started
+        found = int((group[-near:] == np.arange(near)).sum())
+        rows.append([f"{count:,}", f"{seconds:.1f}", f"{found:,} of {near:,}", "all" if whole else "some"])
+    print()
+    print_table(["pictures", "s, near-copies", "found", "pairs compared"], rows)
 
 
 def own_memory() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -105,14 +106,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Arguments are taken as they are: on Windows too, since a prompt may hold `*`, `?` or `%`.
     """
-    # Threads that wait spinning cost next to nothing alone, and a hundredfold beside another busy process; before torch
-    # is loaded, which reads it once.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _wait_briefly()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install what nothing here would use
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a code page that lacks a character must not end a run
     with _broken_pipe_is_fine():
         build().main(sys.argv[1:] if arguments is None else list(arguments), prog_name="impasto")
+
+
+def _wait_briefly() -> None:
+    """Let torch's threads sleep soon where they wait, unless the user has said how they should; before torch is loaded.
+
+    Spinning as long as they do by default, they make a small network a sixth quicker alone, and beside another busy
+    program its seconds minutes: whoever waits holds the processor of whoever is waited for.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # others' OpenMP, and gcc's
 
 
 @contextlib.contextmanager

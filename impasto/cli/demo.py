@@ -24,8 +24,8 @@ def demo(
 ) -> None:
     """Teach the embedded miniature something new, and write a page that shows it.
 
-    It draws, trains and draws again, which takes a minute and a half on two processors and needs neither a graphics
-    card nor the internet. An interrupted demo goes on with the same command.
+    It draws, trains and draws again, which takes little more than a minute on two free processors and needs neither a
+    graphics card nor the internet. An interrupted demo goes on with the same command.
     """
     report = RichReporter()
     with report.phase("starting"):  # torch and diffusers take seconds to import

@@ -29,8 +29,10 @@ def cache_dir() -> Path:
 
 
 def no_such_file(path: Path | str, what: str = "file") -> UserError:
-    """The error about a path at which nothing is: it names the first folder of it that is missing, or what lies beside
-    it by nearly that name."""
+    """The error about a path at which nothing is.
+
+    What to do names the first folder of the path that is missing, or what lies beside it by nearly that name.
+    """
     path = Path(path)
     for parent in reversed(path.parents):
         if not parent.is_dir():

@@ -51,11 +51,6 @@ def grid_colours(image: Image.Image) -> bytes:
     return image.resize((GRID, GRID), Image.Resampling.BOX).tobytes()
 
 
-def distance(first: int, second: int) -> int:
-    """The bits of 64 in which two hashes differ."""
-    return (first ^ second).bit_count()
-
-
 def alike(hashes: Sequence[int | None], colours: Sequence[bytes], most: int = ALIKE) -> list[list[int]]:
     """Groups of pictures, by their numbers, which look alike; groups and their members in order. See `grouped`."""
     known = np.array([i for i, value in enumerate(hashes) if value is not None], dtype=np.int64)

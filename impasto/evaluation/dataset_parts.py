@@ -23,7 +23,7 @@ MOST = 240
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture. `read` gives its file's bytes and raises `OSError` or `ValueError`."""
+    """One picture. `read` gives its file's bytes and raises `OSError`, or `UserError` of a shard's."""
 
     size: Size | None  # None: it cannot be decoded
     placement: Placement | None

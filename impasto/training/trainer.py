@@ -90,7 +90,7 @@ class Trainer:
         choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
         self.tracking = Tracking(recipe, run.folder, run.name, report)
         if not recipe.base.download:
-            locate(recipe.base.path)
+            locate(recipe.base.path)  # a wrong path is told before pictures are looked at, which may take minutes
         pictures = pictures_of(recipe.data, recipe.prior, recipe.validation, self.options.seed, report)
         with report.phase("loading the base"):
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,

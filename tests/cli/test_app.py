@@ -171,14 +171,14 @@ def test_arguments_reach_the_verb_as_they_are(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.strip() == "['*', '$IMPASTO_TEST_WORD', '~', '-x']"
 
 
-def test_threads_wait_without_spinning_unless_told_otherwise(monkeypatch) -> None:
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}])
+def test_threads_sleep_soon_where_they_wait_unless_told_otherwise(own: dict[str, str], monkeypatch) -> None:
     def verb() -> None:
         pass
 
-    for told, found in ((None, "passive"), ("active", "active")):
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        if told:
-            monkeypatch.setenv("OMP_WAIT_POLICY", told)
-        assert run(monkeypatch, verb) == 0
-        assert os.environ["OMP_WAIT_POLICY"] == found
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items()
+                                        if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | own)
+    before = dict(os.environ)
+    assert run(monkeypatch, verb) == 0
+    set_now = {key: value for key, value in os.environ.items() if before.get(key) != value}
+    assert set_now == ({} if own else {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"})

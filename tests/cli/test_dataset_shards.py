@@ -17,8 +17,7 @@ from impasto.cli import app
 from impasto.evaluation import dataset_parts
 from tests.cli.running import impasto, one_line
 from tests.data.photos import encoded, photo
-from tests.data.sharded import aged, sample, serving, write_shard, write_shards
-from tests.data.shards.test_index import bad_shard
+from tests.data.sharded import aged, bad_shard, sample, serving, write_shard, write_shards
 from tests.evaluation.test_report import Reader
 
 SETTINGS = ("data.resolution=64", "data.bucket_step=8")

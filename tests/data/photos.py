@@ -53,3 +53,8 @@ def good_folder(folder: Path, count: int = 6, size: tuple[int, int] = (512, 512)
     for i in range(count):
         put(folder / f"{i:03}.jpg", photo(i, size), f"picture {i} of the folder")
     return folder
+
+
+def distance(first: int, second: int) -> int:
+    """The bits in which two hashes differ."""
+    return (first ^ second).bit_count()

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from impasto.data.options import DataOptions
+from impasto.data.shards.table import Survey, open_table, surveyed
 from tests.data.fakes import noise_picture
 from tests.data.photos import encoded
 
@@ -57,6 +60,29 @@ def write_shards(folder: Path, sizes: Sequence[Sequence[tuple[int, int]]]) -> li
             number += 1
         paths.append(write_shard(folder / f"shard-{i:04d}.tar", members))
     return paths
+
+
+def bad_shard(folder: Path) -> Path:
+    """Every kind of sample that cannot be used, and one that can."""
+    good = sample("good", 1)
+    members = [*good.items(), ("no-picture.txt", b"words"), ("heic.heic", b"x"), ("heic.txt", b"x"),
+               ("broken.png", good["good.png"][:-40]), ("broken.txt", b"x"), ("bare.png", good["good.png"]),
+               ("two.png", good["good.png"]), ("two.jpg", good["good.png"]), ("two.txt", b"x"),
+               ("dot.png", sample("x", 1, (4, 4))["x.png"]), ("dot.txt", b"x"),
+               ("latin.png", good["good.png"]), ("latin.txt", b"caf\xe9"), *sample("good", 2).items()]
+    return write_shard(folder / "bad.tar", members)
+
+
+def options(spec: object, **keys: Any) -> DataOptions:
+    """Of a recipe that learns from shards: a path or patterns."""
+    return DataOptions.model_validate({"source": "shards", "shards": str(spec) if isinstance(spec, Path) else spec,
+                                       "resolution": 64, "bucket_step": 8, **keys})
+
+
+def survey(spec: object, **keys: Any) -> Survey:
+    """What is known of the shards of such a recipe."""
+    data = options(spec, **keys)
+    return surveyed(open_table(data), data)
 
 
 @dataclass

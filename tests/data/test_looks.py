@@ -19,9 +19,9 @@ from impasto.data import looks
 from impasto.data.dataset import decode, list_folder, memory_of, survey
 from impasto.data.findings import BLURRED, sharpness
 from impasto.data.looks import Look, look_at, look_over, main_colour
-from impasto.data.similar import ALIKE, distance
+from impasto.data.similar import ALIKE
 from tests.data.fakes import smooth
-from tests.data.photos import OLD, encoded, photo, put
+from tests.data.photos import OLD, distance, encoded, photo, put
 from tests.data.test_dataset import bad_folder
 
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from impasto.data import similar
-from impasto.data.similar import ALIKE, SIDE, alike, distance, grid_colours, grouped, picture_hash, ranked
+from impasto.data.similar import ALIKE, SIDE, alike, grid_colours, grouped, picture_hash, ranked
 from impasto.mini import lessons
-from tests.data.photos import encoded, photo
+from tests.data.photos import distance, encoded, photo
 
 
 def groups_of(pictures: list[Image.Image]) -> list[list[int]]:

@@ -166,6 +166,8 @@ def test_a_lesson_can_be_taught(reader: Reader, lesson: Lesson) -> None:
     def share(pictures: list[Image.Image]) -> float:
         return sum(known.knows(pictures)) / len(pictures)
 
-    assert share(lesson.renders(500, 128)[count:]) >= 0.98
+    # a style is harder to know by a plane through features than a thing
+    least, most = (0.98, 0.02) if lesson.name == "style" else (0.99, 0.01)
+    assert share(lesson.renders(500, 128)[count:]) >= least
     assert share(lesson.lookalikes(500, 128)[count:]) <= 0.02
-    assert share(renders(70_000, 400, pairs=PAIRS)) <= 0.02
+    assert share(renders(70_000, 400, pairs=PAIRS)) <= most

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from impasto.core.errors import UserError
 from impasto.core.progress import Reporter
 from impasto.training import room, trainer
+from impasto.training.environment import Precision
 from impasto.training.kept_recipe import compare_recipe
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.run import Run
@@ -162,6 +164,15 @@ def test_what_does_not_fit_another_recipe_is_one_line_and_leaves_the_kept_one(
         train(made(after), accept_changes=True)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
     assert all(path.read_bytes() == data for path, data in kept.items())
+
+
+def test_a_loss_scale_begins_anew_where_the_precision_had_none(recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+                                                               ) -> None:
+    train(recipe(train={"steps": 2}))
+    monkeypatch.setattr(Precision, "scaler", lambda _: torch.amp.GradScaler("cpu"))
+    outcome = train(recipe(train={"steps": 4}))
+    assert (outcome.resumed_from, outcome.step) == (2, 4)
+    assert train(recipe(train={"steps": 5})).resumed_from == 4  # and is then kept
 
 
 def test_a_kept_recipe_that_cannot_be_read_is_said(recipe: RecipeMaker) -> None:

@@ -147,7 +147,7 @@ def _refused(named: _Named, counts: list[int]) -> Iterator[Finding]:
             if use is Use.NO_CAPTION and counts[use] == sum(counts):
                 fix = "give one caption for all with data.caption=…"
             yield named.finding(Level.WARNING if skip else Level.REFUSED, kind, f"{what}{', left out' * skip}",
-                           fix if skip else f"{fix}, {_SKIP}", numbers, map(survey.reason, numbers.tolist()))
+                                fix if skip else f"{fix}, {_SKIP}", numbers, map(survey.reason, numbers.tolist()))
 
 
 def _copies(survey: Survey, alike: Copies) -> Iterator[Finding]:
@@ -166,7 +166,7 @@ def _cuts(named: _Named) -> Iterator[Finding]:
         fix = "crop them by hand to what matters" if survey.data.buckets else \
             "let them keep their shape with data.buckets=true"
         yield named.finding(Level.WARNING, "cropped", "cropped by a quarter or more", fix, used[much],
-                       (f"loses {share:.0%} of its area" for share in cropped[much]))
+                            (f"loses {share:.0%} of its area" for share in cropped[much]))
     large = np.flatnonzero(scale > 1)
     large = large[np.argsort(-scale[large], kind="stable")]
     if len(large):
@@ -174,7 +174,7 @@ def _cuts(named: _Named) -> Iterator[Finding]:
         what = "enlarged" + (f", {most:,} more than {MUCH_ENLARGED:g} times" if most else "")
         fix = "take larger ones, lower data.resolution, or give them smaller buckets with data.upscale=never"
         yield named.finding(Level.WARNING if most else Level.NOTE, "enlarged", what, fix, used[large],
-                       (f"{value:.2f} times" for value in scale[large]))
+                            (f"{value:.2f} times" for value in scale[large]))
 
 
 def _batches(survey: Survey, batch: int) -> Iterator[Finding]:
@@ -200,7 +200,7 @@ def _captions(named: _Named) -> Iterator[Finding]:
         unread = np.flatnonzero(table.column("said"))
         if len(unread):
             yield named.finding(Level.WARNING, "unread captions", "with a caption that is not read, since one is "
-                           "given for all", "leave data.caption out to use them", unread, itertools.repeat(""))
+                                "given for all", "leave data.caption out to use them", unread, itertools.repeat(""))
         return
     kinds = kinds_read(data)
     bits = sum(1 << CAPTIONS.index(kind) for kind in kinds)
@@ -208,7 +208,7 @@ def _captions(named: _Named) -> Iterator[Finding]:
     empty = np.flatnonzero((survey.use == Use.USED) & (said == 0))
     if len(empty):
         yield named.finding(Level.WARNING, "empty captions", "without a caption, learned with none",
-                       "put a .txt beside each picture", empty, itertools.repeat(""))
+                            "put a .txt beside each picture", empty, itertools.repeat(""))
     several = np.flatnonzero((survey.use == Use.USED) & (np.bitwise_count(said) > 1))
     differ, told = [], []
     for sample in several.tolist():
@@ -221,7 +221,7 @@ def _captions(named: _Named) -> Iterator[Finding]:
                 told.append(f".{first} goes before {' and '.join(f'.{kind}' for kind in others)}")
     if differ:
         yield named.finding(Level.WARNING, "captions differ", "of which two members say different things",
-                       "choose with data.caption_source", np.array(differ), told)
+                            "choose with data.caption_source", np.array(differ), told)
 
 
 def _keys(named: _Named) -> Iterator[Finding]:

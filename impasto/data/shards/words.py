@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,12 +53,12 @@ def words_of(survey: Survey, named: int, report: Reporter = SILENT) -> Words:
     names: dict[str, dict[str, str]] = {}
     numbers: dict[str, int] = {}
     with report.phase("reading the captions", len(used), "captions") as advance:
-        for place, text in enumerate(_captions(survey, used)):
+        for place, text in enumerate(map(survey.caption, used.tolist())):
             if place % STEP == STEP - 1:
                 advance(STEP)
             if not text:
                 continue
-            hashes[place] = hash(text) or 1
+            hashes[place] = hash(text) or 1  # 0 is none
             body = phrasing.body(text)
             if tagged:
                 counter.add(body)
@@ -90,7 +89,3 @@ def words_of(survey: Survey, named: int, report: Reporter = SILENT) -> Words:
 def evenly(numbers: np.ndarray, most: int) -> np.ndarray:
     """All of them, or `most` taken at equal distances."""
     return numbers if len(numbers) <= most else numbers[np.arange(most) * len(numbers) // most]
-
-
-def _captions(survey: Survey, used: np.ndarray) -> Iterator[str]:
-    return map(survey.caption, used.tolist())

@@ -13,8 +13,7 @@ from impasto.data.shards.table import open_table
 from impasto.evaluation.dataset_parts import MOST, shards_part
 from tests.data.fakes import noise_picture
 from tests.data.photos import encoded
-from tests.data.sharded import write_shard
-from tests.data.shards.test_index import options
+from tests.data.sharded import options, write_shard
 
 
 def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:

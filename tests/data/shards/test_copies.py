@@ -13,10 +13,9 @@ from impasto.data.dataset import decode
 from impasto.data.looks import look_at
 from impasto.data.shards import copies as shards_copies
 from impasto.data.shards.copies import copies, firsts
-from impasto.data.similar import ALIKE, SAME_COLOURS, distance, grid_colours, picture_hash
-from tests.data.photos import encoded, photo
-from tests.data.sharded import write_shard
-from tests.data.shards.test_index import survey
+from impasto.data.similar import ALIKE, SAME_COLOURS, grid_colours, picture_hash
+from tests.data.photos import distance, encoded, photo
+from tests.data.sharded import survey, write_shard
 
 
 def pictures() -> list[bytes]:

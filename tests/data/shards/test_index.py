@@ -14,24 +14,13 @@ import pytest
 from PIL import Image
 
 from impasto.core.errors import UserError
-from impasto.data.options import DataOptions
 from impasto.data.shards import access as shards_access
 from impasto.data.shards import index as shards_index
 from impasto.data.shards import table
 from impasto.data.shards.index import Status, open_index
 from impasto.data.shards.read import split
 from impasto.data.shards.table import Survey, Use, caption_of, open_table, refuse_samples, surveyed
-from tests.data.sharded import aged, sample, serving, write_shard, write_shards
-
-
-def options(spec: object, **keys: Any) -> DataOptions:
-    return DataOptions.model_validate({"source": "shards", "shards": str(spec) if isinstance(spec, Path) else spec,
-                                       "resolution": 64, "bucket_step": 8, **keys})
-
-
-def survey(spec: object, **keys: Any) -> Survey:
-    data = options(spec, **keys)
-    return surveyed(open_table(data), data)
+from tests.data.sharded import aged, bad_shard, options, sample, serving, survey, write_shard, write_shards
 
 
 def uses(found: Survey) -> dict[str, str]:
@@ -72,17 +61,6 @@ def test_samples_and_their_captions(tmp_path: Path) -> None:
         index = table.indexes[0]
         offset, size = int(index["offset"][row]), int(index["size"][row])
         assert data[offset:offset + size] == picture
-
-
-def bad_shard(folder: Path) -> Path:
-    """Every kind of sample that cannot be used, and one that can."""
-    good = sample("good", 1)
-    members = [*good.items(), ("no-picture.txt", b"words"), ("heic.heic", b"x"), ("heic.txt", b"x"),
-               ("broken.png", good["good.png"][:-40]), ("broken.txt", b"x"), ("bare.png", good["good.png"]),
-               ("two.png", good["good.png"]), ("two.jpg", good["good.png"]), ("two.txt", b"x"),
-               ("dot.png", sample("x", 1, (4, 4))["x.png"]), ("dot.txt", b"x"),
-               ("latin.png", good["good.png"]), ("latin.txt", b"caf\xe9"), *sample("good", 2).items()]
-    return write_shard(folder / "bad.tar", members)
 
 
 def test_what_cannot_be_used_is_told_by_name(tmp_path: Path) -> None:

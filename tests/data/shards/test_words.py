@@ -18,8 +18,7 @@ from impasto.data.options import DataOptions
 from impasto.data.shards import words as shards_words
 from impasto.data.shards.words import evenly, words_of
 from tests.data.photos import encoded, photo, put
-from tests.data.sharded import write_shard
-from tests.data.shards.test_index import survey
+from tests.data.sharded import survey, write_shard
 
 KINDS = ["a photo of a dog in the", "cafÃ© by the sea", "a (red:1.3) dog", "tom &amp; jerry", "a dog,, a cat",
          "a {red|blue} cat", "same", "same", "same", "a plain sentence about nothing"]
