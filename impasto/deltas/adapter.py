@@ -9,11 +9,12 @@ from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.deltas.delta import Delta
+from impasto.deltas.hook import InputHook
 
 
 @dataclass
 class Adapter:
-    """For each layer of a base, by path, a sum of deltas.
+    """For each layer of a base, by path, a sum of deltas; beside them new tokens, and hooks on what layers see.
 
     A path is "component.path.inside" in diffusers' names ("unet.down_blocks.0…to_q"). Operations return a new
     adapter, which may share factors with the old one.
@@ -25,6 +26,15 @@ class Adapter:
     family: str = ""
     #: fingerprint of each component of the base that it was made on, as far as known
     base: dict[str, str] = field(default_factory=dict)
+    #: for each new token its vectors (n, d) in each text encoder, by component; no strength changes them
+    embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    #: what keys and values see instead of the layer's input, one after the other
+    hooks: tuple[InputHook, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether it changes nothing at all."""
+        return not (self.deltas or self.embeddings or self.hooks)
 
     @property
     def layers(self) -> list[str]:
@@ -39,19 +49,21 @@ class Adapter:
         return sum((term.weight(W) for term in terms[1:]), start=terms[0].weight(W))
 
     def __mul__(self, strength: float) -> Adapter:
-        """strength · dW in each layer."""
+        """strength · dW in each layer, and of each hook; tokens are carried along as they are."""
         if not isinstance(strength, (int, float)):
             return NotImplemented
         return replace(self, deltas={layer: tuple(term.scaled(strength) for term in terms)
-                                     for layer, terms in self.deltas.items()})
+                                     for layer, terms in self.deltas.items()},
+                       hooks=tuple(hook.scaled(strength) for hook in self.hooks))
 
     __rmul__ = __mul__
 
     def __add__(self, other: Adapter) -> Adapter:
         """The sum of dW in each layer; of metadata and fingerprints, what both agree on or only one tells.
 
-        Low-rank terms are concatenated along the rank; kinds that cannot be joined stand side by side. Raises
-        `UserError` if the two are of different families, or change a layer of different shapes.
+        Low-rank terms are concatenated along the rank; kinds that cannot be joined stand side by side; hooks follow
+        each other. Raises `UserError` if the two are of different families, change a layer of different shapes, or
+        mean different things by a token.
         """
         if not isinstance(other, Adapter):
             return NotImplemented
@@ -60,8 +72,13 @@ class Adapter:
         deltas = dict(self.deltas)
         for layer, terms in other.deltas.items():
             deltas[layer] = _sum(layer, deltas[layer], terms) if layer in deltas else terms
+        for token in self.embeddings.keys() & other.embeddings.keys():
+            if not _equal(self.embeddings[token], other.embeddings[token]):
+                raise UserError("is another thing in each of the two adapters", where=token,
+                                fix="rename one: the name of an embedding's file is its token")
         return Adapter(deltas, agreed(self.metadata, other.metadata), self.family or other.family,
-                       agreed(self.base, other.base))
+                       agreed(self.base, other.base), {**self.embeddings, **other.embeddings},
+                       (*self.hooks, *other.hooks))
 
 
 def _sum(layer: str, terms: tuple[Delta, ...], others: tuple[Delta, ...]) -> tuple[Delta, ...]:
@@ -81,6 +98,10 @@ def _sum(layer: str, terms: tuple[Delta, ...], others: tuple[Delta, ...]) -> tup
         else:
             total.append(other)
     return tuple(total)
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
 def agreed(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:

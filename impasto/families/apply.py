@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self
 
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.deltas.adapter import Adapter
-from impasto.deltas.attach import Attachment, attach, find_layer
+from impasto.deltas.attach import attach, find_layer
 from impasto.deltas.delta import Delta
 from impasto.families.base import Base
 
 
-def apply(base: Base, adapter: Adapter, strength: float = 1.0, *, report: Reporter = SILENT) -> Attachment:
-    """Let the base's layers compute with `adapter` from now on, until the attachment is detached.
+def apply(base: Base, adapter: Adapter, strength: float = 1.0, *, report: Reporter = SILENT) -> Applied:
+    """Let the base compute with `adapter` from now on, until what is returned is detached.
 
     Its factors are copied to the device of the layers they belong to, where that is another one. `report` gets
     the `notices`. Raises `UserError`, before anything is changed, for an adapter of another family, a layer that
@@ -21,8 +24,53 @@ def apply(base: Base, adapter: Adapter, strength: float = 1.0, *, report: Report
     """
     for line in notices(base, adapter):
         report.note(line)
-    return attach(base.components, {path: tuple(_placed(base, path, term) for term in terms)
-                                    for path, terms in adapter.deltas.items()}, strength)
+    return Applied([attach(base.components, {path: tuple(_placed(base, path, term) for term in terms)
+                                             for path, terms in adapter.deltas.items()}, strength)])
+
+
+class Part(Protocol):
+    """One kind of what an adapter puts on a base."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it has effect."""
+        ...
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None: ...
+
+    def detach(self) -> None:
+        """Take it off again. Doing it twice does no harm."""
+        ...
+
+
+class Applied:
+    """An adapter on its base, until `detach`. As a context manager it detaches at the end."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it has effect; set it to False to have the base alone."""
+        return all(part.enabled for part in self._parts)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        for part in self._parts:
+            part.enabled = value
+
+    def detach(self) -> None:
+        """Take all of it off. Doing it twice does no harm."""
+        for part in reversed(self._parts):
+            part.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.detach()
 
 
 def notices(base: Base, adapter: Adapter) -> list[str]:

@@ -13,9 +13,8 @@ from PIL import Image, ImageOps
 from impasto.core.errors import UserError, nearest
 from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.deltas.adapter import Adapter
-from impasto.deltas.attach import Attachment
 from impasto.families import prompts as language
-from impasto.families.apply import apply, notices
+from impasto.families.apply import Applied, apply, notices
 from impasto.families.base import Base
 from impasto.families.sampling import SampleSettings, sample
 from impasto.formats.adapters import load_adapter
@@ -106,7 +105,7 @@ def _without_adapters(negative: str) -> str:
     return text
 
 
-def _applied(base: Base, adapter: Adapter, strength: float, path: Path) -> Attachment:
+def _applied(base: Base, adapter: Adapter, strength: float, path: Path) -> Applied:
     """`apply`, whose errors name the adapter's file too."""
     try:
         return apply(base, adapter, strength)

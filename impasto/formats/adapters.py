@@ -26,6 +26,7 @@ from impasto.deltas.lowrank import LowRank
 from impasto.formats import names
 from impasto.formats.detect import CONTEXT_WIDTHS, family_told
 from impasto.formats.header import Header, dtype_name, header_bytes, read_header, torch_dtype
+from impasto.formats.probe import is_pickle
 
 #: a new format is one file and one line; a file is given to the first that claims it
 CODECS = Registry("adapter format", {
@@ -66,7 +67,7 @@ class Factors(NamedTuple):
 
 
 class Codec(abc.ABC):
-    """One format. `claims` looks at names alone; `header` is None where `path` is a folder."""
+    """One format. `claims` looks at names alone; `header` is None where `path` is a folder, or pickled."""
 
     name: ClassVar[str]
 
@@ -115,7 +116,7 @@ def load_adapter(path: Path | str, family: str | None = None) -> Adapter:
     an adapter, truncated, a key that no format knows, a factor of a wrong shape, NaN.
     """
     path = Path(path)
-    header = None if path.is_dir() else read_header(path)
+    header = None if path.is_dir() or is_pickle(path) else read_header(path)
     codec = next((c for c in (CODECS.get(name)() for name in CODECS) if c.claims(path, header)), None)
     if codec is None:
         raise _unclaimed(path, header)
@@ -139,8 +140,8 @@ def save_adapter(adapter: Adapter, path: Path | str, *, format: str = "kohya",
     if dtype not in DTYPES:
         raise UserError(f"adapters are not stored as {str(dtype).removeprefix('torch.')}", where=path,
                         fix="choose float16, bfloat16 or float32")
-    if not adapter.deltas:
-        raise UserError("the adapter changes no layer, there is nothing to save", where=path)
+    if adapter.empty:
+        raise UserError("the adapter changes nothing, there is nothing to save", where=path)
     merged = {**adapter.metadata, **(metadata or {})}
     for key, value in merged.items():
         if not isinstance(value, str):
@@ -334,6 +335,8 @@ def read_back(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 def _unclaimed(path: Path, header: Header | None) -> UserError:
     """The line for a file that no format knows."""
+    if header is None and path.is_file():
+        read_header(path)  # says what is wrong with it
     if header is None:
         return UserError("is a folder without an adapter in it", where=path,
                          fix="a peft folder holds adapter_config.json and adapter_model.safetensors")

@@ -6,6 +6,7 @@ A run holds a list of methods. A method never touches the loop; the loop never a
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
@@ -33,6 +34,8 @@ class Method(abc.ABC):
     Options: ClassVar[type[MethodOptions]]
     #: whether the base's own weights are trained: what is left behind is then a whole base, not an adapter
     in_place: ClassVar[bool] = False
+    #: how the name of an adapter's file ends if this method alone leaves something in it
+    suffix: ClassVar[str] = ".safetensors"
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -66,9 +69,9 @@ class Method(abc.ABC):
     def after_step(self, step: int) -> None:  # noqa: B027 - most methods need none
         """Projections, norm limits and the like, after optimizer step `step`."""
 
-    def active(self, step: int) -> bool:
-        """Whether this method still trains at optimizer step `step`."""
-        return True
+    def resting(self, step: int) -> Iterable[nn.Parameter]:
+        """Those of its parameters that do not train at optimizer step `step` (from 0)."""
+        return ()
 
 
 def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -> dict[str, Any]:

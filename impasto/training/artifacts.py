@@ -16,7 +16,7 @@ from impasto.core.files import require_space
 from impasto.data.source import Source
 from impasto.families.base import Base
 from impasto.families.save import save_folder
-from impasto.formats.adapters import save_adapter
+from impasto.formats.arrangement import save_arranged
 from impasto.methods.base import Method
 from impasto.objectives.base import Objective
 from impasto.training.environment import DTYPES, describe
@@ -46,7 +46,10 @@ class Artifacts:
 
     def path(self, step: int | Literal["best"] | None = None) -> Path:
         """Where the artifact of an optimizer step goes, or the best one, or the last."""
-        return self.run.artifact(step, folder=any(method.in_place for method in self.methods))
+        if any(method.in_place for method in self.methods):
+            return self.run.artifact(step, suffix="")
+        suffixes = {method.suffix for method in self.methods}
+        return self.run.artifact(step, suffix=suffixes.pop() if len(suffixes) == 1 else ".safetensors")
 
     def size(self) -> int:
         """Bytes of one, metadata left out."""
@@ -71,8 +74,7 @@ class Artifacts:
                 return
         adapter = functools.reduce(operator.add, adapters)
         adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
-        save_adapter(adapter, path, format="kohya" if output.format == "auto" else output.format,
-                     dtype=DTYPES[output.dtype], metadata=self._metadata(step))
+        save_arranged(adapter, path, format=output.format, dtype=DTYPES[output.dtype], metadata=self._metadata(step))
 
     def _metadata(self, step: int) -> dict[str, str]:
         """What the artifact of a step tells of how it was made."""

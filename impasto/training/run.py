@@ -68,10 +68,10 @@ class Run:
             yield cls(folder, name, report)
 
     # --- the artifact ------------------------------------------------------------------------------------
-    def artifact(self, step: int | Literal["best"] | None = None, *, folder: bool = False) -> Path:
-        """Where the adapter goes, or a whole base (a folder): after optimizer step `step`, the best, or at the end."""
+    def artifact(self, step: int | Literal["best"] | None = None, suffix: str = ".safetensors") -> Path:
+        """Where what is left goes (a folder has no suffix): after optimizer step `step`, the best, or at the end."""
         tail = "" if step is None else f"-{step}" if step == "best" else f"-{step:06d}"
-        return self.folder / f"{self.name}{tail}{'' if folder else '.safetensors'}"
+        return self.folder / f"{self.name}{tail}{suffix}"
 
     # --- checkpoints -------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:

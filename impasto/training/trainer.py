@@ -212,9 +212,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         self.verdicts.gradients(step)
         for method in self.methods:
-            if not method.active(step):
-                for parameter in (p for module in method.modules().values() for p in module.parameters()):
-                    parameter.grad = None
+            for parameter in method.resting(step):
+                parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip or float("inf"))
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -149,3 +149,17 @@ def test_only_numbers_scale_and_only_adapters_add() -> None:
         a * "2"  # type: ignore[operator]
     with pytest.raises(TypeError):
         a + 1  # type: ignore[operator]
+
+
+def test_tokens_are_carried_along_as_they_are() -> None:
+    cat, dog = ({"text_encoder": torch.randn(n, 8)} for n in (1, 2))
+    one, other = Adapter({}, embeddings={"<cat>": cat}), Adapter({}, embeddings={"<dog>": dog})
+    both = 0.5 * one + other
+    assert both.embeddings == {"<cat>": cat, "<dog>": dog} and not both.empty and Adapter({}).empty
+    assert (both + one).embeddings == both.embeddings  # the same thing twice is one thing
+
+
+def test_a_token_that_is_two_things_is_refused() -> None:
+    one, other = (Adapter({}, embeddings={"<cat>": {"text_encoder": torch.randn(1, 8)}}) for _ in range(2))
+    with pytest.raises(UserError, match="<cat>: is another thing in each"):
+        one + other

@@ -121,7 +121,7 @@ def adapter_of(deltas: dict, metadata: dict | None = None) -> Adapter:
 
 @pytest.mark.parametrize("format", list(CODECS))
 @pytest.mark.parametrize(("adapter", "said"), [
-    (adapter_of({}), "no layer"),
+    (adapter_of({}), "changes nothing"),
     (adapter_of({LAYER: (low_rank(float("nan")),)}), "attn2.to_k.*NaN"),
     (adapter_of({LAYER: (low_rank(1e6),)}), "attn2.to_k.*too large for F16"),
     (adapter_of({"unet.no.such": (low_rank(),)}), "no.such"),
