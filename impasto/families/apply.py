@@ -18,14 +18,22 @@ from impasto.families.base import Base
 def apply(base: Base, adapter: Adapter, strength: float = 1.0, *, report: Reporter = SILENT) -> Applied:
     """Let the base compute with `adapter` from now on, until what is returned is detached.
 
-    Its factors are copied to the device of the layers they belong to, where that is another one. `report` gets
-    the `notices`. Raises `UserError`, before anything is changed, for an adapter of another family, a layer that
-    the base does not have, or one of another shape (both shapes are told).
+    Its factors are copied to the device of the layers they belong to, where that is another one. New tokens are
+    there whatever the strength. `report` gets the `notices`. Raises `UserError`, before anything is changed, for an
+    adapter of another family, a layer that the base does not have, or one of another shape (both shapes are told).
     """
     for line in notices(base, adapter):
         report.note(line)
-    return Applied([attach(base.components, {path: tuple(_placed(base, path, term) for term in terms)
-                                             for path, terms in adapter.deltas.items()}, strength)])
+    parts: list[Part] = []
+    try:
+        if adapter.embeddings:
+            parts.append(base.tokens.add(adapter.embeddings))
+        parts.append(attach(base.components, {path: tuple(_placed(base, path, term) for term in terms)
+                                              for path, terms in adapter.deltas.items()}, strength))
+    except UserError:
+        Applied(parts).detach()
+        raise
+    return Applied(parts)
 
 
 class Part(Protocol):
@@ -81,7 +89,8 @@ def notices(base: Base, adapter: Adapter) -> list[str]:
     if adapter.family and adapter.family != base.family:
         raise UserError(f"the adapter is for {adapter.family}, the base is {base.family}", where=base.source or "",
                         fix="take a base of the adapter's family")
-    touched = {path.partition(".")[0] for path in adapter.deltas} & adapter.base.keys() & base.components.keys()
+    changed = {path.partition(".")[0] for path in adapter.deltas}.union(*adapter.embeddings.values())
+    touched = changed & adapter.base.keys() & base.components.keys()
     own = base.fingerprint(touched)
     other = sorted(name for name in touched if own[name] != adapter.base[name])
     return [f"the adapter was made on another checkpoint of {base.family} ({', '.join(other)})"] if other else []
