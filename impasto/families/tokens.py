@@ -144,6 +144,17 @@ class Tokens:
                             fix="give it letters")
 
 
+class TokenVectors(nn.Module):
+    """The vectors of one token in one text encoder, in training."""
+
+    #: a batch may well do without it: it need not have a gradient in the first steps
+    sporadic = True
+
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(vectors)
+
+
 class AddedTokens:
     """Tokens on their base, until `detach`."""
 

@@ -5,4 +5,5 @@ from impasto.core.registry import Registry
 METHODS = Registry("method", {
     "full": "impasto.methods.full:Full",
     "lora": "impasto.methods.weights:LoRA",
+    "textual_inversion": "impasto.methods.textual_inversion:TextualInversion",
 })

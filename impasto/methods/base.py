@@ -6,7 +6,7 @@ A run holds a list of methods. A method never touches the loop; the loop never a
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
@@ -22,6 +22,9 @@ class MethodOptions(pydantic.BaseModel):
     """A `[[method]]` section. Each method subclasses it with its own keys; `kind` picks the subclass."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
+
+    #: rate where the recipe says none at all, neither here nor in [train], beside AdamW's of 1e-4; None: that one
+    recommended: ClassVar[float | None] = None
 
     kind: str
     learning_rate: float | None = pydantic.Field(
@@ -61,6 +64,17 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def adapter(self) -> Adapter | None:
         """What has been learned so far, detached, on the CPU; None for a method that trains in place."""
+
+    def look(self, captions: Iterable[str]) -> Sequence[str]:
+        """Called once, after `prepare`, with what is said of the pictures, read as far as it is asked for.
+
+        Returns lines for the user. Raises `UserError` if the method could learn nothing from them.
+        """
+        return ()
+
+    def begin(self, total: int) -> None:  # noqa: B027 - most methods need none
+        """Called once, before the first step: there will be `total` optimizer steps, those of earlier sittings
+        included."""
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""

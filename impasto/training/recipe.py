@@ -232,6 +232,16 @@ class Recipe(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _recommended_rates(self) -> Recipe:
+        """A method's own rate counts where the recipe names none, so that it says all that it means."""
+        entry = OPTIMIZERS.get(self.train.optimizer)
+        if entry is not None and not entry.adaptive and "learning_rate" not in self.train.model_fields_set:
+            for method in self.method:
+                if method.learning_rate is None and method.recommended is not None:
+                    method.learning_rate = method.recommended * (entry.rate / 1e-4)
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _of_one_world(self) -> Recipe:
         drawn = self.data is not None and any(one.source == "world" for one in self.data.sets)
         if drawn and self.validation.folder is not None:

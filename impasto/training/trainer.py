@@ -135,8 +135,11 @@ class Trainer:
                                            self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, fingerprint)
-        for line in (*self.source.describe(), *self.validation.describe()):
+        looks = [line for method in self.methods for line in method.look(self.source.captions())]
+        for line in (*self.source.describe(), *self.validation.describe(), *looks):
             report.note(line)
+        for method in self.methods:
+            method.begin(self.total)
 
     # --- the loop ----------------------------------------------------------------------------------------
     def train(self, stop_after: int | None = None) -> Outcome:
