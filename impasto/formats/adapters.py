@@ -33,6 +33,8 @@ CODECS = Registry("adapter format", {
     "kohya": "impasto.formats.kohya:Kohya",
     "diffusers": "impasto.formats.peft:Diffusers",
     "peft": "impasto.formats.peft:PeftFolder",
+    "webui-embedding": "impasto.formats.embeddings:WebuiEmbedding",
+    "diffusers-embedding": "impasto.formats.embeddings:DiffusersEmbedding",
 })
 
 #: what may be asked for at a save
@@ -46,9 +48,10 @@ COMPUTED = ("impasto.family", "impasto.base", "impasto.component", "sshs_model_h
 OTHERS = {
     "model.diffusion_model.": "a checkpoint", "first_stage_model.": "a checkpoint or VAE",
     "cond_stage_model.": "a checkpoint", "conditioner.": "a checkpoint", "control_model.": "a ControlNet",
-    "emb_params": "a textual inversion embedding", "string_to_param": "a textual inversion embedding",
-    "clip_l": "a textual inversion embedding", "clip_g": "a textual inversion embedding",
 }
+
+#: what is in an `Adapter` -> how it is called
+CONTENTS = {"deltas": "changes of weights", "embeddings": "new tokens", "hooks": "hooks on inputs"}
 
 
 class Factors(NamedTuple):
@@ -70,6 +73,8 @@ class Codec(abc.ABC):
     """One format. `claims` looks at names alone; `header` is None where `path` is a folder, or pickled."""
 
     name: ClassVar[str]
+    #: which of `CONTENTS` a file of it can hold
+    holds: ClassVar[frozenset[str]] = frozenset({"deltas"})
 
     @abc.abstractmethod
     def claims(self, path: Path, header: Header | None) -> bool:
@@ -142,6 +147,11 @@ def save_adapter(adapter: Adapter, path: Path | str, *, format: str = "kohya",
                         fix="choose float16, bfloat16 or float32")
     if adapter.empty:
         raise UserError("the adapter changes nothing, there is nothing to save", where=path)
+    if beyond := [what for part, what in CONTENTS.items() if getattr(adapter, part) and part not in codec.holds]:
+        fitting = [name for name in CODECS if all(not getattr(adapter, part) or part in CODECS.get(name).holds
+                                                  for part in CONTENTS)]
+        raise UserError(f"a {format} file cannot hold {' and '.join(beyond)}", where=path,
+                        fix=f"save it as {' or '.join(fitting)}" if fitting else "save its parts one by one")
     merged = {**adapter.metadata, **(metadata or {})}
     for key, value in merged.items():
         if not isinstance(value, str):

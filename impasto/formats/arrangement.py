@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +25,30 @@ class Part:
 def arranged(adapter: Adapter, path: Path, format: str = "auto") -> list[Part]:
     """The files that hold `adapter`; the first is `path`, others are called after it.
 
-    auto is for each kind of thing what most programs read; any other format has to hold all of it.
+    auto is for each kind of thing what most programs read; any other format has to hold all of it. Tokens beside
+    deltas lie in the deltas' file, where A1111 finds them; one token alone is an embedding's file; several alone are
+    bundled at `path`, and each has a file of its own beside it, since diffusers and ComfyUI read one at a time.
     """
-    return [Part(path, "kohya" if format == "auto" else format, adapter)]
+    if format != "auto":
+        return [Part(path, format, adapter)]
+    if adapter.deltas or not adapter.embeddings:
+        return [Part(path, "kohya", adapter)]
+    if len(adapter.embeddings) == 1:
+        return [Part(path, "webui-embedding", adapter)]
+    parts, taken = [Part(path, "kohya", adapter)], set[str]()
+    for token, vectors in adapter.embeddings.items():
+        own = path.with_name(f"{path.stem}-{_file_name(token, taken)}.safetensors")
+        parts.append(Part(own, "webui-embedding", replace(adapter, embeddings={token: vectors})))
+    return parts
+
+
+def _file_name(token: str, taken: set[str]) -> str:
+    """A token's name without what file systems do not take, and unlike any in `taken`, letters' case apart."""
+    plain = re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
+    names = (plain, *(f"{plain}-{number}" for number in range(2, len(taken) + 3)))
+    name = next(name for name in names if name.lower() not in taken)
+    taken.add(name.lower())
+    return name
 
 
 def save_arranged(adapter: Adapter, path: Path, *, format: str = "auto", dtype: torch.dtype = torch.float16,
