@@ -6,6 +6,7 @@ A run holds a list of methods. A method never touches the loop; the loop never a
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,6 +63,12 @@ class Method(abc.ABC):
     def adapter(self) -> Adapter | None:
         """What has been learned so far, detached, on the CPU; None for a method that trains in place."""
 
+    def begin(self, total: int) -> None:  # noqa: B027 - most methods need none
+        """The run takes `total` optimizer steps. Called once, after `prepare`, before the first of them or a resume.
+
+        Raises `UserError` for options that do not fit that length.
+        """
+
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
         return None
@@ -72,6 +79,11 @@ class Method(abc.ABC):
     def resting(self, step: int) -> Iterable[nn.Parameter]:
         """Those of its parameters that do not train at optimizer step `step` (from 0)."""
         return ()
+
+
+def steps_of(share: float, total: int) -> int:
+    """A number of steps out of `total`, told as it is (an int) or as a share of them (less than 1), rounded up."""
+    return share if isinstance(share, int) else math.ceil(share * total)
 
 
 def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -> dict[str, Any]:
