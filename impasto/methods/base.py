@@ -6,6 +6,7 @@ A run holds a list of methods. A method never touches the loop; the loop never a
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,8 +74,10 @@ class Method(abc.ABC):
         return ()
 
     def begin(self, total: int) -> None:  # noqa: B027 - most methods need none
-        """Called once, before the first step: there will be `total` optimizer steps, those of earlier sittings
-        included."""
+        """The run takes `total` optimizer steps. Called once, after `prepare`, before the first of them or a resume.
+
+        Raises `UserError` for options that do not fit that length.
+        """
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
@@ -86,6 +89,11 @@ class Method(abc.ABC):
     def resting(self, step: int) -> Iterable[nn.Parameter]:
         """Those of its parameters that do not train at optimizer step `step` (from 0)."""
         return ()
+
+
+def steps_of(share: float, total: int) -> int:
+    """A number of steps out of `total`, told as it is (an int) or as a share of them (less than 1), rounded up."""
+    return share if isinstance(share, int) else math.ceil(share * total)
 
 
 def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 
 from impasto.core.errors import UserError
-from impasto.methods.base import Method, MethodOptions
+from impasto.methods.base import Method, MethodOptions, steps_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,8 +67,8 @@ class TextualInversion(Method):
                                     "way; 0: none.")
         project: bool = Field(False, description="Whether each vector is brought back to the vocabulary's mean norm "
                               "after each step.")
-        stop: float | None = Field(None, gt=0, description="Steps after which the vectors rest, or a share of all "
-                                   "steps if at most 1 (pivotal tuning: 0.5, diffusers' advanced scripts).")
+        stop: int | float | None = Field(None, gt=0, description="Steps after which the vectors rest; a share of all "
+                                         "steps if less than 1 (pivotal tuning: 0.5, diffusers' advanced scripts).")
 
         @pydantic.model_validator(mode="after")
         def _named(self) -> TextualInversion.Options:
@@ -76,8 +76,8 @@ class TextualInversion(Method):
                 raise ValueError("give token or tokens" if self.token is None else "give token or tokens, not both")
             if self.tokens and {self.vectors, self.initial, self.initial_file} != {None}:
                 raise ValueError("vectors, initial and initial_file belong to token; in tokens each has its own")
-            if self.stop is not None and self.stop > 1 and self.stop != int(self.stop):
-                raise ValueError(f"a stop of {self.stop} is neither a whole number of steps nor a share of at most 1")
+            if isinstance(self.stop, float) and self.stop >= 1:
+                raise ValueError(f"a stop of {self.stop} is neither a whole number of steps nor a share below 1")
             for name in self.wanted:
                 if not name or name != name.strip() or FORBIDDEN.search(name):
                     raise ValueError(f"{name!r} cannot be a token: dots, brackets, backslashes and spaces around it "
@@ -136,9 +136,8 @@ class TextualInversion(Method):
         return frozenset(base.text_encoder_names)
 
     def begin(self, total: int) -> None:
-        stop = self.options.stop
-        if stop is not None:
-            self.until = math.ceil(stop * total) if stop <= 1 else int(stop)
+        if self.options.stop is not None:
+            self.until = steps_of(self.options.stop, total)
 
     def look(self, captions: Iterable[str]) -> list[str]:
         """Raises `UserError` if there are captions, and one of the tokens is in none of them."""
