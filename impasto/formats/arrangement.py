@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,18 @@ class Part:
 def arranged(adapter: Adapter, path: Path, format: str = "auto") -> list[Part]:
     """The files that hold `adapter`; the first is `path`, others are called after it.
 
-    auto is for each kind of thing what most programs read; any other format has to hold all of it.
+    auto is for each kind of thing what most programs read; any other format has to hold all of it. A hypernetwork
+    beside other things is a file beside theirs, as no file holds both.
     """
-    return [Part(path, "kohya" if format == "auto" else format, adapter)]
+    if format != "auto":
+        return [Part(path, format, adapter)]
+    rest = replace(adapter, hooks=())
+    parts = [] if rest.empty and adapter.hooks else [Part(path, "kohya", rest)]
+    for number, hook in enumerate(adapter.hooks, 1):
+        tail = "" if len(adapter.hooks) == 1 else f"-{number}"
+        beside = path if not parts else path.with_name(f"{path.stem}-hypernetwork{tail}.pt")
+        parts.append(Part(beside, "hypernetwork", replace(adapter, deltas={}, embeddings={}, hooks=(hook,))))
+    return parts
 
 
 def save_arranged(adapter: Adapter, path: Path, *, format: str = "auto", dtype: torch.dtype = torch.float16,

@@ -4,5 +4,6 @@ from impasto.core.registry import Registry
 
 METHODS = Registry("method", {
     "full": "impasto.methods.full:Full",
+    "hypernetwork": "impasto.methods.hypernetwork:Hypernetwork",
     "lora": "impasto.methods.weights:LoRA",
 })
