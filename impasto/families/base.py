@@ -175,6 +175,11 @@ class Base(abc.ABC):
         Raises `UserError` with near matches if nothing matches.
         """
 
+    def key_value_layers(self) -> list[tuple[str, str, int]]:
+        """For each attention of the denoiser the paths of the layers that make its keys and its values, and the
+        width of the context that both read. None where a family makes them otherwise."""
+        return []
+
     # --- shared --------------------------------------------------------------------------------------
     @property
     def denoiser(self) -> nn.Module:

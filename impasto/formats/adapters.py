@@ -35,6 +35,7 @@ CODECS = Registry("adapter format", {
     "peft": "impasto.formats.peft:PeftFolder",
     "webui-embedding": "impasto.formats.embeddings:WebuiEmbedding",
     "diffusers-embedding": "impasto.formats.embeddings:DiffusersEmbedding",
+    "hypernetwork": "impasto.formats.hypernetwork:HypernetworkFile",
 })
 
 #: what may be asked for at a save
@@ -44,14 +45,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COMPUTED = ("impasto.family", "impasto.base", "impasto.component", "sshs_model_hash", "sshs_legacy_hash",
             "modelspec.hash_sha256", "lora_adapter_metadata", "format")
 
+#: part of an `Adapter` -> what it is called
+PARTS = {"deltas": "changes of layers", "embeddings": "new tokens", "hooks": "a hypernetwork"}
+
 #: the beginnings of keys that tell that a file is no weight adapter
 OTHERS = {
     "model.diffusion_model.": "a checkpoint", "first_stage_model.": "a checkpoint or VAE",
     "cond_stage_model.": "a checkpoint", "conditioner.": "a checkpoint", "control_model.": "a ControlNet",
 }
-
-#: what is in an `Adapter` -> how it is called
-CONTENTS = {"deltas": "changes of weights", "embeddings": "new tokens", "hooks": "hooks on inputs"}
 
 
 class Factors(NamedTuple):
@@ -73,7 +74,7 @@ class Codec(abc.ABC):
     """One format. `claims` looks at names alone; `header` is None where `path` is a folder, or pickled."""
 
     name: ClassVar[str]
-    #: which of `CONTENTS` a file of it can hold
+    #: which parts of an `Adapter` it has a place for: deltas, embeddings, hooks
     holds: ClassVar[frozenset[str]] = frozenset({"deltas"})
 
     @abc.abstractmethod
@@ -147,11 +148,10 @@ def save_adapter(adapter: Adapter, path: Path | str, *, format: str = "kohya",
                         fix="choose float16, bfloat16 or float32")
     if adapter.empty:
         raise UserError("the adapter changes nothing, there is nothing to save", where=path)
-    if beyond := [what for part, what in CONTENTS.items() if getattr(adapter, part) and part not in codec.holds]:
-        fitting = [name for name in CODECS if all(not getattr(adapter, part) or part in CODECS.get(name).holds
-                                                  for part in CONTENTS)]
-        raise UserError(f"a {format} file cannot hold {' and '.join(beyond)}", where=path,
-                        fix=f"save it as {' or '.join(fitting)}" if fitting else "save its parts one by one")
+    for part, what in PARTS.items():
+        if getattr(adapter, part) and part not in codec.holds:
+            raise UserError(f"the adapter holds {what}, for which the format {format} has no place", where=path,
+                            fix="save it as auto, which makes a file of each kind of thing")
     merged = {**adapter.metadata, **(metadata or {})}
     for key, value in merged.items():
         if not isinstance(value, str):

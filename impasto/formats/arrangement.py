@@ -27,10 +27,22 @@ def arranged(adapter: Adapter, path: Path, format: str = "auto") -> list[Part]:
 
     auto is for each kind of thing what most programs read; any other format has to hold all of it. Tokens beside
     deltas lie in the deltas' file, where A1111 finds them; one token alone is an embedding's file; several alone are
-    bundled at `path`, and each has a file of its own beside it, since diffusers and ComfyUI read one at a time.
+    bundled at `path`, and each has a file of its own beside it, since diffusers and ComfyUI read one at a time. A
+    hypernetwork beside other things is a file beside theirs, as no file holds both.
     """
     if format != "auto":
         return [Part(path, format, adapter)]
+    rest = replace(adapter, hooks=())
+    parts = [] if rest.empty and adapter.hooks else _without_hooks(rest, path)
+    for number, hook in enumerate(adapter.hooks, 1):
+        tail = "" if len(adapter.hooks) == 1 else f"-{number}"
+        beside = path if not parts else path.with_name(f"{path.stem}-hypernetwork{tail}.pt")
+        parts.append(Part(beside, "hypernetwork", replace(adapter, deltas={}, embeddings={}, hooks=(hook,))))
+    return parts
+
+
+def _without_hooks(adapter: Adapter, path: Path) -> list[Part]:
+    """The files of deltas and tokens."""
     if adapter.deltas or not adapter.embeddings:
         return [Part(path, "kohya", adapter)]
     if len(adapter.embeddings) == 1:

@@ -40,6 +40,8 @@ class Method(abc.ABC):
     in_place: ClassVar[bool] = False
     #: how the name of an adapter's file ends if this method alone leaves something in it
     suffix: ClassVar[str] = ".safetensors"
+    #: formats beside auto that hold what it leaves behind (names as in formats.adapters.CODECS)
+    formats: ClassVar[tuple[str, ...]] = ("kohya", "diffusers", "peft")
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -93,6 +93,7 @@ class TextualInversion(Method):
                                              initial_file=self.initial_file)}
 
     options: Options
+    formats = ("kohya", "webui-embedding", "diffusers-embedding")
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
