@@ -83,6 +83,8 @@ def known(path: Path) -> Findings:
     if path.is_dir() and detected.kind == "unknown":
         raise UserError("is a folder without a checkpoint, an adapter or a run in it", where=path)
     try:
+        if detected.kind == "embedding":
+            return embedding(path)
         return adapter(path) if detected.kind == "adapter" else checkpoint(path, detected.kind)
     except UserError as error:
         return other(path, detected, error)
@@ -121,12 +123,33 @@ def adapter(path: Path) -> Findings:
         "components": dict(Counter(layer.partition(".")[0] for layer in loaded.layers)),
         "deltas": dict(Counter(term.kind for term in terms)),
         "ranks": _counts(term.rank for term in low), "alphas": _counts(f"{term.alpha:g}" for term in low),
-        "norms": block_norms(loaded), "base": loaded.base, "metadata": loaded.metadata,
+        "norms": block_norms(loaded), "tokens": tokens_of(loaded), "base": loaded.base, "metadata": loaded.metadata,
     }
     if header is not None:
         found |= tensors_of(header) | {"metadata": header.metadata}
         found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, [term.alpha for term in low])]
     return found
+
+
+def embedding(path: Path) -> Findings:
+    """New tokens: how many vectors in each text encoder, and how long they are."""
+    from impasto.formats.adapters import CODECS, load_adapter
+    from impasto.formats.probe import is_pickle
+
+    loaded = load_adapter(path)
+    header = None if is_pickle(path) else read_header(path)
+    found: Findings = {
+        "kind": "embedding", "family": loaded.family, "tokens": tokens_of(loaded),
+        "format": next(name for name in CODECS if CODECS.get(name)().claims(path, header)),
+        "base": loaded.base, "metadata": loaded.metadata if header is None else header.metadata}
+    return found | (tensors_of(header) if header is not None else {})
+
+
+def tokens_of(loaded: Adapter) -> Findings:
+    """By token, then by text encoder: number and width of the vectors, and the norm of each."""
+    return {token: {encoder: {"vectors": len(values), "width": values.shape[1],
+                              "norms": [round(norm, 4) for norm in values.norm(dim=1).tolist()]}
+                    for encoder, values in own.items()} for token, own in loaded.embeddings.items()}
 
 
 def block_norms(loaded: Adapter) -> dict[str, float]:

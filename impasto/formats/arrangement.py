@@ -12,6 +12,9 @@ import torch
 from impasto.deltas.adapter import Adapter
 from impasto.formats.adapters import save_adapter
 
+#: formats whose files hold one token
+SINGLE = ("webui-embedding", "diffusers-embedding")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -28,12 +31,14 @@ def arranged(adapter: Adapter, path: Path, format: str = "auto") -> list[Part]:
     auto is for each kind of thing what most programs read; any other format has to hold all of it. Tokens beside
     deltas lie in the deltas' file, where A1111 finds them; one token alone is an embedding's file; several alone are
     bundled at `path`, and each has a file of its own beside it, since diffusers and ComfyUI read one at a time. A
-    hypernetwork beside other things is a file beside theirs, as no file holds both.
+    hypernetwork beside other things is a file beside theirs, as no file holds both. Where a format of one token is
+    asked for, several tokens are in files of it beside `path`, where they are bundled.
     """
-    if format != "auto":
+    single = "webui-embedding" if format == "auto" else format
+    if format != "auto" and not (single in SINGLE and len(adapter.embeddings) > 1 and not adapter.hooks):
         return [Part(path, format, adapter)]
     rest = replace(adapter, hooks=())
-    parts = [] if rest.empty and adapter.hooks else _without_hooks(rest, path)
+    parts = [] if rest.empty and adapter.hooks else _without_hooks(rest, path, single)
     for number, hook in enumerate(adapter.hooks, 1):
         tail = "" if len(adapter.hooks) == 1 else f"-{number}"
         beside = path if not parts else path.with_name(f"{path.stem}-hypernetwork{tail}.pt")
@@ -41,16 +46,16 @@ def arranged(adapter: Adapter, path: Path, format: str = "auto") -> list[Part]:
     return parts
 
 
-def _without_hooks(adapter: Adapter, path: Path) -> list[Part]:
-    """The files of deltas and tokens."""
+def _without_hooks(adapter: Adapter, path: Path, single: str) -> list[Part]:
+    """The files of deltas and tokens; `single`: the format of a token by itself."""
     if adapter.deltas or not adapter.embeddings:
         return [Part(path, "kohya", adapter)]
     if len(adapter.embeddings) == 1:
-        return [Part(path, "webui-embedding", adapter)]
+        return [Part(path, single, adapter)]
     parts, taken = [Part(path, "kohya", adapter)], set[str]()
     for token, vectors in adapter.embeddings.items():
         own = path.with_name(f"{path.stem}-{_file_name(token, taken)}.safetensors")
-        parts.append(Part(own, "webui-embedding", replace(adapter, embeddings={token: vectors})))
+        parts.append(Part(own, single, replace(adapter, embeddings={token: vectors})))
     return parts
 
 

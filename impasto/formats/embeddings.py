@@ -2,7 +2,7 @@
 
 - A1111 and ComfyUI, safetensors: `emb_params` (n, d), or `clip_l` and `clip_g` where there are two text encoders; the
   file's name is the token. Old ones are pickles: `string_to_param` with one entry.
-- diffusers: one key, which is the token, (d) or (n, d); its loader calls vectors after the first `token_1`, `token_2`, …
+- diffusers: one key, which is the token, (d) or (n, d); its loader calls the second vector `token_1`, and so on.
 - bundled in a LoRA's file: `bundle_emb.NAME.string_to_param.*`, or `bundle_emb.NAME.clip_l` and `.clip_g`, as
   extensions-builtin/Lora/networks.py of github.com/AUTOMATIC1111/stable-diffusion-webui and comfy/sd1_clip.py of
   github.com/Comfy-Org/ComfyUI read them. A name ends at its first dot.
@@ -116,8 +116,8 @@ class DiffusersEmbedding(_EmbeddingFile):
 
     def encode(self, token: str, vectors: Vectors, where: Path) -> dict[str, Tensor]:
         if vectors.keys() != {"text_encoder"}:
-            raise UserError(f"{token} has vectors for {', '.join(vectors)}, and diffusers' file holds those of one text "
-                            "encoder", where=where, fix="save it as webui-embedding")
+            raise UserError(f"{token} has vectors for {', '.join(vectors)}, and diffusers' file holds those of one "
+                            "text encoder", where=where, fix="save it as webui-embedding")
         return {token: vectors["text_encoder"]}
 
 

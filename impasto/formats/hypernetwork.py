@@ -219,7 +219,8 @@ def encode(adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where
     plain = _at_full_strength(_with_dropout(hook, (0.0,) * len(hook.structure)), where)
     table: dict[Any, Any] = {}
     for width in plain.widths:
-        table[width] = tuple({f"linear.{name}": stored(f"the layer {name} of width {width}", tensor.detach().cpu(), dtype, where)
+        table[width] = tuple({f"linear.{name}": stored(f"the layer {name} of width {width}", tensor.detach().cpu(),
+                                                       dtype, where)
                               for name, tensor in network.state_dict().items()}
                              for own, _, network in plain.networks() if own == width)
     told: dict[str, Any] = {"metadata": metadata}

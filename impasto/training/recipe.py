@@ -155,7 +155,8 @@ class OutputOptions(Section):
 
     dir: str = Field("runs/run", description="The run's directory; the same recipe there goes on where it stopped.")
     name: str | None = Field(None, description="Of the artifact; default: the directory's name.")
-    format: Literal["auto", "kohya", "diffusers", "peft", "webui-embedding", "diffusers-embedding", "hypernetwork"] = Field(
+    format: Literal["auto", "kohya", "diffusers", "peft", "webui-embedding", "diffusers-embedding",
+                    "hypernetwork"] = Field(
         "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it, and for "
         "new tokens beside one (A1111 finds them there); for a token by itself A1111's and ComfyUI's .safetensors; "
         "for a hypernetwork A1111's .pt; for full it is diffusers, a folder with the whole base.")

@@ -184,11 +184,29 @@ def test_what_impasto_does_not_read_is_still_described(tmp_path: Path, capsys) -
     from safetensors.torch import save_file
 
     path = tmp_path / "face.safetensors"
-    save_file({"emb_params": torch.zeros(4, 768)}, path, metadata={"name": "face"})
+    save_file({"control_model.time_embed.0.weight": torch.zeros(4, 768)}, path, metadata={"name": "face"})
     found = look(capsys, path)
-    assert (found["kind"], found["tensors"], found["parameters"]) == ("embedding", 1, 4 * 768)
+    assert (found["kind"], found["tensors"], found["parameters"]) == ("controlnet", 1, 4 * 768)
     assert found["metadata"] == {"name": "face"} and found["unread"]
-    assert "embedding" in text(capsys, path)
+    assert "controlnet" in text(capsys, path)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_embeddings_tell_their_tokens(tmp_path: Path, capsys, pickled: bool) -> None:
+    from safetensors.torch import save_file
+
+    values = torch.zeros(2, 768)
+    values[0, :2], values[1, 5] = torch.tensor([3.0, 4.0]), 0.25
+    path = tmp_path / ("face.pt" if pickled else "face.safetensors")
+    if pickled:
+        torch.save({"string_to_param": {"*": values}, "name": "other"}, path)
+    else:
+        save_file({"emb_params": values}, path, metadata={"name": "face"})
+    found = look(capsys, path)
+    assert (found["kind"], found["family"], found["format"]) == ("embedding", "sd1", "webui-embedding")
+    assert found["tokens"] == {"face": {"text_encoder": {"vectors": 2, "width": 768, "norms": [5.0, 0.25]}}}
+    told = text(capsys, path)
+    assert "embedding for sd1" in told and "5 0.25" in told and ("names" in told) == pickled
 
 
 def test_a_file_of_strange_tensors_is_no_error(tmp_path: Path, capsys) -> None:

@@ -93,6 +93,9 @@ def test_which_files_there_will_be(tmp_path: Path) -> None:
     for file, token in zip(files[1:], several.embeddings, strict=True):
         assert list(load_adapter(file).embeddings) == [token]
     assert [(part.path, part.format) for part in arranged(several, path, "kohya")] == [(path, "kohya")]
+    assert [part.format for part in arranged(several, path, "diffusers-embedding")] == [
+        "kohya", *["diffusers-embedding"] * 4]
+    assert [part.format for part in arranged(embedding("a"), path, "diffusers-embedding")] == ["diffusers-embedding"]
 
 
 def test_keys_are_those_that_others_read(tmp_path: Path) -> None:
@@ -161,8 +164,8 @@ def test_safetensors_of_others(tmp_path: Path) -> None:
     assert loaded.family == "sdxl" and set(loaded.embeddings["face.v2"]) == set(TWO)
     with pytest.raises(UserError, match="for sdxl, and the base is sd1"):
         load_adapter(path, family="sd1")
-    safetensors.torch.save_file({"bundle_emb.cat.string_to_param.*": vectors(), "bundle_emb.dog.emb_params": vectors(1)},
-                                path)
+    both = {"bundle_emb.cat.string_to_param.*": vectors(), "bundle_emb.dog.emb_params": vectors(1)}
+    safetensors.torch.save_file(both, path)
     assert {token: len(own["text_encoder"]) for token, own in load_adapter(path).embeddings.items()} == {
         "cat": 2, "dog": 1}
 
