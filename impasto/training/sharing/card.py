@@ -94,6 +94,8 @@ def _kinds(parcel: Parcel) -> list[str]:
 
 
 def _front(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds: list[str]) -> ModelCardData:
+    if parcel.detected.kind == "embedding":
+        kinds = ["textual_inversion"]
     tags = ["stable-diffusion", "text-to-image", "diffusers", *kinds, "impasto"]
     if recipe is not None and recipe.prior is not None:
         tags.insert(3, "dreambooth")
@@ -108,7 +110,8 @@ def _front(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds:
 
 def _about(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds: list[str]) -> Iterator[str]:
     titles = {"lora": "LoRA", "dense": "difference"}
-    what = "/".join(titles.get(kind, kind) for kind in kinds) or "fine-tuned checkpoint"
+    whole = "textual inversion embedding" if parcel.detected.kind == "embedding" else "fine-tuned checkpoint"
+    what = "/".join(titles.get(kind, kind) for kind in kinds) or whole
     family = FAMILIES.get(parcel.detected.family, parcel.detected.family)
     on = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else \
         _code(PurePath(recipe.base.path).name) if recipe else ""
