@@ -110,7 +110,8 @@ class Tokens:
             end += len(values)
         device = vocabulary.table.weight.device
         rows = torch.cat([values.to(device, torch.float32) for values in vectors.values()])
-        return Words(vocabulary, rows, tuple(sorted(known, key=lambda one: len(one[1]), reverse=True)))
+        # of names that read alike the one added last comes first
+        return Words(vocabulary, rows, tuple(sorted(reversed(known), key=lambda one: -len(one[1]))))
 
     def facts(self) -> list[tuple[str, str, str]]:
         """What is in force, for cache keys: encoder, token, and a digest of its vectors."""

@@ -166,6 +166,19 @@ def test_gradients_reach_the_vectors_alone(checkpointed: bool, skip: int) -> Non
     assert values.grad is not None and not values.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Vectors are kept in fp32 and rounded when they are looked up, as the table was."""
+    base, exact = random_sd1(), random_sd1()
+    base.components[NAME].to(dtype)
+    for one in (base, exact):
+        added(one)
+    found, wanted = (one.encode_text([f"a {CAT}"])["states"] for one in (base, exact))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
+
+
 def test_cache_keys_tell_tokens_apart() -> None:
     base = random_sd1()
     fingerprint = base.fingerprint()
@@ -182,7 +195,10 @@ def test_a_later_token_of_the_same_name_comes_first() -> None:
     base = random_sd1()
     first, second = base.tokens.add({CAT: {NAME: vectors(1)}}), base.tokens.add({CAT: {NAME: vectors(2)}})
     words = base.tokens.of(NAME)
-    assert words is not None and len(words.rows) == 2
+    assert words is not None and len(words.rows) == 2 and len(runs(base, CAT)[0]) == 2
+    other = base.tokens.add({CAT.upper(): {NAME: vectors(3)}})
+    assert len(runs(base, CAT)[0]) == 3
+    other.detach()
     second.detach()
     words = base.tokens.of(NAME)
     assert words is not None and torch.equal(words.rows, vectors(1))
