@@ -21,7 +21,8 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
 from impasto.deltas.adapter import Adapter
-from impasto.formats.adapters import Codec, assemble, read_back, read_tensors, stored, write_tensors
+from impasto.formats.adapter_bytes import read_back, read_tensors, stored, write_tensors
+from impasto.formats.adapters import Codec, assemble
 from impasto.formats.detect import CONTEXT_WIDTHS, detect, detect_names
 from impasto.formats.header import Header
 from impasto.formats.pickles import ParameterDict, load_pickle, weights_in

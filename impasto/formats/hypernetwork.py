@@ -22,7 +22,8 @@ from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.hypernetwork import Hypernetwork, check_structure, dropout_of
-from impasto.formats.adapters import Codec, assemble, stored
+from impasto.formats.adapter_bytes import stored
+from impasto.formats.adapters import Codec, assemble
 from impasto.formats.detect import CONTEXT_WIDTHS, detect
 from impasto.formats.header import Header
 from impasto.formats.pickles import load_pickle

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
@@ -68,12 +68,15 @@ class Method(abc.ABC):
     def adapter(self) -> Adapter | None:
         """What has been learned so far, detached, on the CPU; None for a method that trains in place."""
 
-    def look(self, captions: Iterable[str]) -> Sequence[str]:
+    def remarks(self) -> Iterable[str]:
+        """Lines to tell at the start, once prepared: where an option could not be taken as it was written."""
+        return ()
+
+    def look(self, captions: Iterable[str]) -> None:  # noqa: B027 - most methods need none
         """Called once, after `prepare`, with what is said of the pictures, read as far as it is asked for.
 
-        Returns lines for the user. Raises `UserError` if the method could learn nothing from them.
+        Raises `UserError` if the method could learn nothing from them.
         """
-        return ()
 
     def begin(self, total: int) -> None:  # noqa: B027 - most methods need none
         """The run takes `total` optimizer steps. Called once, after `prepare`, before the first of them or a resume.

@@ -140,7 +140,10 @@ class TextualInversion(Method):
         if self.options.stop is not None:
             self.until = steps_of(self.options.stop, total)
 
-    def look(self, captions: Iterable[str]) -> list[str]:
+    def remarks(self) -> list[str]:
+        return self.notes
+
+    def look(self, captions: Iterable[str]) -> None:
         """Raises `UserError` if there are captions, and one of the tokens is in none of them."""
         missing, seen = set(self.options.wanted), ""
         words = self.base.tokens.of(next(iter(self.trained)))
@@ -149,7 +152,7 @@ class TextualInversion(Method):
             seen = seen or caption
             missing -= words.within(caption)
             if not missing:
-                return self.notes
+                return
         token = min(missing)
         raise UserError(f"no caption contains the token {token!r}, and nothing could be learned of it",
                         where="method textual_inversion",
