@@ -24,16 +24,22 @@ if TYPE_CHECKING:
 FORBIDDEN = re.compile(r"[.()\[\]\\]")
 
 
+#: descriptions of what one token and each of several have
+VECTORS = ("Vectors of the token: more of them reconstruct no better and edit worse, says the paper (default 1, "
+           "diffusers; or as many as initial_file has).")
+INITIAL = ("Words whose vectors it begins as, spread over its own in their order (A1111's practice); more words than "
+           "vectors are averaged.")
+INITIAL_FILE = "An embedding file that it begins as."
+
+
 class TokenOptions(pydantic.BaseModel):
     """One token: how many vectors, and what they begin as."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    vectors: int | None = Field(None, ge=1, description="Vectors of the token: more of them reconstruct no better and "
-                                "edit worse, says the paper (default 1, diffusers; or as many as initial_file has).")
-    initial: str | None = Field(None, min_length=1, description="Words whose vectors it begins as, spread over its "
-                                "own in their order (A1111's practice); more words than vectors are averaged.")
-    initial_file: str | None = Field(None, description="An embedding file that it begins as.")
+    vectors: int | None = Field(None, ge=1, description=VECTORS)
+    initial: str | None = Field(None, min_length=1, description=INITIAL)
+    initial_file: str | None = Field(None, description=INITIAL_FILE)
 
     @pydantic.model_validator(mode="after")
     def _one_beginning(self) -> TokenOptions:
@@ -56,9 +62,9 @@ class TextualInversion(Method):
             "5e-4 (diffusers', for each picture of a step: it recommends 2e-3 at four; A1111 5e-3, OneTrainer 3e-4).")
         token: str | None = Field(None, description="The new token as captions and prompts spell it, such as "
                                   "\"<cat>\" or \"sks cat\".")
-        vectors: int | None = TokenOptions.model_fields["vectors"]
-        initial: str | None = TokenOptions.model_fields["initial"]
-        initial_file: str | None = TokenOptions.model_fields["initial_file"]
+        vectors: int | None = Field(None, ge=1, description=VECTORS)
+        initial: str | None = Field(None, min_length=1, description=INITIAL)
+        initial_file: str | None = Field(None, description=INITIAL_FILE)
         tokens: dict[str, TokenOptions] = Field(
             {}, description="Several tokens instead: a table for each by its name, with vectors, initial and "
             "initial_file. A token without a beginning is drawn at random as the vocabulary's vectors lie.")

@@ -140,7 +140,7 @@ def test_each_text_encoder_gets_vectors_of_its_own() -> None:
     assert penalty is not None and penalty.ndim == 0
 
 
-class TwoEncoders(SD1):
+class TwoEncoders(SD1):  # type: ignore[misc]
     """SD 1.x with a second, wider text encoder that nothing reads."""
 
     text_encoder_names = ("text_encoder", "text_encoder_2")

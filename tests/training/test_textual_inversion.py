@@ -49,7 +49,7 @@ def test_what_a_run_trains_and_leaves(mini: Path, photos: Path, tmp_path: Path, 
     for name, module in load_base(mini).components.items():
         after = bases[0].components[name].state_dict()
         assert all(torch.equal(value, after[key]) for key, value in module.state_dict().items())
-    assert outcome.artifact == tmp_path / "run" / "dog.safetensors"
+    assert outcome.artifact is not None and outcome.artifact == tmp_path / "run" / "dog.safetensors"
     kept = state(tmp_path / "run", 6)
     rows = kept["method.0.text_encoder.<cat>.vectors"]
     assert {tuple(t.shape) for name, t in kept.items() if name.startswith("optimizer.") and t.numel() > 1} == {(2, 32)}
