@@ -82,7 +82,7 @@ def known(path: Path) -> Findings:
         return picture(path)
     if path.is_dir() and detected.kind == "unknown":
         raise UserError("is a folder without a checkpoint, an adapter or a run in it", where=path)
-    reads = {"adapter": adapter, "hypernetwork": hypernetwork}
+    reads = {"adapter": adapter, "embedding": embedding, "hypernetwork": hypernetwork}
     try:
         return reads[detected.kind](path) if detected.kind in reads else checkpoint(path, detected.kind)
     except UserError as error:
@@ -122,7 +122,7 @@ def adapter(path: Path) -> Findings:
         "components": dict(Counter(layer.partition(".")[0] for layer in loaded.layers)),
         "deltas": dict(Counter(term.kind for term in terms)),
         "ranks": _counts(term.rank for term in low), "alphas": _counts(f"{term.alpha:g}" for term in low),
-        "norms": block_norms(loaded), "base": loaded.base, "metadata": loaded.metadata,
+        "norms": block_norms(loaded), "tokens": tokens_of(loaded), "base": loaded.base, "metadata": loaded.metadata,
     }
     if header is not None:
         found |= tensors_of(header) | {"metadata": header.metadata}
@@ -141,9 +141,8 @@ def hypernetwork(path: Path) -> Findings:
     hook = loaded.hooks[0]
     assert isinstance(hook, Hypernetwork)
     dtypes: Counter[str] = Counter()
-    for value in load_pickle(path).values():
-        for tensor in (tensor for part in value for tensor in part.values()) if isinstance(value, tuple | list) and \
-                all(isinstance(part, dict) for part in value) else ():
+    for width, pair in load_pickle(path).items():
+        for tensor in (tensor for part in pair for tensor in part.values()) if type(width) is int else ():
             dtypes[_dtype(tensor.dtype)] += tensor.numel()
     norms = {width: math.sqrt(sum(float(p.double().square().sum()) for p in pair.parameters()))
              for width, pair in hook.pairs.items()}
@@ -153,6 +152,27 @@ def hypernetwork(path: Path) -> Findings:
             "unread_by": [] if hook.activation in COMFYUI else ["ComfyUI"],
             "parameters": sum(dtypes.values()), "dtypes": dict(dtypes), "base": loaded.base,
             "metadata": loaded.metadata}
+
+
+def embedding(path: Path) -> Findings:
+    """New tokens: how many vectors in each text encoder, and how long they are."""
+    from impasto.formats.adapters import CODECS, load_adapter
+    from impasto.formats.probe import is_pickle
+
+    loaded = load_adapter(path)
+    header = None if is_pickle(path) else read_header(path)
+    found: Findings = {
+        "kind": "embedding", "family": loaded.family, "tokens": tokens_of(loaded),
+        "format": next(name for name in CODECS if CODECS.get(name)().claims(path, header)),
+        "base": loaded.base, "metadata": loaded.metadata if header is None else header.metadata}
+    return found | (tensors_of(header) if header is not None else {})
+
+
+def tokens_of(loaded: Adapter) -> Findings:
+    """By token, then by text encoder: number and width of the vectors, and the norm of each."""
+    return {token: {encoder: {"vectors": len(values), "width": values.shape[1],
+                              "norms": [round(norm, 4) for norm in values.norm(dim=1).tolist()]}
+                    for encoder, values in own.items()} for token, own in loaded.embeddings.items()}
 
 
 def block_norms(loaded: Adapter) -> dict[str, float]:

@@ -22,17 +22,25 @@ from impasto.formats.detect import CONTEXT_WIDTHS
 def apply(base: Base, adapter: Adapter, strength: float = 1.0, *, report: Reporter = SILENT) -> Applied:
     """Let the base compute with `adapter` from now on, until what is returned is detached.
 
-    Its factors are copied to the device of the layers they belong to, where that is another one. `report` gets
-    the `notices`. Raises `UserError`, before anything is changed, for an adapter of another family, a layer that
-    the base does not have, or one of another shape (both shapes are told), a hook on contexts that it does not have.
+    Its factors are copied to the device of the layers they belong to, where that is another one. New tokens are
+    there whatever the strength. `report` gets the `notices`. Raises `UserError`, before anything is changed, for an
+    adapter of another family, a layer that the base does not have, or one of another shape (both shapes are told),
+    a hook on contexts, or a token of a text encoder, that it does not have.
     """
     for line in notices(base, adapter):
         report.note(line)
     deltas = {path: tuple(_placed(base, path, term) for term in terms) for path, terms in adapter.deltas.items()}
-    parts: list[Part] = [attach(base.components, deltas, strength)]
-    if adapter.hooks:
-        parts.append(attach_hooks(base.components, [_moved(hook, base.device) for hook in adapter.hooks],
-                                  base.key_value_layers(), strength))
+    parts: list[Part] = []
+    try:
+        if adapter.embeddings:
+            parts.append(base.tokens.add(adapter.embeddings))
+        parts.append(attach(base.components, deltas, strength))
+        if adapter.hooks:
+            parts.append(attach_hooks(base.components, [_moved(hook, base.device) for hook in adapter.hooks],
+                                      base.key_value_layers(), strength))
+    except UserError:
+        Applied(parts).detach()
+        raise
     return Applied(parts)
 
 
@@ -90,7 +98,8 @@ def notices(base: Base, adapter: Adapter) -> list[str]:
     if adapter.family and adapter.family != base.family:
         raise UserError(f"the adapter is for {adapter.family}, the base is {base.family}", where=base.source or "",
                         fix="take a base of the adapter's family")
-    parts = {path.partition(".")[0] for path in adapter.deltas} | ({base.denoiser_name} if adapter.hooks else set())
+    parts = {path.partition(".")[0] for path in adapter.deltas}.union(*adapter.embeddings.values())
+    parts |= {base.denoiser_name} if adapter.hooks else set()
     touched = parts & adapter.base.keys() & base.components.keys()
     own = base.fingerprint(touched)
     other = sorted(name for name in touched if own[name] != adapter.base[name])

@@ -33,6 +33,8 @@ CODECS = Registry("adapter format", {
     "kohya": "impasto.formats.kohya:Kohya",
     "diffusers": "impasto.formats.peft:Diffusers",
     "peft": "impasto.formats.peft:PeftFolder",
+    "webui-embedding": "impasto.formats.embeddings:WebuiEmbedding",
+    "diffusers-embedding": "impasto.formats.embeddings:DiffusersEmbedding",
     "hypernetwork": "impasto.formats.hypernetwork:HypernetworkFile",
 })
 
@@ -50,8 +52,6 @@ PARTS = {"deltas": "changes of layers", "embeddings": "new tokens", "hooks": "a 
 OTHERS = {
     "model.diffusion_model.": "a checkpoint", "first_stage_model.": "a checkpoint or VAE",
     "cond_stage_model.": "a checkpoint", "conditioner.": "a checkpoint", "control_model.": "a ControlNet",
-    "emb_params": "a textual inversion embedding", "string_to_param": "a textual inversion embedding",
-    "clip_l": "a textual inversion embedding", "clip_g": "a textual inversion embedding",
 }
 
 

@@ -6,7 +6,8 @@ A run holds a list of methods. A method never touches the loop; the loop never a
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
@@ -22,6 +23,9 @@ class MethodOptions(pydantic.BaseModel):
     """A `[[method]]` section. Each method subclasses it with its own keys; `kind` picks the subclass."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
+
+    #: rate where the recipe says none at all, neither here nor in [train], beside AdamW's of 1e-4; None: that one
+    recommended: ClassVar[float | None] = None
 
     kind: str
     learning_rate: float | None = pydantic.Field(
@@ -64,6 +68,19 @@ class Method(abc.ABC):
     def adapter(self) -> Adapter | None:
         """What has been learned so far, detached, on the CPU; None for a method that trains in place."""
 
+    def look(self, captions: Iterable[str]) -> Sequence[str]:
+        """Called once, after `prepare`, with what is said of the pictures, read as far as it is asked for.
+
+        Returns lines for the user. Raises `UserError` if the method could learn nothing from them.
+        """
+        return ()
+
+    def begin(self, total: int) -> None:  # noqa: B027 - most methods need none
+        """The run takes `total` optimizer steps. Called once, after `prepare`, before the first of them or a resume.
+
+        Raises `UserError` for options that do not fit that length.
+        """
+
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
         return None
@@ -74,6 +91,11 @@ class Method(abc.ABC):
     def resting(self, step: int) -> Iterable[nn.Parameter]:
         """Those of its parameters that do not train at optimizer step `step` (from 0)."""
         return ()
+
+
+def steps_of(share: float, total: int) -> int:
+    """A number of steps out of `total`, told as it is (an int) or as a share of them (less than 1), rounded up."""
+    return share if isinstance(share, int) else math.ceil(share * total)
 
 
 def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -> dict[str, Any]:
