@@ -62,7 +62,7 @@ def test_a_hypernetwork(tmp_path: Path, capsys) -> None:
     assert (found["kind"], found["family"], found["widths"]) == ("hypernetwork", "sd1", [320, 768])
     assert (found["structure"], found["activation"], found["dropout"]) == ([1, 1.5, 1], "gelu", [0, 0.3, 0])
     own = [parameter for name, parameter in hook.named_parameters() if ".320." in name]
-    assert found["norms"]["320"] == pytest.approx(math.sqrt(sum(float(p.square().sum()) for p in own)), rel=1e-3)
+    assert found["norms"]["320"] == pytest.approx(math.sqrt(sum(p.square().sum().item() for p in own)), rel=1e-3)
     assert found["dtypes"] == {"fp16": sum(p.numel() for p in hook.parameters())} and found["metadata"]["note"]
     shown = text(capsys, path)
     assert "hypernetwork for sd1" in shown and "1-1.5-1" in shown and "ComfyUI does not know" in shown
