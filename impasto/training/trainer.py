@@ -138,7 +138,8 @@ class Trainer:
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, fingerprint)
         looks = [line for method in self.methods for line in method.look(self.source.captions())]
-        for line in (*self.source.describe(), *self.validation.describe(), *looks):
+        told = (line for method in self.methods for line in method.remarks())
+        for line in (*told, *self.source.describe(), *self.validation.describe(), *looks):
             report.note(line)
 
     # --- the loop ----------------------------------------------------------------------------------------
