@@ -163,8 +163,8 @@ def initialise(network: nn.Sequential, how: str, generator: torch.Generator) -> 
         module.weight.copy_(draw)
         init.zeros_(module.bias)
     if how == "zero_last":
-        last = max(i for i, module in enumerate(network) if module is weighted[-1])
-        _check_zero(network[last + 1:], weighted[-1].weight.device)
+        modules = list(network)
+        _check_zero(nn.Sequential(*modules[modules.index(weighted[-1]) + 1:]), weighted[-1].weight.device)
         init.zeros_(weighted[-1].weight)
 
 

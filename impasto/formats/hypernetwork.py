@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
 from impasto.deltas.adapter import Adapter
+from impasto.deltas.hook import InputHook
 from impasto.deltas.hypernetwork import Hypernetwork, check_structure, dropout_of
 from impasto.formats.adapter_bytes import stored
 from impasto.formats.adapters import Codec, assemble
@@ -40,6 +41,9 @@ OLDEST = {"linear1": "linear.0", "linear2": "linear.1"}
 
 #: switches of forks that change what the networks compute
 FORKS = ("skip_connection", "upsample_linear")
+
+#: activations that ComfyUI knows (comfy_extras/nodes_hypernetwork.py); a file with another it does not load
+COMFYUI = ("linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid", "softsign", "mish")
 
 #: widths, and linear layers of a network, that a file may have: far more than any that was made
 MOST = 100
@@ -220,10 +224,10 @@ def encode(adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where
     plain = _at_full_strength(_with_dropout(hook, (0.0,) * len(hook.structure)), where)
     table: dict[Any, Any] = {}
     for width in plain.widths:
-        table[width] = tuple({f"linear.{name}": stored(f"the layer {name} of width {width}", tensor.detach().cpu(),
-                                                       dtype, where)
-                              for name, tensor in network.state_dict().items()}
-                             for own, _, network in plain.networks() if own == width)
+        table[width] = tuple(
+            {f"linear.{name}": stored(f"{name} of width {width}", tensor.detach().cpu(), dtype, where)
+             for name, tensor in network.state_dict().items()}
+            for own, _, network in plain.networks() if own == width)
     told: dict[str, Any] = {"metadata": metadata}
     if any(hook.dropout):
         told["dropout"] = list(hook.dropout)
@@ -279,9 +283,10 @@ def write_table(file: IO[bytes], table: Mapping[Any, Any]) -> None:
 # --- checks of a save --------------------------------------------------------------------------------------
 
 
-def _check_meaning(meant: Hypernetwork, saved: Hypernetwork, dtype: torch.dtype) -> None:
+def _check_meaning(meant: InputHook, saved: InputHook, dtype: torch.dtype) -> None:
     """What is about to be written has each network's weights, to the rounding of `dtype`."""
     info = torch.finfo(dtype)
+    assert isinstance(meant, Hypernetwork) and isinstance(saved, Hypernetwork)
     assert (meant.widths, meant.structure, meant.activation, meant.layer_norm, meant.activate_output, meant.dropout) \
         == (saved.widths, saved.structure, saved.activation, saved.layer_norm, saved.activate_output, saved.dropout)
     for (width, name, one), (_, _, two) in zip(meant.networks(), saved.networks(), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,8 @@ class Hypernetwork(Method):
     """A1111's hypernetwork: x + f(x) in place of x before to_k and to_v, an f each for every width of a context."""
 
     class Options(MethodOptions):
+        recommended: ClassVar[float | None] = 1e-5  # A1111's default
+
         kind: Literal["hypernetwork"] = "hypernetwork"
         widths: list[int] | None = Field(
             None, min_length=1, description="Widths of the contexts that are changed; default: all that the base has "

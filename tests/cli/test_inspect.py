@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from impasto.cli import app
 from impasto.cli.inspect import block_of
 from impasto.deltas.adapter import Adapter
+from impasto.deltas.hypernetwork import Hypernetwork
 from impasto.deltas.lowrank import LowRank
 from impasto.formats.adapters import save_adapter
 from tests.checkpoints import write_checkpoint
@@ -51,6 +52,21 @@ def adapter(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     path = tmp_path / "dog.safetensors"
     save_adapter(Adapter(deltas, family="sd1"), path, metadata={"ss_output_name": "dog", "hostile": "\x1b[2J\nboo"})
     return path, dense
+
+
+def test_a_hypernetwork(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "net.pt"
+    hook = Hypernetwork([320, 768], [1, 1.5, 1], activation="gelu", dropout=(0, 0.3, 0))
+    save_adapter(Adapter({}, {"note": "\x1b[2Jmine"}, hooks=(hook,)), path, format="hypernetwork")
+    found = look(capsys, path)
+    assert (found["kind"], found["family"], found["widths"]) == ("hypernetwork", "sd1", [320, 768])
+    assert (found["structure"], found["activation"], found["dropout"]) == ([1, 1.5, 1], "gelu", [0, 0.3, 0])
+    own = [parameter for name, parameter in hook.named_parameters() if ".320." in name]
+    assert found["norms"]["320"] == pytest.approx(math.sqrt(sum(p.square().sum().item() for p in own)), rel=1e-3)
+    assert found["dtypes"] == {"fp16": sum(p.numel() for p in hook.parameters())} and found["metadata"]["note"]
+    shown = text(capsys, path)
+    assert "hypernetwork for sd1" in shown and "1-1.5-1" in shown and "ComfyUI does not know" in shown
+    assert "320, 768" in shown and "\x1b[2J" not in shown
 
 
 def test_an_adapter(adapter, capsys) -> None:
