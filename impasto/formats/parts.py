@@ -267,8 +267,8 @@ def parts_of(layer: str, content: Held, where: object) -> dict[str, Tensor]:
         tensors, kind = change.tensors(), change.kind
         if kind == "dora":
             if float(tensors["strength"]) != 1.0:
-                raise UserError(f"{layer} holds a DoRA at strength {float(tensors['strength']):g}, and files hold it at "
-                                "1 alone", where=where, fix="give the strength where it is used, or merge it into a base")
+                raise UserError(f"{layer} holds a DoRA at strength {float(tensors['strength']):g}, and files hold it at 1",
+                                where=where, fix="give the strength where it is used, or merge it into a base")
             parts["magnitude"] = tensors["magnitude"].detach().float().cpu()
             kind = bytes(tensors["inner_kind"].tolist()).decode()
             tensors = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()
