@@ -125,8 +125,8 @@ def _rank(parts: Parts) -> int:
 
 def _tables(ranks: Mapping[str, int], alphas: Mapping[str, float], key: str) -> dict[str, Any]:
     """The usual rank and alpha, and what differs from them."""
-    ranks, alphas = ({path.removeprefix("text_model."): value for path, value in table.items()}
-                     for table in (ranks, alphas))
+    ranks = {path.removeprefix("text_model."): value for path, value in ranks.items()}
+    alphas = {path.removeprefix("text_model."): value for path, value in alphas.items()}
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
     return {"r": rank, key: alpha, "target_modules": sorted(ranks),
             "rank_pattern": {module: r for module, r in ranks.items() if r != rank},

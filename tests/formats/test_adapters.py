@@ -192,6 +192,10 @@ def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (loha() | {f"{KEY}.hada_w2_b": torch.ones(2, 35)}, r"conv_in.*do not fit together.*w2_b \(2, 35\)"),
     (loha() | {f"{KEY}.hada_w1_a": torch.ones(8, 2, 1)}, "conv_in.*do not fit together.*w1_a"),
     ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "conv_in lacks its w2"),
+    ({f"{KEY}.lokr_w1": torch.ones(200, 200), f"{KEY}.lokr_w2": torch.ones(200, 200)},
+     r"conv_in.*\(40000, 40000\), which no network has"),
+    ({f"{KEY}.hada_w{half}_{side}": torch.ones((20000, 1) if side == "a" else (1, 20000))
+      for half in "12" for side in "ab"}, "conv_in.*which no network has"),
     ({f"{KEY}.lokr_w1": torch.ones(2, 2), f"{KEY}.lokr_w2_a": torch.ones(4, 2)}, "conv_in lacks its w2_b"),
     ({f"{KEY}.lokr_w1": torch.ones(2), f"{KEY}.lokr_w2": torch.ones(4, 2, 3, 3)}, "conv_in.*do not fit together.*w1"),
     ({f"{KEY}.lokr_w1": torch.ones(2, 2), f"{KEY}.lokr_w1_a": torch.ones(2, 2), f"{KEY}.lokr_w2": torch.ones(4, 2)},
