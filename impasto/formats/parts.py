@@ -29,6 +29,10 @@ FORMS = {
 TITLES = {"lora": "a LoRA", "loha": "a LoHa", "lokr": "a LoKr", "dense": "a full difference", "dora": "a DoRA"}
 
 
+#: elements of a weight: twice those of T5-XXL's table, the largest of them all. Small factors may multiply to any size
+LARGEST = 2**28
+
+
 class Held(NamedTuple):
     """What a file can hold of one layer: one change of its weight, and one of its bias."""
 
@@ -66,6 +70,9 @@ def deltas_of(layer: str, parts: Mapping[str, Tensor], where: object, kernel: Se
         bias = None if magnitude is None else bias
     else:
         change = _product(layer, kind, own, alpha, tuple(kernel), where)
+        if math.prod(change.shape) > LARGEST:
+            raise UserError(f"{layer} would change a weight of {change.shape}, which no network has", where=where,
+                            fix="the file is damaged, or made to fill the memory")
     if magnitude is not None:
         change = DELTAS.get("dora")(change, _oriented(layer, magnitude, change.shape, where))
     return (change,) if bias is None else (change, _full(layer, None, bias, where))
@@ -267,8 +274,9 @@ def parts_of(layer: str, content: Held, where: object) -> dict[str, Tensor]:
         tensors, kind = change.tensors(), change.kind
         if kind == "dora":
             if float(tensors["strength"]) != 1.0:
-                raise UserError(f"{layer} holds a DoRA at strength {float(tensors['strength']):g}, and files hold it at "
-                                "1 alone", where=where, fix="give the strength where it is used, or merge it into a base")
+                strength = f"{float(tensors['strength']):g}"
+                raise UserError(f"{layer} holds a DoRA at strength {strength}, and files hold it at 1", where=where,
+                                fix="give the strength where it is used, or merge it into a base")
             parts["magnitude"] = tensors["magnitude"].detach().float().cpu()
             kind = bytes(tensors["inner_kind"].tolist()).decode()
             tensors = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()
