@@ -6,8 +6,10 @@ A run holds a list of methods. A method never touches the loop; the loop never a
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pydantic
 
@@ -26,6 +28,18 @@ class MethodOptions(pydantic.BaseModel):
     kind: str
     learning_rate: float | None = pydantic.Field(
         None, gt=0, description="Rate of this method's weights; default: train.learning_rate.")
+
+
+class Switched(Protocol):
+    """What can be put on a base and have no effect there: an attachment, a hook's handle."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it has effect."""
+        ...
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None: ...
 
 
 class Method(abc.ABC):
@@ -62,6 +76,11 @@ class Method(abc.ABC):
     def adapter(self) -> Adapter | None:
         """What has been learned so far, detached, on the CPU; None for a method that trains in place."""
 
+    def off(self) -> AbstractContextManager[None]:
+        """A block in which the method, prepared, has no effect on its base, whose prediction is then what it was
+        before, to the bit: a frozen teacher. A method that changes the base itself has none to go back to."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be switched off")
+
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
         return None
@@ -78,3 +97,25 @@ def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -
     """A parameter group of all that a module at `path` holds."""
     named = dict(module.named_parameters(prefix=path))
     return {"params": list(named.values()), "paths": list(named), "lr": lr, "name": name}
+
+
+@contextlib.contextmanager
+def switched_off(*parts: Switched) -> Iterator[None]:
+    """A block in which what is attached to a base has no effect; afterwards it has as before."""
+    before = [part.enabled for part in parts]
+    try:
+        for part in parts:
+            part.enabled = False
+        yield
+    finally:
+        for part, enabled in zip(parts, before, strict=True):
+            part.enabled = enabled
+
+
+@contextlib.contextmanager
+def all_off(methods: Iterable[Method]) -> Iterator[None]:
+    """A block in which none of the methods has any effect."""
+    with contextlib.ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(method.off())
+        yield
