@@ -37,6 +37,12 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
             ways = ", ".join(name.replace("_", " ") for name, value in augment.facts if value and name != "variants")
             where = f" of {label(number, data)}" if len(data.sets) > 1 else ""
             lines.append(f"each picture{where} is shown in {augment.variants} versions, by {ways}; kept encoded")
+    for number, one in enumerate(data.sets):
+        if one.mask != "none":
+            own, where = of_set(pictures, number), f" of {label(number, data)}" if len(data.sets) > 1 else ""
+            names = {item.picture.name for item in own if item.mask is not None}
+            lines.append(f"pictures{where} of which parts count by a mask: {len(names)} of "
+                         f"{len({item.picture.name for item in own})}; the rest of each weighs {one.mask_floor:g}")
     shares = [one.share or 0.0 for one in data.sets]
     if any(shares):
         lines.append("of the samples " + ", ".join(f"{share / sum(shares):.1%} are of {label(number, data)}"
@@ -129,6 +135,8 @@ def unused(listing: Listing, data: DataOptions, captions: Captions) -> list[str]
     if data.caption is not None and listing.captions:
         kind = ".txt" if all(name.lower().endswith(".txt") for name in listing.captions) else "caption"
         notes.append(f"{len(listing.captions)} {kind} files are not read, as data.caption is set")
+    if listing.masks and data.mask != "files":
+        notes.append(f"masks that are not read, as data.mask is not files: {len(listing.masks)}")
     if captions.overruled:
         name, told = next(iter(captions.overruled.items()))
         notes.append(f"pictures of which two files say different things: {len(captions.overruled)} ({name}: {told}; "

@@ -12,6 +12,7 @@ from impasto.data.buckets import Placement, bucket_sizes, cuts, too_small
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Picture, Problem, memory_of, refuse, survey
 from impasto.data.drawn import Drawn
+from impasto.data.masks import Mask, read_masks, without_masks
 from impasto.data.options import DataOptions
 from impasto.data.phrasing import PLAIN, Phrasing
 
@@ -25,11 +26,14 @@ class Handling:
     caption_dropout: float = 0.0
     number: int = 0  # of the set
     augment: Augment = Augment()
+    mask_floor: float = 0.0
+    mask_normalised: bool = False
 
     @classmethod
     def of(cls, data: DataOptions, number: int = 0) -> Handling:
         """The handling that set `number` asks for."""
-        return cls(data.flip, data.background, data.caption_dropout, number, Augment.of(data))
+        return cls(data.flip, data.background, data.caption_dropout, number, Augment.of(data), data.mask_floor,
+                   data.mask_normalised)
 
     @property
     def flips(self) -> tuple[bool, ...]:
@@ -50,6 +54,14 @@ class Item:
     labels: tuple[int, ...] = ()  # what is known of it beside its caption; only the drawn world tells
     phrasing: Phrasing = PLAIN  # what is done with its caption
     handling: Handling = Handling()  # what is done with it
+    mask: Mask | None = None  # which parts of it count; None: all
+    mask_keys: tuple[str, ...] = ()  # of each variant's cells, not mirrored; empty without a mask
+
+    @property
+    def own_facts(self) -> tuple[object, ...]:
+        """What is its own beside content, caption and cut, for fingerprints; nothing of most pictures."""
+        handling, mask = self.handling, self.mask
+        return () if mask is None else (mask.digest, mask.alpha, handling.mask_floor, handling.mask_normalised)
 
     def variant(self, number: int) -> Variant:
         """One of the ways in which the run shows it."""
@@ -72,8 +84,10 @@ def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = 
 
     What is there and not used is told in `notes`.
     """
+    listing = without_masks(listing, data)
     pictures, problems = survey(listing, memory_of(listing.folder), report, title)
     captions = read_captions(listing, data)
+    masks, maskless = read_masks(listing, {picture.name: picture.size for picture in pictures}, data, report)
     phrasing, handling = Phrasing.of(data), Handling.of(data, number)
     sized = [(one, bucket_sizes(one)) for one in data.by_resolution]
     items = []
@@ -83,8 +97,8 @@ def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = 
             problems.append(Problem(picture.name, too_small(picture.size, data)))
         elif picture.name in captions.texts:
             items += [Item(picture, captions.texts[picture.name], placement, weight, phrasing=phrasing,
-                           handling=handling) for placement in placements]
-    refuse([*problems, *captions.problems], listing.folder)
+                           handling=handling, mask=masks.get(picture.name)) for placement in placements]
+    refuse([*problems, *captions.problems, *maskless], listing.folder)
     if notes is not None:
         notes += unused(listing, data, captions)
     return items

@@ -111,6 +111,22 @@ class DataOptions(Section):
                           "above, as a function of its content. All are encoded once and kept, and each use takes "
                           "one of them.")
     background: str = Field("white", description="Colour under transparent pixels: a CSS name or #rrggbb.")
+    mask: Literal["none", "alpha", "files"] = Field(
+        "none", description="What tells which parts of a picture count. alpha: the picture's own transparency. files: "
+        "a grey picture for each, white where it counts, NAME-masklabel.png beside NAME.jpg (OneTrainer's name) or as "
+        "masks says; of the picture's size, or the same smaller or larger. A mask is cut, turned and mirrored with its "
+        "picture, and averaged over each latent cell. Held-out pictures are validated on by their masks too; class "
+        "pictures have none.")
+    masks: str | None = Field(None, description="Folder of masks, each called like its picture, inner folders and all "
+                              "(kohya's conditioning_data_dir).")
+    mask_floor: float = Field(0.1, ge=0, le=1, description="The smallest weight of a cell, however black its mask "
+                              "(OneTrainer's unmasked_weight, 0.1; kohya: 0).")
+    mask_normalised: bool = Field(False, description="Whether the weights of a picture's cells are divided by their "
+                                  "mean, so that a small mask counts as much as a large one (OneTrainer's "
+                                  "normalize_masked_area_loss, off; kohya has none).")
+    missing_masks: Literal["error", "whole"] = Field(
+        "error", description="What a picture without a mask, or without an alpha channel, is: an error by name, or "
+        "counted in full.")
     cache: str | None = Field(None, description="Folder for encoded pictures and captions; default: the "
                               "user's cache directory. Several sets have one.")
     repeats: int = Field(1, ge=1, description="How often each picture comes in an epoch (kohya's num_repeats).")
@@ -213,6 +229,22 @@ class DataOptions(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _masks_of_something(self) -> DataOptions:
+        fields = DataOptions.model_fields
+        if self.mask == "none":
+            for name in ("masks", "mask_floor", "mask_normalised", "missing_masks"):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"{name} is of masks: say where they are with mask = \"alpha\" or \"files\"")
+        elif self.source == "shards":
+            raise ValueError("source = \"shards\" has no masks, as the shards' indexes know of none: unpack them into "
+                             "a folder, or leave mask out")
+        elif self.source == "world":
+            raise ValueError("the drawn world has no masks: leave mask out")
+        if self.masks is not None and self.mask != "files":
+            raise ValueError("masks is a folder of files: give mask = \"files\"")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _one_frequency(self) -> DataOptions:
         if self.share is not None and self.repeats != 1:
             raise ValueError("give repeats or share, not both")
@@ -288,7 +320,9 @@ class ValidationOptions(Section):
 def of_class_pictures(data: DataOptions, prior: PriorOptions) -> DataOptions:
     """`[data]` as it is for class pictures: their own caption, as they were drawn with it, and no template, which
     would put the words of what is learned into it."""
-    change: dict[str, object] = {"caption": prior.caption, "caption_template": None}
+    change: dict[str, object] = {"caption": prior.caption, "caption_template": None, "mask": "none", "masks": None,
+                                 "mask_floor": DataOptions.model_fields["mask_floor"].default,
+                                 "mask_normalised": False, "missing_masks": "error"}
     if prior.caption is not None:
         change |= {"shuffle_tags": False, "tag_dropout": 0.0, "wildcards": False, "keep_tags_separator": "",
                    "caption_weights": False, "max_tokens": None}

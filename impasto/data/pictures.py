@@ -133,5 +133,6 @@ def data_fingerprint(data: DataOptions | DataSets, streams: Sequence[Sequence[It
     more = [facts for facts in (Phrasing.of(one).facts, Augment.of(one).facts) if facts]
     return key_of(one.flip, one.background,
                   [items.facts if isinstance(items, Many) else
-                   [(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
+                   [(item.picture.digest, item.caption, item.placement, *item.own_facts) for item in items]
+                   for items in streams],
                   *more)

@@ -239,6 +239,13 @@ class Recipe(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _masks_are_looked_at(self) -> Recipe:
+        masked = self.data is not None and any(one.mask != "none" for one in self.data.sets)
+        if masked and "masks" not in OBJECTIVES.get(self.objective.kind).reads:
+            raise ValueError(f"objective {self.objective.kind} looks at no masks: leave data.mask out")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _has_a_teacher(self) -> Recipe:
         whole = [method.kind for method in self.method if METHODS.get(method.kind).in_place]
         if whole and OBJECTIVES.get(self.objective.kind).needs_teacher:
