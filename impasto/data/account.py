@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
             names = {item.picture.name for item in own if item.mask is not None}
             lines.append(f"pictures{where} of which parts count by a mask: {len(names)} of "
                          f"{len({item.picture.name for item in own})}; the rest of each weighs {one.mask_floor:g}")
+    for number, one in enumerate(data.sets):
+        lines += _weights(one, of_set(pictures, number), f" of {label(number, data)}" if len(data.sets) > 1 else "")
     shares = [one.share or 0.0 for one in data.sets]
     if any(shares):
         lines.append("of the samples " + ", ".join(f"{share / sum(shares):.1%} are of {label(number, data)}"
@@ -52,6 +55,18 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
     if held_out:
         lines += account("held-out pictures", held_out, sorted({size for sizes in buckets for size in sizes}))
     return lines
+
+
+def _weights(data: DataOptions, items: Sequence[Item], where: str) -> list[str]:
+    """Which pictures' losses weigh more or less than the others', and patterns for that without effect."""
+    if isinstance(items, Many):  # it would be to read all captions
+        return []
+    own = {item.picture.name: item.own_weight for item in items if item.own_weight != 1}
+    lines = [f"pictures{where} with a loss weight of their own, or of their caption: {len(own)}, from "
+             f"{min(own.values()):g} to {max(own.values()):g}"] if own else []
+    idle = [pattern for pattern in data.caption_loss_weights
+            if not any(re.search(pattern, item.caption, re.IGNORECASE) for item in items)]
+    return lines + [f"caption_loss_weights that are in no caption{where}: {', '.join(map(repr, idle))}"] * bool(idle)
 
 
 def of_set(items: Sequence[Item], number: int) -> Sequence[Item]:

@@ -3,6 +3,7 @@ called, and which of them are held out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -133,13 +134,28 @@ class DataOptions(Section):
     share: float | None = Field(None, gt=0, description="Of several sets, in place of repeats: which part of all "
                                 "samples comes from this one, beside the shares of the others (1 and 3: a quarter). "
                                 "All sets have one, or none.")
-    loss_weight: float = Field(1.0, ge=0, description="Of its pictures' losses; held-out pictures weigh 1 "
-                               "(OneTrainer's loss_weight).")
+    loss_weight: float = Field(1.0, ge=0, description="Of its pictures' losses, times what a picture's own caption "
+                               "file says (loss_weight in a folder's .json files and tables); held-out pictures weigh "
+                               "1 (OneTrainer's loss_weight).")
+    caption_loss_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        {}, description="What it is multiplied by for pictures whose caption, as it is read, has a match of a regular "
+        "expression, upper and lower case alike: '\\bblurry\\b' = 0.3. The first that matches counts; 1 where none "
+        "does.")
 
     @pydantic.field_validator("shards", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @pydantic.field_validator("caption_loss_weights")
+    @classmethod
+    def _are_expressions(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
 
     @pydantic.field_validator("background")
     @classmethod
@@ -250,6 +266,11 @@ class DataOptions(Section):
             raise ValueError("give repeats or share, not both")
         return self
 
+    def caption_weight(self, caption: str) -> float:
+        """What a caption makes its picture's loss weigh."""
+        return next((weight for pattern, weight in self.caption_loss_weights.items()
+                     if re.search(pattern, caption, re.IGNORECASE)), 1.0)
+
     @property
     def sets(self) -> Sequence[DataOptions]:
         """The one set that it is: `DataSets` has several."""
@@ -322,7 +343,7 @@ def of_class_pictures(data: DataOptions, prior: PriorOptions) -> DataOptions:
     would put the words of what is learned into it."""
     change: dict[str, object] = {"caption": prior.caption, "caption_template": None, "mask": "none", "masks": None,
                                  "mask_floor": DataOptions.model_fields["mask_floor"].default,
-                                 "mask_normalised": False, "missing_masks": "error"}
+                                 "mask_normalised": False, "missing_masks": "error", "caption_loss_weights": {}}
     if prior.caption is not None:
         change |= {"shuffle_tags": False, "tag_dropout": 0.0, "wildcards": False, "keep_tags_separator": "",
                    "caption_weights": False, "max_tokens": None}
