@@ -134,9 +134,9 @@ class DataOptions(Section):
     share: float | None = Field(None, gt=0, description="Of several sets, in place of repeats: which part of all "
                                 "samples comes from this one, beside the shares of the others (1 and 3: a quarter). "
                                 "All sets have one, or none.")
-    loss_weight: float = Field(1.0, ge=0, description="Of its pictures' losses, times what a picture's own caption "
-                               "file says (loss_weight in a folder's .json files and tables); held-out pictures weigh "
-                               "1 (OneTrainer's loss_weight).")
+    loss_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="Of its pictures' losses, times what a "
+                               "picture's own caption file says (loss_weight in a folder's .json files and tables); "
+                               "held-out pictures weigh 1 (OneTrainer's loss_weight).")
     caption_loss_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         {}, description="What it is multiplied by for pictures whose caption, as it is read, has a match of a regular "
         "expression, upper and lower case alike: '\\bblurry\\b' = 0.3. The first that matches counts; 1 where none "
@@ -296,20 +296,20 @@ class PriorOptions(Section):
                                "used; default: they are drawn with the base itself, once.")
     images: int = Field(200, ge=1, description="Class pictures to draw (200: Hugging Face's DreamBooth "
                         "guide; the paper: about 1000).")
-    weight: float = Field(1.0, ge=0, description="Loss weight of class pictures beside 1 for the others "
-                          "(the paper's lambda; diffusers: 1).")
-    @pydantic.model_validator(mode="after")
-    def _drawn_from_words(self) -> PriorOptions:
-        if self.folder is None and self.caption is None:
-            raise ValueError("say what the class is called (prior.caption), or where its pictures are (prior.folder)")
-        return self
-
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="Loss weight of class pictures beside 1 for the "
+                          "others (the paper's lambda; diffusers: 1).")
     steps: int = Field(30, ge=1, description="Sampler steps for drawing them.")
     guidance: float = Field(7.5, ge=0, description="Classifier-free guidance for drawing them (diffusers: "
                             "7.5).")
     scheduler: str = Field("dpm++2m", description="As in impasto generate --scheduler.")
     batch_size: int = Field(4, ge=1, description="Class pictures drawn at once (diffusers: 4); their last "
                             "bits depend on it.")
+
+    @pydantic.model_validator(mode="after")
+    def _drawn_from_words(self) -> PriorOptions:
+        if self.folder is None and self.caption is None:
+            raise ValueError("say what the class is called (prior.caption), or where its pictures are (prior.folder)")
+        return self
 
 
 class ValidationOptions(Section):
