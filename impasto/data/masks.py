@@ -231,4 +231,4 @@ def _examine(path: Path, alpha: bool) -> Facts | str:
     except ValueError as error:
         return str(error)
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    return (digest, 0, 0, None) if grey is None else (digest, grey.height, grey.width, grey.getextrema()[1] > 0)
+    return (digest, 0, 0, None) if grey is None else (digest, grey.height, grey.width, grey.getbbox() is not None)
