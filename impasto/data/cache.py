@@ -165,9 +165,10 @@ def text_key(caption: Caption, encoder: str) -> str:
 
 
 def text_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
-    """What text states depend on beside the caption: weights, precision, family settings (clip skip)."""
+    """What text states depend on beside the caption: weights, precision, family settings (clip skip), new tokens."""
     weights = [(name, fingerprint[name], precision(base, name)) for name in base.text_encoder_names]
-    return key_of(weights, sorted(base.text_settings().items()))
+    tokens = base.tokens.facts()
+    return key_of(weights, sorted(base.text_settings().items()), *([tokens] if tokens else []))
 
 
 def encode_caption(base: Base, caption: Caption) -> TextStates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import final
@@ -207,6 +207,10 @@ class Source:
         if share > 0 and seed_for(self.share.seed, step, sample, "caption") / 2**63 < share:
             return ""
         return item.phrasing.say(item.caption, functools.partial(seed_for, self.share.seed, step, sample, "caption"))
+
+    def captions(self) -> Iterator[str]:
+        """What is said of each picture to learn from, nothing left to chance; each is looked up when asked for."""
+        return (item.phrasing.plain(item.caption) for item in self.pictures)
 
     # --- what the user is told ---------------------------------------------------------------------------
     def describe(self) -> list[str]:

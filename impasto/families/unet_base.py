@@ -120,6 +120,15 @@ class UNetBase(Base, abc.ABC):
         """See `unet_targets` for the exact set that each word names."""
         return unet_targets.targets(self.components, (self.denoiser_name, *self.text_encoder_names), word)
 
+    def key_value_layers(self) -> list[tuple[str, str, int]]:
+        """Self- and cross-attention alike, in the network's order."""
+        found = []
+        for path, module in self.denoiser.named_modules(prefix=self.denoiser_name):
+            key, value = getattr(module, "to_k", None), getattr(module, "to_v", None)
+            if isinstance(key, nn.Linear) and isinstance(value, nn.Linear):
+                found.append((f"{path}.to_k", f"{path}.to_v", key.in_features))
+        return found
+
 
 def _counted(tensors: Iterable[tuple[str, Tensor]], advance: Advance) -> Iterator[tuple[str, Tensor]]:
     for pair in tensors:

@@ -6,6 +6,7 @@ names of the layers are diffusers', flat. As networks/lora.py of github.com/kohy
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,17 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.formats import names
-from impasto.formats.adapters import Factors, FileCodec, factors_of, layout, pair, stored, tensor_bytes
+from impasto.formats.adapters import (
+    Factors,
+    FileCodec,
+    factors_of,
+    layout,
+    pair,
+    read_tensors,
+    stored,
+    tensor_bytes,
+)
+from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
 from impasto.formats.header import Header, header_bytes
 
 #: what a layer's name begins with -> the component it is in
@@ -45,17 +56,29 @@ FAMILIES = {
 
 
 class Kohya(FileCodec):
-    """One safetensors file of `lora_unet_…` and `lora_te…` keys."""
+    """One safetensors file of `lora_unet_…` and `lora_te…` keys, and new tokens' `bundle_emb.…` beside them."""
 
     name = "kohya"
+    holds = frozenset({"deltas", "embeddings"})
 
     def claims(self, path: Path, header: Header | None) -> bool:
-        return header is not None and any(key.startswith(tuple(PREFIXES)) for key in header.tensors)
+        return header is not None and any(key.startswith((*PREFIXES, BUNDLE)) for key in header.tensors)
+
+    def load(self, path: Path, header: Header | None) -> Adapter:
+        adapter = super().load(path, header)
+        assert header is not None
+        tokens = {name: info for name, info in header.tensors.items() if name.startswith(BUNDLE)}
+        if tokens:
+            adapter.embeddings = unbundled(read_tensors(path, dataclasses.replace(header, tensors=tokens)), path)
+            adapter.family = adapter.family or family_by_width(adapter.embeddings)
+        return adapter
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path
                ) -> dict[str, Factors]:
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
+            if key.startswith(BUNDLE):  # no layer's: see `load`
+                continue
             layer, part = _parse(key, where)
             if part in found.setdefault(layer, {}):
                 raise UserError(f"{layer} has two tensors for its {part}", where=where)
@@ -66,14 +89,15 @@ class Kohya(FileCodec):
     def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
                ) -> tuple[dict[str, Tensor], dict[str, str]]:
         layers = {layer: factors_of(layer, terms, "kohya", where) for layer, terms in adapter.deltas.items()}
-        tensors = {}
+        tensors = bundled(adapter.embeddings, dtype, where)
         for layer, factors in layers.items():
             name = _flat_name(layer, adapter.family)
             tensors[f"{name}.lora_up.weight"] = stored(layer, factors.up, dtype, where)
             tensors[f"{name}.lora_down.weight"] = stored(layer, factors.down, dtype, where)
             # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
             tensors[f"{name}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
-        metadata = {**describe(layers, adapter.family, where.stem), **metadata, **_dimensions(layers)}
+        told = _dimensions(layers) if layers else {}
+        metadata = {**describe(layers, adapter.family, where.stem), **metadata, **told}
         return tensors, {**metadata, **hashes(tensors, metadata)}
 
 

@@ -30,6 +30,7 @@ _ENDS = r"conv_in|conv_out|time_embedding\.linear_[12]"
 _TEXT = r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
 _KOHYA = r"\.(?:lora_up\.weight|lora_down\.weight|alpha)"
 _PEFT = r"\.lora_[AB]\.weight"
+_BUNDLE = r"bundle_emb\.[^.]+\.(?:string_to_param\..+|clip_[lg]|emb_params)"  # new tokens beside the layers
 _OLD = r"\.(?:lora|lora_linear_layer)\.(?:up|down)\.weight"
 _OLD_ATTN = _TRANSFORMER + r"\.attn[12]\.processor\.to_(?:q|k|v|out)_lora\.(?:up|down)\.weight"
 
@@ -56,7 +57,7 @@ _COMFY = (_kohya(f"{_ATTN}|{_REST}|{_ENDS}"), rf"(?:unet\.)?(?:{_REST}|{_ENDS})(
 
 PROGRAMS = (
     # a layer's name is what stands before the first dot of a key: no dotted name is found
-    Program("A1111", (_kohya(f"{_ATTN}|{_REST}|{_ENDS}"),),
+    Program("A1111", (_kohya(f"{_ATTN}|{_REST}|{_ENDS}"), _BUNDLE),
             "AUTOMATIC1111/stable-diffusion-webui: extensions-builtin/Lora/networks.py"),
     Program("Forge", _COMFY,
             "lllyasviel/stable-diffusion-webui-forge: packages_3rdparty/comfyui_lora_collection/lora.py"),

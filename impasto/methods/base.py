@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -24,6 +25,9 @@ class MethodOptions(pydantic.BaseModel):
     """A `[[method]]` section. Each method subclasses it with its own keys; `kind` picks the subclass."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
+
+    #: rate where the recipe says none at all, neither here nor in [train], beside AdamW's of 1e-4; None: that one
+    recommended: ClassVar[float | None] = None
 
     kind: str
     learning_rate: float | None = pydantic.Field(
@@ -50,6 +54,8 @@ class Method(abc.ABC):
     in_place: ClassVar[bool] = False
     #: how the name of an adapter's file ends if this method alone leaves something in it
     suffix: ClassVar[str] = ".safetensors"
+    #: formats beside auto that hold what it leaves behind (names as in formats.adapters.CODECS)
+    formats: ClassVar[tuple[str, ...]] = ("kohya", "diffusers", "peft")
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -81,6 +87,19 @@ class Method(abc.ABC):
         before, to the bit: a frozen teacher. A method that changes the base itself has none to go back to."""
         raise NotImplementedError(f"{type(self).__name__} cannot be switched off")
 
+    def look(self, captions: Iterable[str]) -> Sequence[str]:
+        """Called once, after `prepare`, with what is said of the pictures, read as far as it is asked for.
+
+        Returns lines for the user. Raises `UserError` if the method could learn nothing from them.
+        """
+        return ()
+
+    def begin(self, total: int) -> None:  # noqa: B027 - most methods need none
+        """The run takes `total` optimizer steps. Called once, after `prepare`, before the first of them or a resume.
+
+        Raises `UserError` for options that do not fit that length.
+        """
+
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
         return None
@@ -91,6 +110,11 @@ class Method(abc.ABC):
     def resting(self, step: int) -> Iterable[nn.Parameter]:
         """Those of its parameters that do not train at optimizer step `step` (from 0)."""
         return ()
+
+
+def steps_of(share: float, total: int) -> int:
+    """A number of steps out of `total`, told as it is (an int) or as a share of them (less than 1), rounded up."""
+    return share if isinstance(share, int) else math.ceil(share * total)
 
 
 def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -> dict[str, Any]:

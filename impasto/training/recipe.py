@@ -155,9 +155,11 @@ class OutputOptions(Section):
 
     dir: str = Field("runs/run", description="The run's directory; the same recipe there goes on where it stopped.")
     name: str | None = Field(None, description="Of the artifact; default: the directory's name.")
-    format: Literal["auto", "kohya", "diffusers", "peft"] = Field(
-        "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it; for "
-        "full it is diffusers, a folder with the whole base.")
+    format: Literal["auto", "kohya", "diffusers", "peft", "webui-embedding", "diffusers-embedding",
+                    "hypernetwork"] = Field(
+        "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it, and for "
+        "new tokens beside one (A1111 finds them there); for a token by itself A1111's and ComfyUI's .safetensors; "
+        "for a hypernetwork A1111's .pt; for full it is diffusers, a folder with the whole base.")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Of the artifact (kohya: fp16).")
     save_every: int = Field(0, ge=0, description="Steps between artifacts that other programs can use at once; "
                             "0: only at the end.")
@@ -229,6 +231,21 @@ class Recipe(Section):
         if whole and self.output.format not in ("auto", "diffusers"):
             raise ValueError(f"{whole[0]} leaves a whole base behind: output.format is diffusers, not "
                              f"{self.output.format}")
+        unfit = [method.kind for method in self.method
+                 if not whole and self.output.format not in ("auto", *METHODS.get(method.kind).formats)]
+        if unfit:
+            raise ValueError(f"output.format = \"{self.output.format}\" has no place for what {unfit[0]} leaves "
+                             "behind: leave it out, and each kind of thing gets its own file")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _recommended_rates(self) -> Recipe:
+        """A method's own rate counts where the recipe names none, so that it says all that it means."""
+        entry = OPTIMIZERS.get(self.train.optimizer)
+        if entry is not None and not entry.adaptive and "learning_rate" not in self.train.model_fields_set:
+            for method in self.method:
+                if method.learning_rate is None and method.recommended is not None:
+                    method.learning_rate = method.recommended * (entry.rate / 1e-4)
         return self
 
     @pydantic.model_validator(mode="after")

@@ -129,6 +129,8 @@ class Trainer:
             self.base.denoiser.compile()
         self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)
         self.total = self.options.steps or (self.options.epochs or 0) * self.source.epoch_steps or 500
+        for method in self.methods:
+            method.begin(self.total)
         self.pictures = self.options.batch_size * self.options.accumulation * self.processes.count
         self.validation = Validation(recipe.validation, self.source, self.options.seed, self.total, self.pictures,
                                      report)
@@ -137,7 +139,8 @@ class Trainer:
                                            self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, fingerprint)
-        for line in (*self.source.describe(), *self.validation.describe()):
+        looks = [line for method in self.methods for line in method.look(self.source.captions())]
+        for line in (*self.source.describe(), *self.validation.describe(), *looks):
             report.note(line)
 
     # --- the loop ----------------------------------------------------------------------------------------

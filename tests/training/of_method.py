@@ -11,7 +11,7 @@ from tests.training.conftest import tree
 
 #: what a method needs beside its kind
 NEEDED: dict[str, dict[str, Any]] = {
-    "textual_inversion": {"token": "sks"},
+    "textual_inversion": {"token": "sks dog"},
 }
 
 EVERY_METHOD = sorted(METHODS)

@@ -88,6 +88,8 @@ def _caption(recipe: Recipe | None) -> str:
 
 def _kinds(parcel: Parcel) -> list[str]:
     """Kinds of delta in an adapter ("lora"), as the hub tags them; none for a whole checkpoint."""
+    if parcel.detected.kind == "hypernetwork":
+        return [parcel.detected.kind]
     if parcel.detected.kind != "adapter":
         return []
     return sorted({term.kind for terms in load_adapter(parcel.artifact).deltas.values() for term in terms})

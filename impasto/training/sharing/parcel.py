@@ -21,7 +21,7 @@ from impasto.training.reproduce import Told, read_told
 PICTURES = 8
 
 #: what a model is called by those who share it: kinds of `detect` that can be pushed
-SHARED = ("adapter", "checkpoint")
+SHARED = ("adapter", "checkpoint", "hypernetwork")
 
 _PREVIEW = re.compile(r"(\d{6,})-(\d+)\.png")
 
@@ -89,7 +89,7 @@ def run_artifact(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read ({error})", where=folder / "recipe.toml") from None
     name = output.get("name") or folder.absolute().name
-    for path in (folder / f"{name}.safetensors", folder / name):
+    for path in (folder / f"{name}.safetensors", folder / f"{name}.pt", folder / name):
         if path.exists():
             return path
     earlier = sorted(folder.glob(f"{name}-[0-9]*"))
@@ -99,7 +99,7 @@ def run_artifact(folder: Path) -> Path:
 
 def previews(artifact: Path, told: Told | None) -> list[Path]:
     """The previews of an artifact in a run's directory: of its own step, or of the last one before."""
-    numbered = re.search(r"-(\d{6,})$", artifact.name.removesuffix(".safetensors"))
+    numbered = re.search(r"-(\d{6,})$", artifact.name.removesuffix(".safetensors").removesuffix(".pt"))
     last = told.step if told else int(numbered[1]) if numbered else None
     found: dict[int, list[tuple[int, Path]]] = {}
     for path in (artifact.absolute().parent / "previews").glob("*.png"):

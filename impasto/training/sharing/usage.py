@@ -24,6 +24,8 @@ def usage(parcel: Parcel, repo: str, base_model: str | None, caption: str) -> It
     prompt = next((sample.prompt for sample in parcel.samples if sample.prompt), caption) or "a prompt of yours"
     if parcel.detected.kind == "checkpoint":
         yield from (_folder(repo, prompt) if parcel.artifact.is_dir() else _single_file(parcel, repo, prompt))
+    elif parcel.detected.kind == "hypernetwork":
+        yield from _hypernetwork(parcel, base_model, prompt)
     elif parcel.artifact.is_dir():
         yield from _peft(parcel, repo, base_model)
     else:
@@ -44,6 +46,16 @@ def _adapter(parcel: Parcel, repo: str, base_model: str | None, prompt: str) -> 
         elif loads:
             yield f"**{program}**{loads}.\n"
     yield from [f"**Impasto**: `impasto generate {base} {_quoted(prompt)} --adapter {name}:0.8`", ""]
+
+
+def _hypernetwork(parcel: Parcel, base_model: str | None, prompt: str) -> Iterator[str]:
+    name = parcel.weights.replace("`", "'")
+    yield from [f"**A1111**, **Forge**: put `{name}` into `models/hypernetworks` and write "
+                f"`<hypernet:{PurePath(name).stem}:1>` in the prompt.\n",
+                f"**ComfyUI**: put `{name}` into `models/hypernetworks` and choose it in a *HypernetworkLoader* "
+                "node.\n",
+                f"**Impasto**: `impasto generate {base_model or 'path/to/the/base'} {_quoted(prompt)} "
+                f"--adapter {name}:0.8`", ""]
 
 
 def _programs(parcel: Parcel) -> Iterator[tuple[str, str]]:
