@@ -23,6 +23,7 @@ from impasto.core.progress import Reporter
 from impasto.data.augment import Variant
 from impasto.data.dataset import Picture
 from impasto.data.frontier import VAE
+from impasto.data.masks import Mask
 from impasto.families.base import Base, Caption, TextStates
 
 #: raise it when the way from a file to an entry changes: decoding, scaling, cutting
@@ -125,6 +126,13 @@ def latent_key(picture: Picture, variant: Variant, flip: bool, background: str, 
     placement, facts = variant.placement, variant.facts
     return key_of("moments", RECIPE, picture.digest, placement.resized, placement.crop, placement.bucket,
                   flip, background, encoder, *([facts] if facts else []))
+
+
+def mask_key(mask: Mask, variant: Variant, cell: int) -> str:
+    """The key of a mask's cells: content, which channel of it, and how it is cut."""
+    placement = variant.placement
+    return key_of("mask", RECIPE, mask.digest, mask.alpha, placement.resized, placement.crop, placement.bucket,
+                  variant.angle, cell)
 
 
 def image_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from impasto.core.errors import UserError
-from impasto.methods.base import Method, MethodOptions, group_of
+from impasto.methods.base import Method, MethodOptions, group_of, switched_off
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,6 +103,9 @@ class Hypernetwork(Method):
     def trains(self, base: Base) -> frozenset[str]:
         self.make(base, self.choose(base)[:1], 0)  # what is wrong with the options is told before pictures are encoded
         return frozenset({base.denoiser_name})
+
+    def off(self) -> AbstractContextManager[None]:
+        return switched_off(self.attached)
 
     def adapter(self) -> Adapter:
         from impasto.deltas.adapter import Adapter

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field
 
 from impasto.core.errors import UserError
-from impasto.methods.base import Method, MethodOptions, steps_of
+from impasto.methods.base import Method, MethodOptions, steps_of, switched_off
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,7 +131,7 @@ class TextualInversion(Method):
                            "name": f"textual_inversion {encoder}"})
         tokens = {token: {encoder: own[token].vectors for encoder, own in self.trained.items()}
                   for token in self.options.wanted}
-        base.tokens.add(tokens)
+        self.added = base.tokens.add(tokens)
         return groups
 
     def modules(self) -> dict[str, nn.Module]:
@@ -190,6 +191,10 @@ class TextualInversion(Method):
         if step < self.until:
             return ()
         return [module.vectors for own in self.trained.values() for module in own.values()]
+
+    def off(self) -> AbstractContextManager[None]:
+        """Its names are then words like others."""
+        return switched_off(self.added)
 
     def adapter(self) -> Adapter:
         from impasto.deltas.adapter import Adapter

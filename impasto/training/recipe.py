@@ -255,6 +255,21 @@ class Recipe(Section):
             raise ValueError("the drawn world draws its held-out pictures too: leave validation.folder out")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _masks_are_looked_at(self) -> Recipe:
+        masked = self.data is not None and any(one.mask != "none" for one in self.data.sets)
+        if masked and "masks" not in OBJECTIVES.get(self.objective.kind).reads:
+            raise ValueError(f"objective {self.objective.kind} looks at no masks: leave data.mask out")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_teacher(self) -> Recipe:
+        whole = [method.kind for method in self.method if METHODS.get(method.kind).in_place]
+        if whole and OBJECTIVES.get(self.objective.kind).needs_teacher:
+            raise ValueError(f"objective {self.objective.kind} asks the frozen base, and {whole[0]} trains the base "
+                             "itself, of which no second one is held: use class pictures instead (prior.caption)")
+        return self
+
     def plain(self) -> dict[str, Any]:
         """Every key with its value, JSON-able: for manifests and metadata."""
         return self.model_dump(mode="json")
