@@ -160,3 +160,6 @@ def test_a_layer_without_a_bias_gets_one_in_its_outputs() -> None:
     plain = layer(x)
     with attach(nn.ModuleDict({"layer": layer}), {"layer": Dense.from_weight(None, db)}):
         assert_close(layer(x), plain + db)
+    attachment = attach(nn.ModuleDict({"layer": layer}), {"layer": Dense.from_weight(None, db)})
+    with pytest.raises(UserError, match="layer: has no bias that a change of it could be merged into; keep"):
+        attachment.merge()
