@@ -163,6 +163,13 @@ class Base(abc.ABC):
         Raises `UserError` with near matches if nothing matches.
         """
 
+    @abc.abstractmethod
+    def parts(self, word: str) -> list[str]:
+        """Parameter paths ("unet.conv_in.weight") that a word, a path or a regular expression names: `parts.Places`.
+
+        Raises `UserError` with near matches if nothing matches.
+        """
+
     # --- shared --------------------------------------------------------------------------------------
     @property
     def denoiser(self) -> nn.Module:
@@ -176,6 +183,31 @@ class Base(abc.ABC):
         """The layer at "component.path.inside"."""
         component, _, inside = path.partition(".")
         return self.components[component].get_submodule(inside)
+
+    def parameter(self, path: str) -> nn.Parameter:
+        """The parameter at "component.path.inside.weight"."""
+        component, _, inside = path.partition(".")
+        return self.components[component].get_parameter(inside)
+
+    @torch.no_grad()
+    def hold(self, paths: Iterable[str], dtype: torch.dtype) -> None:
+        """Hold these parameters in `dtype` from now on, whatever precision the base was loaded in.
+
+        Their values are the checkpoint's own again: what loading has rounded comes back. Random ones are cast.
+        """
+        wanted: dict[str, dict[str, nn.Parameter]] = {}
+        for path in paths:
+            component, _, inside = path.partition(".")
+            if (parameter := self.parameter(path)).dtype != dtype:
+                wanted.setdefault(component, {})[inside] = parameter
+        for component, parameters in wanted.items():
+            if component not in self.checkpoints:
+                for parameter in parameters.values():
+                    parameter.data = parameter.data.to(dtype)  # diffusers warns of `Module.to`
+                continue
+            for name, tensor in self.checkpoints[component].tensors(component):
+                if name in parameters:
+                    parameters[name].data = tensor.to(parameters[name].device, dtype)
 
     def fingerprint(self, components: Iterable[str] | None = None) -> dict[str, str]:
         """blake2b of each component's tensors in diffusers' naming: one for all layouts of the same weights.
