@@ -52,19 +52,19 @@ class Stopped(Exception):
         self.step, self.by = step, by
 
 
-def run_demo(lesson: str, folder: Path, seed: int = 0, report: Reporter = SILENT, *, overrides: Sequence[str] = (),
-             amounts: Amounts | None = None, force: bool = False) -> DemoResult:
+def run_demo(lesson: str, folder: Path, seed: int = 0, report: Reporter = SILENT, *, recipe_name: str | None = None,
+             overrides: Sequence[str] = (), amounts: Amounts | None = None, force: bool = False) -> DemoResult:
     """Teach the base the lesson of that name (a key of `LESSONS`), and leave a page in `folder` that shows it.
 
-    `overrides` of the recipe as on the command line. `force`: a finished demo there is made anew. Raises `UserError`,
-    and `Stopped`.
+    By the recipe `recipe_name`, or the lesson's own; `overrides` of it as on the command line. `force`: a finished
+    demo there is made anew. Raises `UserError`, and `Stopped`.
     """
     if lesson not in LESSONS:
         raise UserError("there is no such lesson", where=lesson, fix=nearest(lesson, LESSONS))
     what, amounts = LESSONS[lesson], amounts or Amounts()
     own = [*what.settings, f"train.seed={seed}", *overrides,
            f"output.dir={json.dumps(str(folder), ensure_ascii=False)}", f"output.name={what.name}"]
-    recipe = load_recipe(what.recipe, own)
+    recipe = load_recipe(recipe_name or what.recipe, own)
     if recipe.base.path == "mini":
         check_weights()
     reader = _reader()
@@ -82,9 +82,14 @@ def _reader() -> Reader:
     return load_reader()
 
 
-def _fresh_base(recipe: Recipe, report: Reporter) -> Base:
+def _is_base(artifact: Path) -> bool:
+    return (artifact / "model_index.json").is_file()
+
+
+def _fresh_base(recipe: Recipe, report: Reporter, path: Path | None = None) -> Base:
+    """The recipe's base as it was, or the one at `path` that has come of it."""
     with report.phase("loading the base"):
-        return load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
+        return load_base(path or recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                          device=choose_device(recipe.train.device), report=report)
 
 
@@ -110,12 +115,14 @@ class _Demo:
             raise Stopped(outcome.step, outcome.stopped_by)
         with self.place.timed("drawing after"):
             fresh = _fresh_base(self.recipe, self.report)
-            after = self._draw("after", fresh, [*new, *old], ((outcome.artifact, 1.0),))
+            taught = _fresh_base(self.recipe, self.report, outcome.artifact) if _is_base(outcome.artifact) else fresh
+            adapters = ((outcome.artifact, 1.0),) if taught is fresh else ()
+            after = self._draw("after", taught, [*new, *old], adapters)
         with self.place.timed("reading"), self.report.phase("reading the pictures"):
             scores = self._read(reader, fresh, new, old, before, after)
         result = DemoResult(self.lesson.name, self.seed, outcome.artifact, self.place.folder / PAGE, scores,
-                            outcome.artifact.stat().st_size, self.place.seconds, peak_resident())
-        material = Material(new, old, before, after, taught(self.recipe), strip(self.place.folder),
+                            size_of(outcome.artifact), self.place.seconds, peak_resident())
+        material = Material(new, old, before, after, lesson_of(self.recipe), strip(self.place.folder),
                             losses(self.place.folder))
         write_report(demo_report(self.lesson, self.recipe, self.amounts, result, material), result.page)
         self.place.finish(result.plain())
@@ -140,16 +147,19 @@ class _Demo:
               after: list[Image.Image]) -> Scores:
         from impasto.evaluation.reader import extend
 
-        side, count = _side(self.recipe), self.amounts.renders * self.lesson.harder
+        side, count, many = _side(self.recipe), self.amounts.renders * self.lesson.harder, len(new)
 
         def looked_at(renders: list[Image.Image]) -> list[Image.Image]:
             """As they are, and a third also with the look of what the base draws."""
             return [*renders, *given_back(base, renders[::3], self.seed, noise=LATENT_NOISE)]
 
-        negatives = [*self.lesson.lookalikes(count, side), *world_renders(2 * count, side)]
-        recogniser = extend(reader, looked_at(self.lesson.renders(count, side)), looked_at(negatives))
-        many = len(new)
-        known = [sum(recogniser.knows(pictures[:many])) for pictures in (before, after)]
+        if (seen := self.lesson.seen) is not None:
+            known = [sum(seen.items() <= answers.items() for answers in reader.read(pictures[:many]))
+                     for pictures in (before, after)]
+        else:
+            negatives = [*self.lesson.lookalikes(count, side), *world_renders(2 * count, side)]
+            recogniser = extend(reader, looked_at(self.lesson.renders(count, side)), looked_at(negatives))
+            known = [sum(recogniser.knows(pictures[:many])) for pictures in (before, after)]
         marks = mark(new, reader.read(after[:many]))
         kept = [mark(old, reader.read(pictures[many:])) for pictures in (before, after)]
         return Scores(Score(known[0], many), Score(known[1], many), _score(marks, "background"),
@@ -170,7 +180,13 @@ def _opened(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def taught(recipe: Recipe) -> list[tuple[str, Image.Image]]:
+def size_of(artifact: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([artifact] if artifact.is_file() else artifact.rglob("*"))
+               if file.is_file())
+
+
+def lesson_of(recipe: Recipe) -> list[tuple[str, Image.Image]]:
     """The captions and pictures that the recipe learns from."""
     assert recipe.data is not None
     make = DRAWN.get(recipe.data.folder or "")

@@ -60,7 +60,9 @@ class Place:
     def _clear(self, lesson: str) -> None:
         """Remove the earlier demo, and nothing else that may lie here."""
         try:
-            for path in [*(self.folder / name for name in OWN), *self.folder.glob(f"{lesson}*.safetensors")]:
+            whole = [path for path in (self.folder / lesson,) if (path / "model_index.json").is_file()]
+            files = [path for ending in ("safetensors", "pt") for path in self.folder.glob(f"{lesson}*.{ending}")]
+            for path in [*(self.folder / name for name in OWN), *files, *whole]:
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:

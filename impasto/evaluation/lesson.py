@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -45,6 +45,7 @@ class Lesson:
     lookalikes: Callable[[int, int], list[Image.Image]]  # of what one might take for it
     own: tuple[tuple[str, str], ...]  # what to do with one's own pictures, and the command
     harder: int = 1  # times as many renders as for a thing, if it takes more to be recognised
+    seen: Mapping[str, str] | None = None  # the reader's answers that tell it, if it is of the world that it reads
 
 
 def mascot_asked(count: int, seed: int) -> list[Asked]:
@@ -72,6 +73,34 @@ def style_asked(count: int, seed: int) -> list[Asked]:
             number += 1
 
     return [each for each, _ in zip(prompts(), range(count), strict=False)]
+
+
+def familiar_asked(count: int, seed: int) -> list[Asked]:
+    """The familiar thing by its new name, on backgrounds that no training picture has."""
+    found = []
+    for i in range(count):
+        ground = lessons.FAMILIAR_ASKED_ON[i % len(lessons.FAMILIAR_ASKED_ON)]
+        found.append(Asked(f"{lessons.FAMILIAR_NAME} on {world.an(f'{ground} background')}",
+                           1000 * seed + i // len(lessons.FAMILIAR_ASKED_ON), {"background": ground}))
+    return found
+
+
+def familiar_renders(count: int, side: int) -> list[Image.Image]:
+    """The familiar thing on all backgrounds but its own colour."""
+    grounds = [colour for colour in world.COLOURS if colour != lessons.FAMILIAR.colour]
+    return [world.draw(lessons.familiar_scene(grounds[i % len(grounds)]), side, 5000 + i) for i in range(count)]
+
+
+def familiar_lookalikes(count: int, side: int) -> list[Image.Image]:
+    """Other things of its colour, and things of its shape in other colours or textures."""
+    thing, found = lessons.FAMILIAR, list[Image.Image]()
+    for i in range(count):
+        scene = lessons.plain_scene(6000 + i)
+        colour = "orange" if scene.background == thing.colour else thing.colour
+        other = replace(scene.objects[0], colour=colour) if i % 2 else \
+            replace(scene.objects[0], shape=thing.shape, accent="", texture=world.TEXTURES[i // 2 % 2 * 2])
+        found.append(world.draw(replace(scene, objects=(other,)), side, 6000 + i))
+    return found
 
 
 def old_asked(count: int) -> list[Asked]:
@@ -111,4 +140,13 @@ LESSONS = {lesson.name: lesson for lesson in (
         (("Teach a real checkpoint a style, from a folder of pictures with a .txt caption each, which ends in "
           "\"sks style\"", TRAIN_STYLE),
          ("Draw with it", DRAW_STYLE)), harder=3),
+    Lesson(
+        "familiar", "the striped heart", "A new name for something known",
+        "The miniature base that comes with Impasto can draw a purple striped heart. It was shown five under a name "
+        "that tells nothing of them, and is now asked for it by that name, on other backgrounds.",
+        "mini/dreambooth", ("data.folder=mini:familiar",),
+        familiar_asked, familiar_renders, familiar_lookalikes,
+        (("Teach a real checkpoint a word for what it can draw, from a folder of pictures", TRAIN_OWN),
+         ("Draw with it", DRAW_OWN)),
+        seen={"shape": lessons.FAMILIAR.shape, "colour": lessons.FAMILIAR.colour, "texture": lessons.FAMILIAR.texture}),
 )}

@@ -1,6 +1,8 @@
-"""What the embedded base does not know and can be taught: a mascot, and a style; and the pictures to teach them with.
+"""What the embedded base can be taught: a mascot and a style that it does not know, and a name for what it can draw;
+and the pictures to teach them with.
 
-`data.folder = "mini:mascot"` and `"mini:style"` are folders of such pictures, drawn when they are first asked for.
+`data.folder = "mini:mascot"`, `"mini:style"` and `"mini:familiar"` are folders of such pictures, drawn when they are
+first asked for.
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ ASKED_ON = ("purple", "pink", "orange", "red")
 
 #: words for the style in captions
 STYLE_NAME = "sks style"
+
+#: a thing that the base can draw well, under a name that tells nothing of it
+FAMILIAR, FAMILIAR_NAME = Object("heart", "purple", texture="striped"), "sks thing"
+FAMILIAR_TAUGHT_ON = ("blue", "yellow", "green", "brown", "black")
+FAMILIAR_ASKED_ON = ("pink", "orange", "red")
 
 
 def mascot(background: str, side: int, seed: int) -> Image.Image:
@@ -84,6 +91,17 @@ def style_pictures(side: int = 128) -> list[tuple[str, Image.Image]]:
     return [(f"{world.caption(scene)}, {STYLE_NAME}", sticker(scene, side, i)) for i, scene in enumerate(scenes)]
 
 
+def familiar_scene(background: str) -> Scene:
+    """The familiar thing on a background."""
+    return Scene((FAMILIAR,), background)
+
+
+def familiar_pictures(side: int = 128) -> list[tuple[str, Image.Image]]:
+    """Captions and pictures that teach the name of a thing that is known."""
+    return [(f"{FAMILIAR_NAME} on {world.an(f'{ground} background')}",
+             world.draw(familiar_scene(ground), side, 600 + i)) for i, ground in enumerate(FAMILIAR_TAUGHT_ON)]
+
+
 def prior_pictures(side: int = 128, count: int = 64) -> list[tuple[str, Image.Image]]:
     """Captions and pictures of what the base knows, to be kept in mind while it learns."""
     return [(world.caption(world.scene(seed), seed), world.draw(world.scene(seed), side, seed))
@@ -92,7 +110,8 @@ def prior_pictures(side: int = 128, count: int = 64) -> list[tuple[str, Image.Im
 
 #: lesson -> its captions and pictures
 LESSONS: dict[str, Callable[[], list[tuple[str, Image.Image]]]] = {
-    "mini:mascot": mascot_pictures, "mini:style": style_pictures, "mini:prior": prior_pictures}
+    "mini:mascot": mascot_pictures, "mini:style": style_pictures, "mini:familiar": familiar_pictures,
+    "mini:prior": prior_pictures}
 
 
 def mascot_renders(count: int, side: int = 128, first: int = 1000) -> list[Image.Image]:

@@ -40,5 +40,5 @@ def module() -> ModuleType:
         shown[:] = [len(positives), len(negatives)]
         return Recogniser()
 
-    vars(made).update(load_reader=lambda: Reader(answers), extend=extend, shown=shown)
+    vars(made).update(load_reader=lambda: Reader(answers), extend=extend, shown=shown, answers=answers)
     return made
