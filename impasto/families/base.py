@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.diffusion.process import Process
 
@@ -205,9 +206,26 @@ class Base(abc.ABC):
                 for parameter in parameters.values():
                     parameter.data = parameter.data.to(dtype)  # diffusers warns of `Module.to`
                 continue
-            for name, tensor in self.checkpoints[component].tensors(component):
+            for name, tensor in self.stored(component):
                 if name in parameters:
                     parameters[name].data = tensor.to(parameters[name].device, dtype)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by path: all others are what the checkpoint has, up to the precision in use."""
+        return {f"{name}.{path}": parameter for name, network in self.components.items()
+                for path, parameter in network.named_parameters() if parameter.requires_grad}
+
+    def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        """A component's tensors as its checkpoint has them, by name, one at a time.
+
+        Raises `UserError` if that is no longer there.
+        """
+        checkpoint = self.checkpoints[component]
+        try:
+            yield from checkpoint.tensors(component)
+        except OSError as error:
+            raise UserError(f"can no longer be read ({error.strerror or error})", where=checkpoint.path,
+                            fix="put the base back to where it was") from error
 
     def fingerprint(self, components: Iterable[str] | None = None) -> dict[str, str]:
         """blake2b of each component's tensors in diffusers' naming: one for all layouts of the same weights.

@@ -137,6 +137,7 @@ class Trainer:
                                            self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, fingerprint)
+        self.artifacts.check()
         for line in (*self.source.describe(), *self.validation.describe()):
             report.note(line)
 
