@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.dense import Dense
-from impasto.deltas.layers import CONVOLUTIONS
+from impasto.deltas.layers import CONVOLUTIONS, NORMS
 from impasto.families.base import Base
-from impasto.families.parts import NORMS
 
 #: layers whose change a file can hold, as LyCORIS has it
 LAYERS = (nn.Linear, *CONVOLUTIONS, *NORMS)

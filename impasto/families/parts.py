@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from impasto.core.errors import UserError
+from impasto.deltas.layers import NORMS
 
 #: words of this module's own, beside target words and patterns
 OWN = ("unet", "text-encoder", "vae", "vae-decoder", "norms", "biases")
-
-NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)

@@ -4,5 +4,7 @@ from impasto.core.registry import Registry
 
 METHODS = Registry("method", {
     "full": "impasto.methods.full:Full",
+    "loha": "impasto.methods.loha:LoHa",
+    "lokr": "impasto.methods.lokr:LoKr",
     "lora": "impasto.methods.weights:LoRA",
 })

@@ -62,6 +62,10 @@ class Method(abc.ABC):
     def adapter(self) -> Adapter | None:
         """What has been learned so far, detached, on the CPU; None for a method that trains in place."""
 
+    def remarks(self) -> Iterable[str]:
+        """Lines to tell at the start, once prepared: where an option could not be taken as it was written."""
+        return ()
+
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
         return None

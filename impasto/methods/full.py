@@ -97,7 +97,7 @@ class Full(Method):
         """The chosen weights in the precision that the recipe says."""
         import torch
 
-        from impasto.families.parts import NORMS
+        from impasto.deltas.layers import NORMS
 
         if self.options.weights == "bf16":
             if "vae" in chosen:
