@@ -106,26 +106,27 @@ def other(path: Path, detected: Detected, error: UserError) -> Findings:
 
 def adapter(path: Path) -> Findings:
     """An adapter: for what, of what ranks, how strong in which block, and who would load it."""
-    from impasto.deltas.lowrank import LowRank
+    from impasto.deltas.told import alpha_of, kinds_of, rank_of
     from impasto.formats.adapters import CODECS, load_adapter
     from impasto.formats.programs import verdicts
 
     loaded = load_adapter(path)
     header = None if path.is_dir() else read_header(path)
     terms = [term for terms in loaded.deltas.values() for term in terms]
-    low = [term for term in terms if isinstance(term, LowRank)]
+    ranks = [rank for term in terms if (rank := rank_of(term)) is not None]
+    alphas = [alpha for term in terms if (alpha := alpha_of(term)) is not None]
     found: Findings = {
         "kind": "adapter", "family": loaded.family,
         "format": next(name for name in CODECS if CODECS.get(name)().claims(path, header)),
         "layers": len(loaded.layers),
         "components": dict(Counter(layer.partition(".")[0] for layer in loaded.layers)),
-        "deltas": dict(Counter(term.kind for term in terms)),
-        "ranks": _counts(term.rank for term in low), "alphas": _counts(f"{term.alpha:g}" for term in low),
+        "deltas": dict(Counter(" + ".join(kinds_of(term)) for term in terms)),
+        "ranks": _counts(ranks), "alphas": _counts(f"{alpha:g}" for alpha in alphas),
         "norms": block_norms(loaded), "base": loaded.base, "metadata": loaded.metadata,
     }
     if header is not None:
         found |= tensors_of(header) | {"metadata": header.metadata}
-        found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, [term.alpha for term in low])]
+        found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, alphas)]
     return found
 
 
@@ -141,11 +142,16 @@ def block_norms(loaded: Adapter) -> dict[str, float]:
 
 
 def layer_norm(loaded: Adapter, layer: str) -> float:
-    """The Frobenius norm of dW; of factors, from their Gram matrices: |UD|² = sum of (UᵀU) ∘ (DDᵀ)."""
-    terms = loaded.deltas[layer]
+    """The Frobenius norm of dW; of factors, from their Gram matrices: |UD|² = sum of (UᵀU) ∘ (DDᵀ).
+
+    Of a DoRA without its magnitude, which counts only beside a base's weight.
+    """
+    from impasto.deltas.told import inner_of
+
+    terms = [inner_of(term) for term in loaded.deltas[layer]]
     factors = terms[0].factors() if len(terms) == 1 else None
-    if factors is None:
-        return float(loaded.dense(layer).norm())
+    if factors is None or factors[0].shape[1] > min(terms[0].shape[:1]):
+        return float(sum((term.weight() for term in terms[1:]), start=terms[0].weight()).norm())
     up, down = (factor.detach().flatten(1).double() for factor in factors)
     return math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
 

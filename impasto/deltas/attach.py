@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError, nearest
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta, at_least_fp32
+from impasto.deltas.fit import fitted
 from impasto.deltas.layers import weight_of
 
 Modules = Mapping[str, nn.Module] | nn.Module
@@ -37,6 +38,7 @@ def attach(modules: Modules, deltas: Deltas, strength: float = 1.0) -> Attachmen
         terms = (terms,) if isinstance(terms, Delta) else terms
         layer = find_layer(modules, path)
         for term in terms:
+            term = fitted(term, layer)
             term.check_fit(layer, path)
             placed.append((path, layer, term if strength == 1.0 else term.scaled(strength)))
     return Attachment(modules, [_Placed(path, _Carrier.of(layer), term) for path, layer, term in placed])

@@ -58,7 +58,8 @@ VARIANTS = {8: "instruct-pix2pix", 9: "inpainting"}
 
 _PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _ADAPTER = re.compile(r"[._](?:lora_up|lora_down|lora_mid|lora_A|lora_B|hada_w[12]|lokr_w[12]|lora\.up|lora\.down|"
-                      r"lora_linear_layer|oft_blocks|oft_diag|glora|dora_scale)\b|[._](?:hada|lokr)_[wt][12]")
+                      r"lora_linear_layer|oft_blocks|oft_diag|glora|dora_scale)\b|[._](?:hada|lokr)_[wt][12]|"
+                      r"^(?:lora_(?:unet|te\d?)|lycoris)_\w+\.(?:diff|diff_b|w_norm|b_norm)$")
 _CONTEXT = re.compile(r"attn2[._]to_[kv]\.")
 
 

@@ -36,6 +36,11 @@ def pair(key: str = KEY) -> dict[str, torch.Tensor]:
     return {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
 
 
+def loha() -> dict[str, torch.Tensor]:
+    return {f"{KEY}.hada_w{half}_a": torch.ones(8, 2) for half in "12"} | \
+        {f"{KEY}.hada_w{half}_b": torch.ones(2, 36) for half in "12"}
+
+
 # --- every format ----------------------------------------------------------------------------------------
 
 
@@ -171,9 +176,29 @@ def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ({**pair(), "lora_unet_conv_nn.alpha": torch.tensor(1.0)}, "lora_unet_conv_nn.alpha"),
     ({**pair(), "alpha": torch.tensor(1.0)}, "'alpha'"),
     ({**pair(), f"{KEY}.lora_sideways.weight": torch.ones(2)}, "lora_sideways"),
-    ({**pair(), f"{KEY}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "lora_mid.*Tucker.*not supported"),
-    ({**pair(), f"{KEY}.hada_w1_b": torch.ones(2, 2)}, "LoHa.*not supported"),
-    ({**pair(), f"{KEY}.dora_scale": torch.ones(8, 1)}, "dora_scale.*DoRA.*not supported"),
+    ({**pair(), f"{KEY}.oft_blocks": torch.ones(2, 2, 2)}, "oft_blocks.*OFT.*not supported"),
+    ({**pair(), f"{KEY}.lokr_t1": torch.ones(2, 2, 3, 3)}, "lokr_t1.*not supported"),
+    ({**pair(), f"{KEY}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "conv_in.*do not fit.*mid"),
+    ({**pair(), f"{KEY}.lora_mid.weight": torch.ones(2, 3, 3, 3)}, "conv_in.*do not fit.*mid"),
+    ({**pair(), f"{KEY}.hada_w1_b": torch.ones(2, 2)}, "conv_in has parts of a LoHa and of a LoRA"),
+    ({**pair(), f"{KEY}.diff": torch.ones(8, 4, 3, 3)}, "conv_in has parts of a LoRA and of a full difference"),
+    ({**pair(), f"{KEY}.dora_scale": torch.ones(3, 1)}, r"conv_in has a DoRA magnitude of shape \(3, 1\)"),
+    ({f"{KEY}.dora_scale": torch.ones(8, 1)}, "conv_in has a magnitude and no factors"),
+    ({f"{KEY}.alpha": torch.tensor(1.0)}, "conv_in has an alpha and no factors"),
+    ({f"{KEY}.lora_up.weight": torch.ones(8, 0), f"{KEY}.lora_down.weight": torch.ones(0, 4)}, "conv_in has an empty (up|down)"),
+    (loha() | {f"{KEY}.hada_t1": torch.ones(2, 2, 3, 3)}, "conv_in lacks its t2"),
+    ({k: v for k, v in loha().items() if "w2_a" not in k}, "conv_in lacks its w2_a"),
+    (loha() | {f"{KEY}.hada_w2_b": torch.ones(2, 35)}, r"conv_in.*do not fit together.*w2_b \(2, 35\)"),
+    (loha() | {f"{KEY}.hada_w1_a": torch.ones(8, 2, 1)}, "conv_in.*do not fit together.*w1_a"),
+    ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "conv_in lacks its w2"),
+    ({f"{KEY}.lokr_w1": torch.ones(2, 2), f"{KEY}.lokr_w2_a": torch.ones(4, 2)}, "conv_in lacks its w2_b"),
+    ({f"{KEY}.lokr_w1": torch.ones(2), f"{KEY}.lokr_w2": torch.ones(4, 2, 3, 3)}, "conv_in.*do not fit together.*w1"),
+    ({f"{KEY}.lokr_w1": torch.ones(2, 2), f"{KEY}.lokr_w1_a": torch.ones(2, 2), f"{KEY}.lokr_w2": torch.ones(4, 2)},
+     "conv_in (has w1_a beside|lacks its w1_b)"),
+    ({f"{KEY}.lokr_w1": torch.ones(2, 2), f"{KEY}.lokr_w2_a": torch.ones(4, 2), f"{KEY}.lokr_w2_b": torch.ones(3, 18)},
+     "conv_in.*do not fit together"),
+    ({f"{KEY}.diff": torch.ones(8, 4, 3, 3), f"{KEY}.diff_b": torch.ones(7)}, "conv_in.*bias"),
+    ({f"{KEY}.diff": torch.ones(8, 4, 3, 3), f"{KEY}.w_norm": torch.ones(8)}, "conv_in has two tensors for its weight"),
     ({**pair(), f"{KEY}.alpha": torch.ones(3)}, r"conv_in.*alpha of shape \(3,\)"),
     ({f"{KEY}.lora_up.weight": torch.ones(8, 2)}, "conv_in lacks its down"),
     ({f"{KEY}.lora_down.weight": torch.ones(2, 8)}, "conv_in lacks its up"),

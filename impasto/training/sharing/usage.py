@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from impasto.core.errors import UserError
-from impasto.formats.programs import of_file
+from impasto.formats.header import read_header
+from impasto.formats.programs import lycoris, of_file
 from impasto.training.sharing.parcel import Parcel
 
 #: how each program that `formats.programs` knows is told to use a LoRA file
@@ -15,7 +16,7 @@ HINTS = {
     "A1111": "put `{file}` into `models/Lora` and write `<lora:{stem}:1>` in the prompt",
     "Forge": "put `{file}` into `models/Lora` and write `<lora:{stem}:1>` in the prompt",
     "ComfyUI": "put `{file}` into `models/loras` and choose it in a *Load LoRA* node",
-    "kohya": "`--network_module networks.lora --network_weights {file}`, with `gen_img.py` or to train on from it",
+    "kohya": "`--network_module {module} --network_weights {file}`, with `gen_img.py` or to train on from it",
 }
 
 
@@ -33,13 +34,14 @@ def usage(parcel: Parcel, repo: str, base_model: str | None, caption: str) -> It
 def _adapter(parcel: Parcel, repo: str, base_model: str | None, prompt: str) -> Iterator[str]:
     name = parcel.weights.replace("`", "'")
     base = base_model or "path/to/the/base"
+    module = "lycoris.kohya" if lycoris(read_header(parcel.artifact).tensors) else "networks.lora"
     yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
                 f'pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")',
                 f"pipe.load_lora_weights({json.dumps(repo)}, weight_name={json.dumps(name)})",
                 f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", ""]
     for program, loads in _programs(parcel):
         if program in HINTS:
-            hint = HINTS[program].format(file=name, stem=PurePath(name).stem)
+            hint = HINTS[program].format(file=name, stem=PurePath(name).stem, module=module)
             yield f"**{program}**: {hint}{loads}.\n"
         elif loads:
             yield f"**{program}**{loads}.\n"
