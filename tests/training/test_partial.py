@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,9 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.families.apply import apply
 from impasto.families.load import load_base
+from impasto.families.save import save_folder
 from impasto.formats.adapters import load_adapter
+from impasto.mini import world
 from impasto.training import artifacts
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.trainer import train
@@ -177,29 +180,27 @@ def test_a_part_that_nothing_reaches_is_named(recipe: Callable[..., Recipe]) -> 
         train(made)
 
 
-def test_a_decoder_learns_alone(recipe: Callable[..., Recipe], base: Path) -> None:
-    """The encoder and the scale of latents stay as others know them; pictures come back better."""
-    made = recipe(method={"parts": ["vae-decoder"]}, objective={"kind": "reconstruct"}, data={"doodles": 0.25},
-                  train={"steps": 40, "optimizer": "muon", "learning_rate": 4e-3})
-    artifact = train(made).artifact
+def test_a_decoder_learns_alone(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """One that is damaged mends, on pictures that it was not shown; the encoder and the scale of latents stay."""
+    hurt = load_base("mini")
+    with torch.no_grad():
+        hurt.parameter("vae.decoder.conv_norm_out.weight").mul_(0.5)
+    save_folder(hurt, tmp_path / "hurt", dtype=torch.float32)
+    artifact = train(recipe(base={"path": str(tmp_path / "hurt")}, method={"parts": ["vae-decoder"]},
+                            objective={"kind": "reconstruct"}, train={"steps": 15, "learning_rate": 3e-3})).artifact
     assert artifact is not None
-    before, after = tensors_of(base), tensors_of(artifact)
+    before, after = tensors_of(tmp_path / "hurt"), tensors_of(artifact)
     changed = {path for path in before if not torch.equal(before[path], after[path])}
     assert changed == {path for path in before if path.startswith(("vae.decoder.", "vae.post_quant_conv."))}
-    old, new = load_base(base), load_base(artifact)
-    assert old.latent_scale == new.latent_scale
-    pixels = held_out()
+    mended, pixels = load_base(artifact), held_out()
+    assert mended.latent_scale == hurt.latent_scale
     with torch.no_grad():
         l1 = [(each.decode_latents(each.latents(each.encode_images(pixels), torch.zeros(8, 4, 8, 8))) - pixels)
-              .abs().mean().item() for each in (old, new)]
-    assert l1[1] < 0.8 * l1[0]
+              .abs().mean().item() for each in (hurt, mended)]
+    assert l1[1] < 0.85 * l1[0]
 
 
 def held_out() -> Tensor:
     """Pictures of the drawn world that the run has not seen, (8, 3, 64, 64) in [-1, 1]."""
-    import numpy as np
-
-    from impasto.mini import world
-
     pictures = [np.asarray(world.draw(world.scene(10_000 + i), 64, i)) for i in range(8)]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
