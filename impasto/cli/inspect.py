@@ -142,16 +142,18 @@ def block_norms(loaded: Adapter) -> dict[str, float]:
 
 
 def layer_norm(loaded: Adapter, layer: str) -> float:
-    """The Frobenius norm of dW; of factors, from their Gram matrices: |UD|² = sum of (UᵀU) ∘ (DDᵀ).
+    """The Frobenius norm of dW; of a LoRA's factors, from their Gram matrices: |UD|² = sum of (UᵀU) ∘ (DDᵀ).
 
     Of a DoRA without its magnitude, which counts only beside a base's weight.
     """
+    import torch
+
     from impasto.deltas.told import inner_of
 
-    terms = [inner_of(term) for term in loaded.deltas[layer]]
-    factors = terms[0].factors() if len(terms) == 1 else None
-    if factors is None or factors[0].shape[1] > min(terms[0].shape[:1]):
-        return float(sum((term.weight() for term in terms[1:]), start=terms[0].weight()).norm())
+    terms = [inner_of(term) for term in loaded.deltas[layer] if term.shape]
+    factors = terms[0].factors() if len(terms) == 1 and terms[0].kind == "lora" else None
+    if factors is None:
+        return float(torch.as_tensor(sum(term.weight() for term in terms)).norm())
     up, down = (factor.detach().flatten(1).double() for factor in factors)
     return math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
 

@@ -168,7 +168,8 @@ def assemble(layers: Layers, metadata: Mapping[str, str]) -> Adapter:
 
 
 def family_of(widths: Mapping[str, int], metadata: Mapping[str, str]) -> str:
-    """The family an adapter was made for, by its metadata, then by how many inputs its layers have; "" if nothing tells."""
+    """The family an adapter was made for, by its metadata, then by its layers' numbers of inputs; "" if nothing tells.
+    """
     if told := family_told(metadata):
         return told
     for layer, inputs in widths.items():

@@ -29,6 +29,10 @@ FORMS = {
 TITLES = {"lora": "a LoRA", "loha": "a LoHa", "lokr": "a LoKr", "dense": "a full difference", "dora": "a DoRA"}
 
 
+#: elements of a weight: twice those of T5-XXL's table, the largest of them all. Small factors may multiply to any size
+LARGEST = 2**28
+
+
 class Held(NamedTuple):
     """What a file can hold of one layer: one change of its weight, and one of its bias."""
 
@@ -66,7 +70,12 @@ def deltas_of(layer: str, parts: Mapping[str, Tensor], where: object, kernel: Se
         bias = None if magnitude is None else bias
     else:
         change = _product(layer, kind, own, alpha, tuple(kernel), where)
+        if math.prod(change.shape) > LARGEST:
+            raise UserError(f"{layer} would change a weight of {change.shape}, which no network has", where=where,
+                            fix="the file is damaged, or made to fill the memory")
     if magnitude is not None:
+        if len(change.shape) < 2:
+            raise UserError(f"{layer} has a DoRA magnitude beside a change of shape {change.shape}", where=where)
         change = DELTAS.get("dora")(change, _oriented(layer, magnitude, change.shape, where))
     return (change,) if bias is None else (change, _full(layer, None, bias, where))
 
@@ -83,8 +92,8 @@ def _number(layer: str, alpha: Tensor, where: object) -> float:
 
 def _full(layer: str, weight: Tensor | None, bias: Tensor | None, where: object) -> Delta:
     """A full difference out of a file."""
-    if any(tensor is not None and tensor.numel() == 0 for tensor in (weight, bias)):
-        raise UserError(f"{layer} has an empty difference", where=where)
+    if any(tensor is not None and (tensor.numel() == 0 or tensor.ndim == 0) for tensor in (weight, bias)):
+        raise UserError(f"{layer} has an empty difference, or a single number for one", where=where)
     try:
         return DELTAS.get("dense").from_weight(weight, bias)
     except (UserError, IndexError):
@@ -119,11 +128,13 @@ def _check_form(layer: str, kind: str, own: Mapping[str, Tensor], where: object)
 
 def _lora(own: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...]) -> Delta:
     up, down, mid = own["up"], own["down"], own.get("mid")
+    if up.ndim < 2 or down.ndim < 2:
+        raise UserError("a factor is no matrix")
     pointwise = len(kernel) + 2 if math.prod(kernel) == 1 else 0
     dimensions = max(up.ndim, down.ndim, pointwise, 0 if mid is None else mid.ndim)
     # 1×1 convolutions are found as matrices, the other way round, and half and half
     up, down = (t[(..., *(None for _ in range(dimensions - t.ndim)))] for t in (up, down))
-    if up.ndim < 2 or any(size != 1 for size in up.shape[2:]):
+    if any(size != 1 for size in up.shape[2:]):
         raise UserError("up has a kernel")
     if mid is None:
         return DELTAS.get("lora").from_factors(up, down, alpha)
@@ -175,7 +186,7 @@ def _unflat(inputs: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
 def _oriented(layer: str, magnitude: Tensor, shape: tuple[int, ...], where: object) -> Tensor:
     """A DoRA's magnitude as (out, 1, …) or (1, in, …). By itself (n), it is of the outputs."""
     ones = (1,) * (len(shape) - 1)
-    if magnitude.numel() == shape[0] and (magnitude.ndim == 1 or magnitude.shape[0] == shape[0]):
+    if magnitude.ndim > 0 and magnitude.numel() == shape[0] and (magnitude.ndim == 1 or magnitude.shape[0] == shape[0]):
         return magnitude.reshape(shape[0], *ones)
     if magnitude.ndim > 1 and magnitude.numel() == magnitude.shape[1] == shape[1]:
         return magnitude.reshape(1, shape[1], *ones[1:])
@@ -267,8 +278,9 @@ def parts_of(layer: str, content: Held, where: object) -> dict[str, Tensor]:
         tensors, kind = change.tensors(), change.kind
         if kind == "dora":
             if float(tensors["strength"]) != 1.0:
-                raise UserError(f"{layer} holds a DoRA at strength {float(tensors['strength']):g}, and files hold it at "
-                                "1 alone", where=where, fix="give the strength where it is used, or merge it into a base")
+                strength = f"{float(tensors['strength']):g}"
+                raise UserError(f"{layer} holds a DoRA at strength {strength}, and files hold it at 1", where=where,
+                                fix="give the strength where it is used, or merge it into a base")
             parts["magnitude"] = tensors["magnitude"].detach().float().cpu()
             kind = bytes(tensors["inner_kind"].tolist()).decode()
             tensors = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()

@@ -133,8 +133,8 @@ def _by_component(adapter: Adapter, format: str, kinds: Collection[str], where: 
         component, _, path = layer.partition(".")
         parts = parts_of(layer, _fitting(layer, held(layer, terms, where), format, kinds, where), where)
         if parts.get("magnitude", torch.zeros(2, 1)).shape[0] == 1 != terms[0].shape[0]:
-            raise UserError(f"{layer} holds a DoRA with a magnitude for each input, and peft's have one for each output",
-                            where=where, fix="save it as kohya")
+            raise UserError(f"{layer} holds a DoRA with a magnitude for each input, and peft's have one for each "
+                            "output", where=where, fix="save it as kohya")
         found.setdefault(component, {})[path] = parts
     return found
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ def _rank(parts: Parts) -> int:
 
 def _tables(ranks: Mapping[str, int], alphas: Mapping[str, float], key: str) -> dict[str, Any]:
     """The usual rank and alpha, and what differs from them."""
-    ranks, alphas = ({path.removeprefix("text_model."): value for path, value in table.items()}
-                     for table in (ranks, alphas))
+    ranks = {path.removeprefix("text_model."): value for path, value in ranks.items()}
+    alphas = {path.removeprefix("text_model."): value for path, value in alphas.items()}
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
     return {"r": rank, key: alpha, "target_modules": sorted(ranks),
             "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
@@ -140,8 +140,8 @@ def _whole(value: float) -> float | int:
 def _lora(component: str, layers: Mapping[str, Parts], where: Path) -> dict[str, Any]:
     dora = {"magnitude" in parts for parts in layers.values()}
     if len(dora) > 1:
-        raise UserError(f"{component} holds DoRA in some layers and plain LoRA in others, and peft's files say use_dora "
-                        "for all", where=where, fix="save it as kohya, which holds a kind for each layer")
+        raise UserError(f"{component} holds DoRA in some layers and plain LoRA in others, and peft's files say "
+                        "use_dora for all", where=where, fix="save it as kohya, which holds a kind for each layer")
     ranks = {path: rank_in(parts) for path, parts in layers.items()}
     alphas = {path: _whole(float(parts["alpha"])) for path, parts in layers.items()}
     return {**_tables(ranks, alphas, "lora_alpha"), "peft_type": "LORA", "use_rslora": False, "use_dora": dora.pop(),
@@ -156,8 +156,8 @@ def _effective(component: str, layers: Mapping[str, Parts], core: str, where: Pa
     """Whether kernels have Tucker cores: peft has them in all convolutions of more than 1×1, or in none."""
     cores = {core in parts for path, parts in layers.items() if _has_kernel(component, path, parts, core)}
     if len(cores) > 1:
-        raise UserError(f"{component} holds Tucker cores in some convolutions and none in others, and peft's config says "
-                        "one thing for all", where=where, fix="save it as kohya")
+        raise UserError(f"{component} holds Tucker cores in some convolutions and none in others, and peft's config "
+                        "says one thing for all", where=where, fix="save it as kohya")
     return cores == {True}
 
 
@@ -178,8 +178,8 @@ def _lokr(component: str, layers: Mapping[str, Parts], where: Path) -> dict[str,
         fits = ("lokr.w2" in parts) == (rank >= max(o2, i2) / 2) and \
             ("lokr.w1_a" in parts) == (both and rank < max(o1, i1) / 2)
         if not fits:
-            raise UserError(f"{component}.{path} has whole LoKr factors where peft makes products at rank {rank}, or the "
-                            "other way round", where=where, fix="save it as kohya, which holds them as they are")
+            raise UserError(f"{component}.{path} has whole LoKr factors where peft makes products at rank {rank}, or "
+                            "the other way round", where=where, fix="save it as kohya, which holds them as they are")
     return {"decompose_both": both, "decompose_factor": factor,
             "use_effective_conv2d": _effective(component, layers, "lokr.t2", where)}
 

@@ -180,4 +180,6 @@ def _diffusers_caution(keys: list[str], alphas: set[float]) -> str:
     text = [key for key in keys if key.startswith("text_encoder.")]
     if text and not any(".self_attn." in key for key in text):
         return "fails on a text encoder that has a LoRA on no attention layer"
+    if any(key.endswith(".lora_magnitude_vector") for key in text):
+        return "leaves DoRA's magnitudes in the text encoder out, so the rest has another effect"
     return ""

@@ -94,6 +94,25 @@ def test_a_peft_folder(adapter, tmp_path: Path, capsys) -> None:
     assert "adapter for sd1" in text(capsys, folder)
 
 
+def test_other_kinds_of_change(tmp_path: Path, capsys) -> None:
+    """Kinds, ranks and alphas, those of a DoRA's inner change too, and the size of what each holds."""
+    from tests.formats.kind_cases import adapter_of_kind
+
+    adapter = adapter_of_kind("mixed")
+    save_adapter(adapter, tmp_path / "mixed.safetensors", dtype=torch.float32)
+    found = look(capsys, tmp_path / "mixed.safetensors")
+    assert (found["kind"], found["family"], found["layers"]) == ("adapter", "sd1", len(adapter.layers))
+    assert set(found["deltas"]) == {"lora", "loha", "lokr", "dense", "lora + dora", "loha + dora", "lokr + dora"}
+    assert set(found["ranks"]) == {"1", "2", "3"} and set(found["alphas"]) == {"2", "3"}
+    assert all(norm > 0 for norm in found["norms"].values())
+    plain = adapter_of_kind("loha", text=False)
+    save_adapter(plain, tmp_path / "loha.safetensors", dtype=torch.float32)
+    squares = sum(float(plain.dense(layer).norm()) ** 2 for layer in plain.layers)
+    norms = look(capsys, tmp_path / "loha.safetensors")["norms"].values()
+    assert math.isclose(sum(norm**2 for norm in norms), squares, rel_tol=1e-4)
+    assert "lokr + dora" in text(capsys, tmp_path / "mixed.safetensors")
+
+
 @pytest.mark.parametrize(("layer", "block"), [
     ("unet.down_blocks.2.resnets.0.conv1", "unet down 2"), ("unet.mid_block.attentions.0.proj_in", "unet mid"),
     ("unet.up_blocks.10.attentions.1.proj_in", "unet up 10"), ("unet.conv_in", "unet other"),

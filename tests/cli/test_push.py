@@ -191,6 +191,18 @@ def test_peft_folders_and_single_files_have_their_own_ways(run: Path, place: Pat
     assert "from_single_file(file)" in card and "models/Stable-diffusion" in card and "It does not say" in card
 
 
+def test_a_card_of_other_kinds_of_change(tmp_path: Path) -> None:
+    """It names the kinds and ranks, and the module that kohya's scripts want for them."""
+    from impasto.formats.adapters import save_adapter
+    from tests.formats.kind_cases import adapter_of_kind
+
+    for kind, title, tags in (("loha", "A LoHa for", {"loha"}), ("dora-lokr", "A DoRA/LoKr for", {"lokr", "dora"})):
+        save_adapter(adapter_of_kind(kind), tmp_path / "dog.safetensors")
+        card = write_card(pack(tmp_path / "dog.safetensors"), "me/dog")
+        assert title in card and tags <= set(front_of(card)["tags"])
+        assert "--network_module lycoris.kohya" in card and "it loads no layer" in card
+
+
 def test_a_card_of_ones_own(run: Path, hub: Hub, capsys, tmp_path: Path) -> None:
     (tmp_path / "card.md").write_text("# Mine, 猫\n", encoding="utf-8")
     push(capsys, run, "me/dog", "--card", tmp_path / "card.md")

@@ -83,7 +83,8 @@ def adapter_of_kind(kind: str, *, text: bool = True, norms: bool = False) -> Ada
     """One kind everywhere, or with "mixed" each in turn; `norms`: changes of norms beside them."""
     draw = torch.Generator().manual_seed(1)
     modules = networks()
-    paths = [("unet", path) for path in UNET_LAYERS] + ([("text_encoder", path) for path in TEXT_LAYERS] if text else [])
+    paths = [("unet", path) for path in UNET_LAYERS]
+    paths += [("text_encoder", path) for path in TEXT_LAYERS] if text else []
     paths += [("unet", path) for path in NORMS] if norms else []
     deltas: dict[str, tuple[Delta, ...]] = {}
     for number, (component, path) in enumerate(paths):
