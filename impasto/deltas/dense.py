@@ -1,4 +1,4 @@
-"""A change of a whole weight, and of the bias beside it: in LyCORIS' files `diff`, `diff_b`, `w_norm`, `b_norm`."""
+"""A change of a whole weight, and of the bias beside it: `diff`, `diff_b`, `w_norm`, `b_norm` in LyCORIS' files."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.diffusion.process import Process
+from impasto.families.tokens import Tokens, Vocabulary
 
 if TYPE_CHECKING:
     from impasto.formats.checkpoint import Checkpoint
@@ -85,6 +87,15 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def encode_text(self, captions: Sequence[Caption]) -> TextStates:
         """Text states of captions of any length (in chunks)."""
+
+    def vocabulary(self, encoder: str) -> Vocabulary:
+        """What a text encoder knows: what new tokens stand beside. Raises `UserError` where it takes none."""
+        raise UserError("takes no new tokens", where=f"{self.family} {encoder}", fix="choose another method")
+
+    @functools.cached_property
+    def tokens(self) -> Tokens:
+        """New tokens, which captions may contain while they are there."""
+        return Tokens(self.text_encoder_names, self.vocabulary)
 
     def text_settings(self) -> dict[str, Any]:
         """What text states depend on beside caption, weights and precision (clip skip), for cache keys."""
@@ -170,6 +181,11 @@ class Base(abc.ABC):
 
         Raises `UserError` with near matches if nothing matches.
         """
+
+    def key_value_layers(self) -> list[tuple[str, str, int]]:
+        """For each attention of the denoiser the paths of the layers that make its keys and its values, and the
+        width of the context that both read. None where a family makes them otherwise."""
+        return []
 
     # --- shared --------------------------------------------------------------------------------------
     @property

@@ -126,6 +126,15 @@ class UNetBase(Base, abc.ABC):
         return Places(self.components, self.denoiser_name, self.text_encoder_names, unet_targets.PARTS,
                       list(unet_targets.WORDS), self.targets).find(word)
 
+    def key_value_layers(self) -> list[tuple[str, str, int]]:
+        """Self- and cross-attention alike, in the network's order."""
+        found = []
+        for path, module in self.denoiser.named_modules(prefix=self.denoiser_name):
+            key, value = getattr(module, "to_k", None), getattr(module, "to_v", None)
+            if isinstance(key, nn.Linear) and isinstance(value, nn.Linear):
+                found.append((f"{path}.to_k", f"{path}.to_v", key.in_features))
+        return found
+
 
 def _counted(tensors: Iterable[tuple[str, Tensor]], advance: Advance) -> Iterator[tuple[str, Tensor]]:
     for pair in tensors:

@@ -34,6 +34,9 @@ CODECS = Registry("adapter format", {
     "kohya": "impasto.formats.kohya:Kohya",
     "diffusers": "impasto.formats.peft:Diffusers",
     "peft": "impasto.formats.peft:PeftFolder",
+    "webui-embedding": "impasto.formats.embeddings:WebuiEmbedding",
+    "diffusers-embedding": "impasto.formats.embeddings:DiffusersEmbedding",
+    "hypernetwork": "impasto.formats.hypernetwork:HypernetworkFile",
 })
 
 #: for each layer path its deltas
@@ -46,12 +49,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COMPUTED = ("impasto.family", "impasto.base", "impasto.component", "sshs_model_hash", "sshs_legacy_hash",
             "modelspec.hash_sha256", "lora_adapter_metadata", "format")
 
+#: part of an `Adapter` -> what it is called
+PARTS = {"deltas": "changes of layers", "embeddings": "new tokens", "hooks": "a hypernetwork"}
+
 #: the beginnings of keys that tell that a file is no weight adapter
 OTHERS = {
     "model.diffusion_model.": "a checkpoint", "first_stage_model.": "a checkpoint or VAE",
     "cond_stage_model.": "a checkpoint", "conditioner.": "a checkpoint", "control_model.": "a ControlNet",
-    "emb_params": "a textual inversion embedding", "string_to_param": "a textual inversion embedding",
-    "clip_l": "a textual inversion embedding", "clip_g": "a textual inversion embedding",
 }
 
 
@@ -59,6 +63,8 @@ class Codec(abc.ABC):
     """One format. `claims` looks at names alone; `header` is None where `path` is a folder, or pickled."""
 
     name: ClassVar[str]
+    #: which parts of an `Adapter` it has a place for: deltas, embeddings, hooks
+    holds: ClassVar[frozenset[str]] = frozenset({"deltas"})
 
     @abc.abstractmethod
     def claims(self, path: Path, header: Header | None) -> bool:
@@ -131,6 +137,10 @@ def save_adapter(adapter: Adapter, path: Path | str, *, format: str = "kohya",
                         fix="choose float16, bfloat16 or float32")
     if adapter.empty:
         raise UserError("the adapter changes nothing, there is nothing to save", where=path)
+    for part, what in PARTS.items():
+        if getattr(adapter, part) and part not in codec.holds:
+            raise UserError(f"the adapter holds {what}, for which the format {format} has no place", where=path,
+                            fix="save it as auto, which makes a file of each kind of thing")
     merged = {**adapter.metadata, **(metadata or {})}
     for key, value in merged.items():
         if not isinstance(value, str):

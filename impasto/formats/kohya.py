@@ -9,6 +9,7 @@ mix kinds, one for each layer.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -22,8 +23,9 @@ from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.kronecker import factorization
 from impasto.formats import names
-from impasto.formats.adapter_bytes import layout, stored, tensor_bytes
+from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
 from impasto.formats.adapters import FileCodec, Layers, family_of
+from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
 from impasto.formats.header import Header, header_bytes
 from impasto.formats.kronecker_split import factor_of, split_of
 from impasto.formats.parts import FORMS, deltas_of, held, parts_of, rank_in
@@ -68,16 +70,28 @@ Parts = dict[str, Tensor]
 
 
 class Kohya(FileCodec):
-    """One safetensors file of `lora_unet_…` and `lora_te…` keys."""
+    """One safetensors file of `lora_unet_…` and `lora_te…` keys, and new tokens' `bundle_emb.…` beside them."""
 
     name = "kohya"
+    holds = frozenset({"deltas", "embeddings"})
 
     def claims(self, path: Path, header: Header | None) -> bool:
-        return header is not None and any(key.startswith(tuple(PREFIXES)) for key in header.tensors)
+        return header is not None and any(key.startswith((*PREFIXES, BUNDLE)) for key in header.tensors)
+
+    def load(self, path: Path, header: Header | None) -> Adapter:
+        adapter = super().load(path, header)
+        assert header is not None
+        tokens = {name: info for name, info in header.tensors.items() if name.startswith(BUNDLE)}
+        if tokens:
+            adapter.embeddings = unbundled(read_tensors(path, dataclasses.replace(header, tensors=tokens)), path)
+            adapter.family = adapter.family or family_by_width(adapter.embeddings)
+        return adapter
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path) -> Layers:
         found: dict[str, Parts] = {}
         for key, tensor in tensors.items():
+            if key.startswith(BUNDLE):  # no layer's: see `load`
+                continue
             layer, part = _parse(key, where)
             if part in found.setdefault(layer, {}):
                 raise UserError(f"{layer} has two tensors for its {part.rpartition('.')[2]}", where=where)
@@ -90,7 +104,7 @@ class Kohya(FileCodec):
                ) -> tuple[dict[str, Tensor], dict[str, str]]:
         layers = {layer: _turned(layer, parts_of(layer, held(layer, terms, where), where))
                   for layer, terms in adapter.deltas.items()}
-        tensors = {}
+        tensors = bundled(adapter.embeddings, dtype, where)
         for layer, parts in layers.items():
             name = _flat_name(layer, adapter.family)
             norm = names.is_norm(layer)
@@ -99,7 +113,8 @@ class Kohya(FileCodec):
                 # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
                 tensors[f"{name}.{suffixes[part]}"] = tensor.float() if part == "alpha" else \
                     stored(layer, tensor, dtype, where)
-        metadata = {**describe(layers, adapter.family, where.stem), **metadata, **_dimensions(layers)}
+        told = _dimensions(layers) if layers else {}
+        metadata = {**describe(layers, adapter.family, where.stem), **metadata, **told}
         return tensors, {**metadata, **hashes(tensors, metadata)}
 
 

@@ -35,6 +35,7 @@ _KOHYA = r"\.(?:lora_up\.weight|lora_down\.weight|alpha)"
 _LYCORIS = (r"\.(?:lora_mid\.weight|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff|diff_b|w_norm|b_norm|"
             r"dora_scale)")
 _PEFT = r"\.lora_[AB]\.weight"
+_BUNDLE = r"bundle_emb\.[^.]+\.(?:string_to_param\..+|clip_[lg]|emb_params)"  # new tokens beside the layers
 _PEFT_DORA = r"\.lora_magnitude_vector"
 _OLD = r"\.(?:lora|lora_linear_layer)\.(?:up|down)\.weight"
 _OLD_ATTN = _TRANSFORMER + r"\.attn[12]\.processor\.to_(?:q|k|v|out)_lora\.(?:up|down)\.weight"
@@ -69,7 +70,7 @@ _COMFY = (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}|conv_norm_out", endings=_BOT
 
 PROGRAMS = (
     # a layer's name is what stands before the first dot of a key: no dotted name is found
-    Program("A1111", (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}", f"{_TEXT}|{_TEXT_NORMS}", _BOTH),),
+    Program("A1111", (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}", f"{_TEXT}|{_TEXT_NORMS}", _BOTH), _BUNDLE),
             "AUTOMATIC1111/stable-diffusion-webui: extensions-builtin/Lora/networks.py, network_*.py"),
     Program("Forge", _COMFY,
             "lllyasviel/stable-diffusion-webui-forge: packages_3rdparty/comfyui_lora_collection/lora.py"),

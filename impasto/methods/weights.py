@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import abc
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from impasto.core.errors import UserError
-from impasto.methods.base import Method, MethodOptions
+from impasto.methods.base import Method, MethodOptions, switched_off
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +133,9 @@ class LayerMethod(Method):
 
     def trains(self, base: Base) -> frozenset[str]:
         return frozenset(path.partition(".")[0] for path in self.choose(base))
+
+    def off(self) -> AbstractContextManager[None]:
+        return switched_off(self.attachment)
 
     def adapter(self) -> Adapter:
         from impasto.deltas.adapter import Adapter

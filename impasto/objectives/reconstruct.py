@@ -26,7 +26,8 @@ class ReconstructOptions(ObjectiveOptions):
     squared: float = Field(1.0, ge=0, description="Weight of the squared error beside 1 for L1.")
     edges: float = Field(0.5, ge=0, description="Weight of L1 between neighbours' differences.")
     kl: float = Field(1e-6, ge=0, description="Weight of the latents' divergence from a standard normal, nats summed "
-                      "over a picture's latents, divided by its cells (LDM: 1e-6); off where the encoder is not trained.")
+                      "over a picture's latents, divided by its cells (LDM: 1e-6); off where the encoder is not "
+                      "trained.")
 
 
 class Reconstruct(Objective):

@@ -61,6 +61,10 @@ def shareable(plain: dict[str, Any]) -> dict[str, Any]:
             place = section.get(key)
             if place and not ((name, key) == ("base", "path") and is_hub_id(place)):
                 section[key] = [_last(one) for one in place] if isinstance(place, list) else _last(place)
+    for method in plain["method"]:
+        for table in (method, *(method.get("tokens") or {}).values()):
+            if table.get("initial_file"):
+                table["initial_file"] = _last(table["initial_file"])
     plain["output"] = {key: value for key, value in plain["output"].items() if key not in TOLD}
     return plain
 

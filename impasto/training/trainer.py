@@ -6,6 +6,7 @@ What it leaves for other programs is in `artifacts`, what it takes to go on exac
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -22,7 +23,7 @@ from impasto.data.pictures import pictures_of
 from impasto.data.source import prepare_source
 from impasto.families.load import load_base, locate
 from impasto.methods import METHODS
-from impasto.methods.base import Method, group_of
+from impasto.methods.base import Method, all_off, group_of
 from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
@@ -108,6 +109,7 @@ class Trainer:
             reads=self.objective.reads, report=report, rank=self.processes.rank, world=self.processes.count,
             pictures=pictures)
         groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
+        self.objective.meet(self.base, functools.partial(all_off, self.methods), trains)
         own = self.objective.prepare(self.base, self.source.label_sizes, self.options.seed)
         groups += [group_of(module, f"objective.{name}", name) for name, module in own.items()]
         #: everything that trains, under its name in a checkpoint
@@ -129,6 +131,8 @@ class Trainer:
             self.base.denoiser.compile()
         self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)
         self.total = self.options.steps or (self.options.epochs or 0) * self.source.epoch_steps or 500
+        for method in self.methods:
+            method.begin(self.total)
         self.pictures = self.options.batch_size * self.options.accumulation * self.processes.count
         self.validation = Validation(recipe.validation, self.source, self.options.seed, self.total, self.pictures,
                                      report)
@@ -138,6 +142,8 @@ class Trainer:
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, fingerprint)
         self.artifacts.check()
+        for method in self.methods:
+            method.look(self.source.captions())
         told = (line for method in self.methods for line in method.remarks())
         for line in (*told, *self.source.describe(), *self.validation.describe()):
             report.note(line)

@@ -86,7 +86,7 @@ def test_fp32_weights_compute_in_a_bf16_base(parts: list[str]) -> None:
         method = full(parts=parts)
         method.prepare(each, seed=0)
         with torch.autocast("cpu", kind, enabled=kind is not None):
-            loss = Denoise(DenoiseOptions()).loss(each, batch, Draws(0, 0, batch.samples)).mean()
+            loss = Denoise(DenoiseOptions.model_validate({})).loss(each, batch, Draws(0, 0, batch.samples)).mean()
         loss.backward()
         losses.append(loss.item())
         assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32

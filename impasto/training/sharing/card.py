@@ -88,6 +88,8 @@ def _caption(recipe: Recipe | None) -> str:
 
 def _kinds(parcel: Parcel) -> list[str]:
     """Kinds of delta in an adapter ("lora"), as the hub tags them; none for a whole checkpoint."""
+    if parcel.detected.kind == "hypernetwork":
+        return [parcel.detected.kind]
     if parcel.detected.kind != "adapter":
         return []
     return sorted({kind for terms in load_adapter(parcel.artifact).deltas.values() for term in terms
@@ -95,6 +97,8 @@ def _kinds(parcel: Parcel) -> list[str]:
 
 
 def _front(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds: list[str]) -> ModelCardData:
+    if parcel.detected.kind == "embedding":
+        kinds = ["textual_inversion"]
     tags = ["stable-diffusion", "text-to-image", "diffusers", *kinds, "impasto"]
     if recipe is not None and recipe.prior is not None:
         tags.insert(3, "dreambooth")
@@ -109,7 +113,8 @@ def _front(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds:
 
 def _about(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds: list[str]) -> Iterator[str]:
     titles = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "dense": "difference"}
-    what = "/".join(titles.get(kind, kind) for kind in kinds) or "fine-tuned checkpoint"
+    whole = "textual inversion embedding" if parcel.detected.kind == "embedding" else "fine-tuned checkpoint"
+    what = "/".join(titles.get(kind, kind) for kind in kinds) or whole
     family = FAMILIES.get(parcel.detected.family, parcel.detected.family)
     on = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else \
         _code(PurePath(recipe.base.path).name) if recipe else ""
