@@ -38,6 +38,7 @@ from impasto.training.recipe import Recipe
 from impasto.training.requests import Requests
 from impasto.training.resume import Circumstances, Memory, resume
 from impasto.training.room import ask_for_room
+from impasto.training.rounding import Steps
 from impasto.training.run import Run
 from impasto.training.sharing.after import announce, push_after
 from impasto.training.shown import Shown
@@ -122,6 +123,7 @@ class Trainer:
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
+        self.steps = Steps(self.optimizer, self.trained, self.options.seed)
         self.previews = Previews(recipe, run.folder / "previews")
         if self.options.checkpointing:
             self.base.checkpoint_gradients()
@@ -139,6 +141,7 @@ class Trainer:
                                            self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, fingerprint)
+        self.artifacts.check()
         for method in self.methods:
             method.look(self.source.captions())
         told = (line for method in self.methods for line in method.remarks())
@@ -222,7 +225,7 @@ class Trainer:
             for parameter in method.resting(step):
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip or float("inf"))
-        self.scaler.step(self.optimizer)
+        self.steps.take(step, self.scaler)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for method in self.methods:

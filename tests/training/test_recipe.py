@@ -117,7 +117,8 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
 
 def test_ready_recipes_ship_and_are_valid() -> None:
     names = [path.relative_to(READY).with_suffix("").as_posix() for path in READY.rglob("*.toml")]
-    assert {"lora", "dreambooth_lora", "textual_inversion", "pivotal"} <= set(names)
+    assert {"lora", "dreambooth_lora", "textual_inversion", "pivotal", "full", "dreambooth_full", "partial",
+            "vae_decoder"} <= set(names)
     for name in names:
         own = name.startswith("mini/")  # those bring base and pictures
         recipe = load_recipe(name, [] if own else ["base.path=x.safetensors", "data.folder=photos"])
