@@ -82,7 +82,7 @@ def notices(base: Base, adapter: Adapter) -> list[str]:
         raise UserError(f"the adapter is for {adapter.family}, the base is {base.family}", where=base.source or "",
                         fix="take a base of the adapter's family")
     touched = {path.partition(".")[0] for path in adapter.deltas} & adapter.base.keys() & base.components.keys()
-    own = base.fingerprint(touched)
+    own = base.origin(touched)
     other = sorted(name for name in touched if own[name] != adapter.base[name])
     return [f"the adapter was made on another checkpoint of {base.family} ({', '.join(other)})"] if other else []
 

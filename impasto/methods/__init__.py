@@ -4,5 +4,5 @@ from impasto.core.registry import Registry
 
 METHODS = Registry("method", {
     "full": "impasto.methods.full:Full",
-    "lora": "impasto.methods.weights:LoRA",
+    "lora": "impasto.methods.lora:LoRA",
 })

@@ -42,7 +42,7 @@ class Artifacts:
     source: Source
     shown: Shown
     device: torch.device
-    fingerprint: dict[str, str]  # of the base as the run found it
+    fingerprint: dict[str, str]  # of the base's files as the run found them
 
     def path(self, step: int | Literal["best"] | None = None) -> Path:
         """Where the artifact of an optimizer step goes, or the best one, or the last."""
@@ -81,4 +81,4 @@ class Artifacts:
         if self.recipe.output.metadata == "none":
             return {}
         return metadata(self.recipe, step, base=self.fingerprint, data=self.source.fingerprint,
-                        environment=describe(self.device))
+                        environment=describe(self.device), merged=self.base.merged)
