@@ -3,5 +3,9 @@
 from impasto.core.registry import Registry
 
 DELTAS = Registry("kind of delta", {
+    "dense": "impasto.deltas.dense:Dense",
+    "dora": "impasto.deltas.dora:Dora",
+    "loha": "impasto.deltas.hadamard:Hadamard",
+    "lokr": "impasto.deltas.kronecker:Kronecker",
     "lora": "impasto.deltas.lowrank:LowRank",
 })

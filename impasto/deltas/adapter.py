@@ -88,7 +88,7 @@ def _sum(layer: str, terms: tuple[Delta, ...], others: tuple[Delta, ...]) -> tup
         if not (other.linear and all(term.linear for term in total)):
             raise UserError("holds a delta that depends on the base's weight, which has no sum without the base",
                             where=layer, fix="merge them into the base one after the other")
-        if other.shape != total[0].shape:
+        if other.shape and total[0].shape and other.shape != total[0].shape:  # () changes a bias alone
             raise UserError(f"has the shape {total[0].shape} in one adapter and {other.shape} in the other",
                             where=layer, fix="they were made for different bases")
         for i, term in enumerate(total):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError, nearest
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta, at_least_fp32
-from impasto.deltas.layers import check_layer, shape_of, weight_of
+from impasto.deltas.layers import weight_of
 
 Modules = Mapping[str, nn.Module] | nn.Module
 Deltas = Adapter | Mapping[str, Delta] | Mapping[str, tuple[Delta, ...]]
@@ -37,15 +37,13 @@ def attach(modules: Modules, deltas: Deltas, strength: float = 1.0) -> Attachmen
         terms = (terms,) if isinstance(terms, Delta) else terms
         layer = find_layer(modules, path)
         for term in terms:
-            if term.shape != shape_of(layer):
-                raise UserError(f"the layer's weight is {shape_of(layer)}, the adapter's change is {term.shape}",
-                                where=path, fix="the adapter was made for another base")
+            term.check_fit(layer, path)
             placed.append((path, layer, term if strength == 1.0 else term.scaled(strength)))
     return Attachment(modules, [_Placed(path, _Carrier.of(layer), term) for path, layer, term in placed])
 
 
 def find_layer(modules: Modules, path: str) -> nn.Module:
-    """The layer at a path, which can carry a delta; else a `UserError`."""
+    """The layer at a path; a `UserError` if there is none. Whether it can carry a delta, the delta knows."""
     root, inside = modules, path
     if not isinstance(root, nn.Module):
         name, _, inside = path.partition(".")
@@ -57,7 +55,6 @@ def find_layer(modules: Modules, path: str) -> nn.Module:
     except AttributeError:
         known = [name for name, module in root.named_modules() if not any(module.children())]
         raise UserError("there is no such layer in this base", where=path, fix=nearest(inside, known)) from None
-    check_layer(layer, path)
     return layer
 
 
@@ -91,9 +88,14 @@ class Attachment:
         """Add the deltas to the weights, in fp32, cast once; then detach.
 
         The weight's own tensor is changed. Raises `UserError`, before anything is changed, if another layer
-        shares it (GPT-2's output layer is its token embedding), since that one would change too.
+        shares it (GPT-2's output layer is its token embedding), since that one would change too, or if a change
+        of a bias has no bias to go to.
         """
         self._check_unshared()
+        for place in self._placed:
+            if place.delta.bias() is not None and getattr(place.layer, "bias", None) is None:
+                raise UserError("has no bias that a change of it could be merged into", where=place.path,
+                                fix="keep the adapter apart")
         by_layer: dict[nn.Module, list[Delta]] = {}
         for place in self._placed:
             by_layer.setdefault(place.layer, []).append(place.delta)
@@ -101,6 +103,10 @@ class Attachment:
             weight = weight_of(layer)
             wide = at_least_fp32(weight)
             weight.copy_(sum((delta.weight(wide).to(wide) for delta in deltas), start=wide))
+            for change in filter(lambda bias: bias is not None, (delta.bias() for delta in deltas)):
+                bias = layer.bias
+                assert isinstance(bias, Tensor) and change is not None
+                bias.copy_(at_least_fp32(bias) + change.to(bias.device))
         self.detach()
 
     def _check_unshared(self) -> None:
@@ -155,11 +161,11 @@ class _Carrier:
         return carrier if isinstance(carrier, _Carrier) else _Carrier(layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        out = self.original(*args, **kwargs)
+        out = plain = self.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))  # such layers have one input
         for place in self.placed:
             if place.enabled:
-                out = place.delta.add_to(out, x, self.layer)
+                out = place.delta.add_to(out, x, self.layer, plain)
         return out
 
     def remove(self, place: _Placed) -> None:

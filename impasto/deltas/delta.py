@@ -10,7 +10,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from impasto.deltas.layers import apply_weight, weight_of
+from impasto.core.errors import UserError
+from impasto.deltas.layers import apply_weight, check_layer, shape_of, weight_of
 
 
 class Delta(nn.Module, abc.ABC):
@@ -49,8 +50,11 @@ class Delta(nn.Module, abc.ABC):
         weight = self.weight(weight_of(layer))
         return apply_weight(x, weight.to(x.device, compute_dtype(x, layer)), layer)
 
-    def add_to(self, out: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """out + dW · x, in out's dtype, by the cheapest route. `out` itself is not changed."""
+    def add_to(self, out: Tensor, x: Tensor, layer: nn.Module, plain: Tensor) -> Tensor:
+        """out + dW · x, in out's dtype, by the cheapest route. `out` itself is not changed.
+
+        `plain` is the layer's own output for x, before any delta: (W · x + bias).
+        """
         return out + self(x, layer).to(out.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -64,9 +68,25 @@ class Delta(nn.Module, abc.ABC):
         """One delta that equals the sum of both, or None where they must stand side by side."""
         return None
 
+    def bias(self) -> Tensor | None:
+        """What is added to the layer's bias, (out,), in fp32 or wider; most kinds add nothing."""
+        return None
+
+    def check_fit(self, layer: nn.Module, path: str) -> None:
+        """Raise a `UserError` if this cannot be put on a layer, or was made for another shape."""
+        check_layer(layer, path)
+        check_shape(self.shape, shape_of(layer), path)
+
     def snapshot(self) -> Self:
         """A frozen copy on the CPU."""
         return copy.deepcopy(self).requires_grad_(False).cpu().eval()
+
+
+def check_shape(change: tuple[int, ...], weight: tuple[int, ...], path: str) -> None:
+    """Raise a `UserError` if a change is not of the shape of what it changes."""
+    if change != weight:
+        raise UserError(f"the layer's weight is {weight}, the adapter's change is {change}", where=path,
+                        fix="the adapter was made for another base")
 
 
 def compute_dtype(x: Tensor, layer: nn.Module) -> torch.dtype:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: these have a weight (c,) that scales; a dense change of it, and of the bias, is all that they can carry
+NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
 def is_conv1d(layer: nn.Module) -> bool:

@@ -5,4 +5,6 @@ from impasto.core.registry import Registry
 METHODS = Registry("method", {
     "full": "impasto.methods.full:Full",
     "lora": "impasto.methods.lora:LoRA",
+    "loha": "impasto.methods.loha:LoHa",
+    "lokr": "impasto.methods.lokr:LoKr",
 })

@@ -69,6 +69,10 @@ class Method(abc.ABC):
         Raises `UserError` for options that do not fit that length.
         """
 
+    def remarks(self) -> Iterable[str]:
+        """Lines to tell at the start, once prepared: where an option could not be taken as it was written."""
+        return ()
+
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
         return None

@@ -61,10 +61,9 @@ def take_over(delta: Delta, terms: Terms, path: str) -> None:
     with torch.no_grad():
         if isinstance(delta, LowRank) and all(factor in ("up", "down") for factor, _ in delta.named_parameters()):
             return _take_factors(delta, terms, path)
-        theirs = terms[0].tensors() if len(terms) == 1 and terms[0].kind == delta.kind else {}
-        ours = dict(delta.named_parameters())
-        if any(name not in theirs or theirs[name].shape != own.shape for name, own in ours.items()) or \
-                theirs.keys() - ours.keys() - {"alpha"}:
+        same = len(terms) == 1 and terms[0].kind == delta.kind
+        theirs, ours = dict(terms[0].named_parameters()) if same else {}, dict(delta.named_parameters())
+        if theirs.keys() != ours.keys() or any(theirs[name].shape != own.shape for name, own in ours.items()):
             raise UserError(f"the warm start has {_told(terms)} there, which a {delta.kind} of this size cannot begin "
                             "as", where=path, fix="give this method the kind, rank and other sizes of that file")
         for name, own in ours.items():

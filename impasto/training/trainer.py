@@ -138,7 +138,8 @@ class Trainer:
                                            self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, origin)
-        for line in (*self.source.describe(), *self.validation.describe()):
+        told = (line for method in self.methods for line in method.remarks())
+        for line in (*told, *self.source.describe(), *self.validation.describe()):
             report.note(line)
 
     # --- the loop ----------------------------------------------------------------------------------------

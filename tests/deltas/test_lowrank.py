@@ -49,7 +49,7 @@ def test_forward_and_add_to_are_a_changed_weight(kind: str) -> None:
     assert_close(delta(x, layer), want)
     out = layer(x)
     before = out.clone()
-    assert_close(delta.add_to(out, x, layer), out + want)
+    assert_close(delta.add_to(out, x, layer, out), out + want)
     assert torch.equal(out, before)  # left as it was
 
 
@@ -77,14 +77,14 @@ class Adding(nn.Module):
         self.delta = delta
 
     def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
-        return self.delta.add_to(layer(x), x, layer)
+        return self.delta.add_to(layer(x), x, layer, layer(x))
 
 
 @kinds
 def test_the_dense_route_of_the_base_class_agrees(kind: str) -> None:
     layer, x, delta = carried(kind)
     assert_close(super(LowRank, delta).forward(x, layer), delta(x, layer))
-    assert_close(super(LowRank, delta).add_to(layer(x), x, layer), delta.add_to(layer(x), x, layer))
+    assert_close(super(LowRank, delta).add_to(layer(x), x, layer, layer(x)), delta.add_to(layer(x), x, layer, layer(x)))
 
 
 # --- against peft -------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_peft_computes_the_same(kind: str, rslora: bool) -> None:
     model = peft_model(nn.Sequential(make_layer(kind)), r=4, lora_alpha=6, use_rslora=rslora)
     theirs = model.base_model.model[0]
     ours = from_peft(theirs, rslora).requires_grad_(True)
-    out, want = ours.add_to(layer(x), x, layer), model(x)
+    out, want = ours.add_to(layer(x), x, layer, layer(x)), model(x)
     assert_close(out, want)
     dW = theirs.get_delta_weight("default")
     assert_close(ours.weight(), dW.T if layer.weight.shape != ours.shape else dW)
@@ -163,7 +163,7 @@ def test_half_precision_layers_take_fp32_factors(kind: str, dtype: torch.dtype) 
     want = layer(x) + delta(x, layer)
     half, delta = layer.to(dtype), delta.float().requires_grad_(True)
     y = x.to(dtype) if x.is_floating_point() else x
-    out = delta.add_to(half(y), y, half)
+    out = delta.add_to(half(y), y, half, half(y))
     assert out.dtype == delta(y, half).dtype == dtype
     assert_close(out.double(), want, rtol=0.05, atol=0.05 * float(want.abs().max()))
     out.sum().backward()
@@ -178,7 +178,7 @@ def test_autocast_gives_the_layer_s_own_dtype(kind: str) -> None:
     y = x.float() if x.is_floating_point() else x
     with torch.autocast("cpu", torch.bfloat16):
         plain = layer(y)
-        out, alone = delta.add_to(plain, y, layer), delta(y, layer)
+        out, alone = delta.add_to(plain, y, layer, plain), delta(y, layer)
     assert out.dtype == alone.dtype == plain.dtype
     assert_close(out.double(), want, rtol=0.05, atol=0.05 * float(want.abs().max()))
     out.float().sum().backward()
@@ -194,7 +194,7 @@ def test_products_of_half_precision_factors_are_made_in_fp32() -> None:
 def test_a_vector_is_an_input_too() -> None:
     layer, _, delta = carried("linear")
     x = torch.randn(6, dtype=torch.float64)
-    assert_close(delta.add_to(layer(x), x, layer), with_weight(layer, dense_of(delta))(x))
+    assert_close(delta.add_to(layer(x), x, layer, layer(x)), with_weight(layer, dense_of(delta))(x))
 
 
 # --- dropout ------------------------------------------------------------------------------------------------
@@ -206,11 +206,11 @@ def test_dropout_is_of_the_input_and_in_training_only(kind: str) -> None:
     delta = LowRank(given.shape, given.rank, given.alpha, dropout=0.4).double()
     delta.load_state_dict(given.state_dict())
     torch.manual_seed(5)
-    out = delta.add_to(layer(x), x, layer)
+    out = delta.add_to(layer(x), x, layer, layer(x))
     torch.manual_seed(5)
     assert_close(out, layer(x) + change(layer, nn.functional.dropout(x, 0.4), dense_of(delta)))
     delta.eval()
-    assert_close(delta.add_to(layer(x), x, layer), given.add_to(layer(x), x, layer))
+    assert_close(delta.add_to(layer(x), x, layer, layer(x)), given.add_to(layer(x), x, layer, layer(x)))
 
 
 def test_dropout_of_a_lookup_leaves_out_whole_rows() -> None:
