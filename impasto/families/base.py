@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from impasto.core.errors import UserError
+from impasto.core.files import key_of
 from impasto.core.progress import SILENT, Reporter
 from impasto.diffusion.process import Process
 from impasto.families.tokens import Tokens, Vocabulary
@@ -51,6 +52,16 @@ class Geometry:
         return Geometry(self.original.to(device), self.crop.to(device), self.target.to(device))
 
 
+@dataclass(frozen=True)
+class Merged:
+    """An adapter in a base's weights."""
+
+    name: str  # of its file
+    digest: str  # of what it holds
+    strength: float
+    components: frozenset[str]  # that it changed
+
+
 @dataclass
 class Base(abc.ABC):
     """A checkpoint made usable: tokenizers, text encoders, denoiser, VAE and its noise process."""
@@ -69,6 +80,8 @@ class Base(abc.ABC):
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     #: the checkpoint's own scheduler config, for what it says about sampling
     scheduler: dict[str, Any] = field(default_factory=dict)
+    #: adapters that were merged into the weights after loading, in this order
+    merged: tuple[Merged, ...] = ()
 
     # --- loading -------------------------------------------------------------------------------------
     @classmethod
@@ -244,9 +257,20 @@ class Base(abc.ABC):
                             fix="put the base back to where it was") from error
 
     def fingerprint(self, components: Iterable[str] | None = None) -> dict[str, str]:
+        """What identifies each component's weights: that of the checkpoint, and what was merged into them since.
+
+        Encodings and drawn pictures are kept under it. A component without a merged adapter has its `origin`.
+        """
+        found = self.origin(components)
+        for name in found:
+            if own := [(each.digest, each.strength) for each in self.merged if name in each.components]:
+                found[name] = key_of("merged", found[name], own)
+        return found
+
+    def origin(self, components: Iterable[str] | None = None) -> dict[str, str]:
         """blake2b of each component's tensors in diffusers' naming: one for all layouts of the same weights.
 
-        Of the weights as the checkpoint holds them, whatever precision they are used in.
+        Of the weights as the checkpoint holds them, whatever precision they are used in and is merged into them.
         """
         from impasto.families.fingerprint import fingerprint, of_module
 

@@ -45,7 +45,7 @@ class Artifacts:
     source: Source
     shown: Shown
     device: torch.device
-    fingerprint: dict[str, str]  # of the base as the run found it
+    fingerprint: dict[str, str]  # of the base's files as the run found them
 
     @property
     def whole(self) -> bool:
@@ -104,4 +104,4 @@ class Artifacts:
         if self.recipe.output.metadata == "none":
             return {}
         return metadata(self.recipe, step, base=self.fingerprint, data=self.source.fingerprint,
-                        environment=describe(self.device))
+                        environment=describe(self.device), merged=self.base.merged)

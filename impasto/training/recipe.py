@@ -16,6 +16,7 @@ import pydantic
 from pydantic import Field, SerializeAsAny
 
 from impasto.core.errors import UserError, nearest
+from impasto.core.weighted import checked
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions
 from impasto.data.sets import DataSets, one_or_several
 from impasto.methods import METHODS
@@ -48,6 +49,15 @@ class BaseOptions(Section):
     clip_skip: int = Field(0, ge=0, le=11, description="Text encoder layers left out at the end; 0 is the "
                            "last layer (A1111 and kohya call that clip skip 1).")
     download: bool = Field(False, description="Whether a hub id may be fetched from the internet.")
+    adapters: list[Annotated[str, pydantic.AfterValidator(checked)]] = Field(
+        [], description="Adapters, each a file or \"FILE:0.8\", that are merged into the base's weights in memory "
+        "before all else, one after the other (kohya's base_weights).")
+
+    @pydantic.model_validator(mode="after")
+    def _onto_weights(self) -> BaseOptions:
+        if self.adapters and self.init == "random":
+            raise ValueError("adapters are made for a base's own weights, not for random ones")
+        return self
 
 
 def _optimizer(name: str) -> str:

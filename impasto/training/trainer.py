@@ -98,8 +98,9 @@ class Trainer:
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
                                   device=self.device, dtype=self.precision.dtype, report=report,
+                                  adapters=recipe.base.adapters,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)
-        fingerprint = self.base.fingerprint()  # before anything trains
+        fingerprint, origin = self.base.fingerprint(), self.base.origin()  # before anything trains
         self.objective = OBJECTIVES.get(recipe.objective.kind)(recipe.objective)
         self.methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]
         trains = frozenset[str]().union(*(method.trains(self.base) for method in self.methods))
@@ -140,7 +141,7 @@ class Trainer:
         self.circumstances = Circumstances(recipe, self.total, self.source.fingerprint, fingerprint, self.device,
                                            self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
-                                   self.device, fingerprint)
+                                   self.device, origin)
         self.artifacts.check()
         for method in self.methods:
             method.look(self.source.captions())

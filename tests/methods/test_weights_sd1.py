@@ -14,7 +14,7 @@ from impasto.families.apply import apply
 from impasto.families.base import Base
 from impasto.families.load import load_base
 from impasto.formats.adapters import load_adapter, save_adapter
-from impasto.methods.weights import LoRA
+from impasto.methods.lora import LoRA
 from tests.checkpoints import write_checkpoint
 
 
