@@ -67,8 +67,8 @@ def _widen(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) -> None:
         if not owner.startswith("group"):
             entry: Any = optimizer.state[parameters[int(owner)]]
             for part in path:
-                entry = entry[part]
-            if entry[key].dtype != tensor.dtype:
+                entry = entry.get(part, {})  # bitsandbytes packs its own under another name, and casts none of it
+            if key in entry and entry[key].dtype != tensor.dtype:
                 entry[key] = tensor.to(entry[key].device)
 
 

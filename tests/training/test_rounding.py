@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+import bitsandbytes
 import prodigyopt
 import pytest
 import torch
@@ -67,10 +68,10 @@ def gradients(net: nn.Module, step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator(100 * step + i)).to(parameter.dtype)
 
 
-def made(dtype: torch.dtype, **settings: Any) -> tuple[Net, torch.optim.AdamW, Steps]:
+def made(dtype: torch.dtype, kind: Any = torch.optim.AdamW) -> tuple[Net, torch.optim.Optimizer, Steps]:
     net = Net(dtype)
     groups = [{"params": list(net.a.parameters()), "lr": 1e-4}, {"params": list(net.b.parameters()), "lr": 1e-3}]
-    optimizer = torch.optim.AdamW(groups, **settings)
+    optimizer = kind(groups)
     return net, optimizer, Steps(optimizer, {"net": net}, seed=3)
 
 
@@ -130,14 +131,15 @@ def test_draws_follow_seed_step_and_name_alone() -> None:
     assert not torch.equal(after([0, 1]), after([0, 2])) and not torch.equal(after([0]), after([0], seed=1))
 
 
-def test_state_comes_back_in_fp32() -> None:
-    net, optimizer, steps = made(torch.bfloat16)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, bitsandbytes.optim.AdamW8bit, torch.optim.Adagrad])
+def test_state_comes_back_in_fp32(kind: type[torch.optim.Optimizer]) -> None:
+    net, optimizer, steps = made(torch.bfloat16, kind)
     for step in range(4):
         if step == 2:
             middle, (tensors, values) = copy.deepcopy(net.state_dict()), pack_optimizer(optimizer)
         gradients(net, step)
         steps.take(step, OFF)
-    again, optimizer, steps = made(torch.bfloat16)
+    again, optimizer, steps = made(torch.bfloat16, kind)
     again.load_state_dict(middle)
     unpack_optimizer(optimizer, {name: tensor.clone() for name, tensor in tensors.items()},
                      json.loads(json.dumps(values)))
