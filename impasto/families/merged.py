@@ -21,9 +21,9 @@ def merge_into(base: Base, adapters: Iterable[str], report: Reporter = SILENT) -
     """Add adapters, each "FILE" or "FILE:strength", to the base's weights, one after the other: in fp32, each cast once
     to the weights' own precision.
 
-    The base's files stay as they are, and so does its `origin`; its fingerprint is another one. Raises `UserError` for an
-    adapter of another family or shape, for a layer that is not there, and for new tokens or hooks, which no weight can
-    hold: before this adapter has changed anything.
+    The base's files stay as they are, and so does its `origin`; its fingerprint is another one. Raises `UserError` for
+    an adapter of another family or shape, for a layer that is not there, and for new tokens or hooks, which no weight
+    can hold: before this adapter has changed anything.
     """
     for path, strength in map(Weighted.parse, adapters):
         adapter = load_adapter(path, family=base.family)

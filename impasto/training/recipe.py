@@ -50,8 +50,8 @@ class BaseOptions(Section):
                            "last layer (A1111 and kohya call that clip skip 1).")
     download: bool = Field(False, description="Whether a hub id may be fetched from the internet.")
     adapters: list[Annotated[str, pydantic.AfterValidator(checked)]] = Field(
-        [], description="Adapters, each a file or \"FILE:0.8\", that are merged into the base's weights in memory before "
-        "all else, one after the other (kohya's base_weights).")
+        [], description="Adapters, each a file or \"FILE:0.8\", that are merged into the base's weights in memory "
+        "before all else, one after the other (kohya's base_weights).")
 
     @pydantic.model_validator(mode="after")
     def _onto_weights(self) -> BaseOptions:

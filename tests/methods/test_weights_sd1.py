@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from impasto.families.apply import apply
 from impasto.families.base import Base
 from impasto.families.load import load_base
+from impasto.families.merged import merge_into
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.methods.lora import LoRA
 from tests.checkpoints import write_checkpoint
@@ -56,7 +57,8 @@ def test_from_training_to_another_base_and_into_its_weights(mini: Path, tmp_path
     assert_close(predict(other), trained, **tolerance)
     attachment.enabled = False
     assert torch.equal(predict(other), before)
-    attachment.merge()
+    attachment.detach()
+    merge_into(other, [str(tmp_path / "dog.safetensors")])
     assert_close(predict(other), trained, **tolerance)
 
 
