@@ -16,7 +16,8 @@ FIRST = ("modelspec.title", "ss_output_name", "modelspec.trigger_phrase", "ss_ba
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """All lines about one file or folder."""
-    kinds = {"adapter": _adapter, "picture": _picture, "pickle": _pickle, "run": _run}
+    kinds = {"adapter": _adapter, "embedding": _embedding, "hypernetwork": _hypernetwork, "picture": _picture,
+             "pickle": _pickle, "run": _run}
     kind = _other if "unread" in found else kinds.get(found["kind"], _checkpoint)
     heading = safe(found["file"]) + (f" ({size(found['bytes'])})" if "bytes" in found else "")
     told = [heading, *kind(found)]
@@ -37,9 +38,45 @@ def _adapter(found: Mapping[str, Any]) -> list[str]:
         "made on": ", ".join(f"{name} {print_[:12]}" for name, print_ in found["base"].items()),
     })
     told += ["", "size of the change by block (Frobenius norm)", *_indent(bars(found["norms"]))]
+    told += ["", "new tokens", *_tokens(found["tokens"])] if found["tokens"] else []
     if "programs" in found:
         told += ["", "loaded by", *_indent([line for verdict in found["programs"] for line in _verdict(verdict)])]
     return told + _metadata(found["metadata"])
+
+
+def _hypernetwork(found: Mapping[str, Any]) -> list[str]:
+    after = ", after the last layer too" if found["activate_output"] else ""
+    told = [f"hypernetwork for {safe(found['family'] or 'an unknown family')}"]
+    told += _pairs({
+        "widths": ", ".join(map(str, found["widths"])),
+        "structure": "-".join(f"{multiple:g}" for multiple in found["structure"]),
+        "activation": found["activation"] + ("" if found["activation"] == "linear" else after),
+        "layer norm": "yes" if found["layer_norm"] else "no",
+        "dropout": ", ".join(f"{p:g}" for p in found["dropout"]) if any(found["dropout"]) else "none",
+        "parameters": f"{found['parameters']:,} ({_types(found['dtypes'])})",
+        "made on": ", ".join(f"{name} {print_[:12]}" for name, print_ in found["base"].items()),
+        "caution": "".join(f"{program} does not know this activation" for program in found["unread_by"]),
+    })
+    told += ["", "size of the weights by width (Frobenius norm)", *_indent(bars(found["norms"]))]
+    return told + _imports(found) + _metadata(found["metadata"])
+
+
+def _embedding(found: Mapping[str, Any]) -> list[str]:
+    family = f" for {safe(found['family'])}" if found["family"] else ""
+    several = "s" if len(found["tokens"]) > 1 else ""
+    return [f"embedding{several}{family}, in {found['format']} format", *_tokens(found["tokens"]), *_pairs({
+        "made on": ", ".join(f"{name} {print_[:12]}" for name, print_ in found["base"].items())}),
+        *_imports(found), *_metadata(found["metadata"])]
+
+
+def _tokens(tokens: Mapping[str, Any]) -> list[str]:
+    """A line for each token and text encoder; norms tell how far vectors are from those of words."""
+    rows = [["token", "text encoder", "vectors", "width", "norms"]]
+    for token, own in tokens.items():
+        for encoder, part in own.items():
+            norms = " ".join(f"{norm:.3g}" for norm in part["norms"][:8]) + (" ..." if part["vectors"] > 8 else "")
+            rows.append([safe(token), safe(encoder), str(part["vectors"]), str(part["width"]), norms])
+    return _indent(table(rows))
 
 
 def _verdict(verdict: Mapping[str, Any]) -> list[str]:

@@ -82,8 +82,9 @@ def known(path: Path) -> Findings:
         return picture(path)
     if path.is_dir() and detected.kind == "unknown":
         raise UserError("is a folder without a checkpoint, an adapter or a run in it", where=path)
+    reads = {"adapter": adapter, "embedding": embedding, "hypernetwork": hypernetwork}
     try:
-        return adapter(path) if detected.kind == "adapter" else checkpoint(path, detected.kind)
+        return reads[detected.kind](path) if detected.kind in reads else checkpoint(path, detected.kind)
     except UserError as error:
         return other(path, detected, error)
 
@@ -106,27 +107,73 @@ def other(path: Path, detected: Detected, error: UserError) -> Findings:
 
 def adapter(path: Path) -> Findings:
     """An adapter: for what, of what ranks, how strong in which block, and who would load it."""
-    from impasto.deltas.lowrank import LowRank
+    from impasto.deltas.told import alpha_of, kinds_of, rank_of
     from impasto.formats.adapters import CODECS, load_adapter
     from impasto.formats.programs import verdicts
 
     loaded = load_adapter(path)
     header = None if path.is_dir() else read_header(path)
     terms = [term for terms in loaded.deltas.values() for term in terms]
-    low = [term for term in terms if isinstance(term, LowRank)]
+    ranks = [rank for term in terms if (rank := rank_of(term)) is not None]
+    alphas = [alpha for term in terms if (alpha := alpha_of(term)) is not None]
     found: Findings = {
         "kind": "adapter", "family": loaded.family,
         "format": next(name for name in CODECS if CODECS.get(name)().claims(path, header)),
         "layers": len(loaded.layers),
         "components": dict(Counter(layer.partition(".")[0] for layer in loaded.layers)),
-        "deltas": dict(Counter(term.kind for term in terms)),
-        "ranks": _counts(term.rank for term in low), "alphas": _counts(f"{term.alpha:g}" for term in low),
-        "norms": block_norms(loaded), "base": loaded.base, "metadata": loaded.metadata,
+        "deltas": dict(Counter(" + ".join(kinds_of(term)) for term in terms)),
+        "ranks": _counts(ranks), "alphas": _counts(f"{alpha:g}" for alpha in alphas),
+        "norms": block_norms(loaded), "tokens": tokens_of(loaded), "base": loaded.base, "metadata": loaded.metadata,
     }
     if header is not None:
         found |= tensors_of(header) | {"metadata": header.metadata}
-        found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, [term.alpha for term in low])]
+        found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, alphas)]
     return found
+
+
+def hypernetwork(path: Path) -> Findings:
+    """A hypernetwork: for which contexts, how it is built, and how large its weights are."""
+    from impasto.deltas.hypernetwork import Hypernetwork
+    from impasto.formats.adapters import load_adapter
+    from impasto.formats.hypernetwork import COMFYUI
+    from impasto.formats.pickles import load_pickle
+
+    loaded = load_adapter(path)
+    hook = loaded.hooks[0]
+    assert isinstance(hook, Hypernetwork)
+    dtypes: Counter[str] = Counter()
+    for width, pair in load_pickle(path).items():
+        for tensor in (tensor for part in pair for tensor in part.values()) if type(width) is int else ():
+            dtypes[_dtype(tensor.dtype)] += tensor.numel()
+    norms = {width: math.sqrt(sum(float(p.double().square().sum()) for p in pair.parameters()))
+             for width, pair in hook.pairs.items()}
+    return {"kind": "hypernetwork", "family": loaded.family, "widths": list(hook.widths),
+            "structure": list(hook.structure), "activation": hook.activation, "layer_norm": hook.layer_norm,
+            "activate_output": hook.activate_output, "dropout": list(hook.dropout), "norms": norms,
+            "unread_by": [] if hook.activation in COMFYUI else ["ComfyUI"],
+            "parameters": sum(dtypes.values()), "dtypes": dict(dtypes), "base": loaded.base,
+            "metadata": loaded.metadata}
+
+
+def embedding(path: Path) -> Findings:
+    """New tokens: how many vectors in each text encoder, and how long they are."""
+    from impasto.formats.adapters import CODECS, load_adapter
+    from impasto.formats.probe import is_pickle
+
+    loaded = load_adapter(path)
+    header = None if is_pickle(path) else read_header(path)
+    found: Findings = {
+        "kind": "embedding", "family": loaded.family, "tokens": tokens_of(loaded),
+        "format": next(name for name in CODECS if CODECS.get(name)().claims(path, header)),
+        "base": loaded.base, "metadata": loaded.metadata if header is None else header.metadata}
+    return found | (tensors_of(header) if header is not None else {})
+
+
+def tokens_of(loaded: Adapter) -> Findings:
+    """By token, then by text encoder: number and width of the vectors, and the norm of each."""
+    return {token: {encoder: {"vectors": len(values), "width": values.shape[1],
+                              "norms": [round(norm, 4) for norm in values.norm(dim=1).tolist()]}
+                    for encoder, values in own.items()} for token, own in loaded.embeddings.items()}
 
 
 def block_norms(loaded: Adapter) -> dict[str, float]:
@@ -141,11 +188,18 @@ def block_norms(loaded: Adapter) -> dict[str, float]:
 
 
 def layer_norm(loaded: Adapter, layer: str) -> float:
-    """The Frobenius norm of dW; of factors, from their Gram matrices: |UD|² = sum of (UᵀU) ∘ (DDᵀ)."""
-    terms = loaded.deltas[layer]
-    factors = terms[0].factors() if len(terms) == 1 else None
+    """The Frobenius norm of dW; of a LoRA's factors, from their Gram matrices: |UD|² = sum of (UᵀU) ∘ (DDᵀ).
+
+    Of a DoRA without its magnitude, which counts only beside a base's weight.
+    """
+    import torch
+
+    from impasto.deltas.told import inner_of
+
+    terms = [inner_of(term) for term in loaded.deltas[layer] if term.shape]
+    factors = terms[0].factors() if len(terms) == 1 and terms[0].kind == "lora" else None
     if factors is None:
-        return float(loaded.dense(layer).norm())
+        return float(torch.as_tensor(sum(term.weight() for term in terms)).norm())
     up, down = (factor.detach().flatten(1).double() for factor in factors)
     return math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
 
@@ -238,7 +292,7 @@ def run(path: Path) -> Findings:
         "kind": "run", "base": recipe.base.path, "methods": [method.kind for method in recipe.method],
         "step": steps[-1]["step"] if steps else 0, "loss": steps[-1]["loss"] if steps else None,
         "checkpoints": sorted(p.name for p in (path / "checkpoints").glob("*") if p.name.isdigit()),
-        "artifacts": sorted(p.name for p in path.glob("*.safetensors")),
+        "artifacts": sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt")),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,6 +38,14 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
             ways = ", ".join(name.replace("_", " ") for name, value in augment.facts if value and name != "variants")
             where = f" of {label(number, data)}" if len(data.sets) > 1 else ""
             lines.append(f"each picture{where} is shown in {augment.variants} versions, by {ways}; kept encoded")
+    for number, one in enumerate(data.sets):
+        if one.mask != "none":
+            own, where = of_set(pictures, number), f" of {label(number, data)}" if len(data.sets) > 1 else ""
+            names = {item.picture.name for item in own if item.mask is not None}
+            lines.append(f"pictures{where} of which parts count by a mask: {len(names)} of "
+                         f"{len({item.picture.name for item in own})}; the rest of each weighs {one.mask_floor:g}")
+    for number, one in enumerate(data.sets):
+        lines += _weights(one, of_set(pictures, number), f" of {label(number, data)}" if len(data.sets) > 1 else "")
     shares = [one.share or 0.0 for one in data.sets]
     if any(shares):
         lines.append("of the samples " + ", ".join(f"{share / sum(shares):.1%} are of {label(number, data)}"
@@ -46,6 +55,18 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
     if held_out:
         lines += account("held-out pictures", held_out, sorted({size for sizes in buckets for size in sizes}))
     return lines
+
+
+def _weights(data: DataOptions, items: Sequence[Item], where: str) -> list[str]:
+    """Which pictures' losses weigh more or less than the others', and patterns for that without effect."""
+    if isinstance(items, Many):  # it would be to read all captions
+        return []
+    own = {item.picture.name: item.own_weight for item in items if item.own_weight != 1}
+    lines = [f"pictures{where} with a loss weight of their own, or of their caption: {len(own)}, from "
+             f"{min(own.values()):g} to {max(own.values()):g}"] if own else []
+    idle = [pattern for pattern in data.caption_loss_weights
+            if not any(re.search(pattern, item.caption, re.IGNORECASE) for item in items)]
+    return lines + [f"caption_loss_weights that are in no caption{where}: {', '.join(map(repr, idle))}"] * bool(idle)
 
 
 def of_set(items: Sequence[Item], number: int) -> Sequence[Item]:
@@ -129,6 +150,8 @@ def unused(listing: Listing, data: DataOptions, captions: Captions) -> list[str]
     if data.caption is not None and listing.captions:
         kind = ".txt" if all(name.lower().endswith(".txt") for name in listing.captions) else "caption"
         notes.append(f"{len(listing.captions)} {kind} files are not read, as data.caption is set")
+    if listing.masks and data.mask != "files":
+        notes.append(f"masks that are not read, as data.mask is not files: {len(listing.masks)}")
     if captions.overruled:
         name, told = next(iter(captions.overruled.items()))
         notes.append(f"pictures of which two files say different things: {len(captions.overruled)} ({name}: {told}; "

@@ -43,7 +43,7 @@ class Variant:
         """The picture as this variant shows it: (3, H, W), fp32 in [-1, 1]; mirrored at last."""
         if not self.facts:
             return cut(image, self.placement, flip)
-        window = self._window(image)
+        window = self.window(image)
         for enhancer, factor in ((ImageEnhance.Brightness, self.brightness), (ImageEnhance.Contrast, self.contrast),
                                  (ImageEnhance.Color, self.saturation)):
             if factor != 1:
@@ -52,8 +52,8 @@ class Variant:
             window = shifted(window, self.hue)
         return to_tensor(window, flip)
 
-    def _window(self, image: Image.Image) -> Image.Image:
-        """What is in the window, turned."""
+    def window(self, image: Image.Image) -> Image.Image:
+        """What is in the window, turned; of a picture of any mode, whose colours stay as they are."""
         (tall, wide), (top, left), (height, width) = (self.placement.resized, self.placement.crop,
                                                       self.placement.bucket)
         if image.size != (wide, tall):

@@ -23,6 +23,7 @@ from impasto.core.progress import Reporter
 from impasto.data.augment import Variant
 from impasto.data.dataset import Picture
 from impasto.data.frontier import VAE
+from impasto.data.masks import Mask
 from impasto.families.base import Base, Caption, TextStates
 
 #: raise it when the way from a file to an entry changes: decoding, scaling, cutting
@@ -127,6 +128,13 @@ def latent_key(picture: Picture, variant: Variant, flip: bool, background: str, 
                   flip, background, encoder, *([facts] if facts else []))
 
 
+def mask_key(mask: Mask, variant: Variant, cell: int) -> str:
+    """The key of a mask's cells: content, which channel of it, and how it is cut."""
+    placement = variant.placement
+    return key_of("mask", RECIPE, mask.digest, mask.alpha, placement.resized, placement.crop, placement.bucket,
+                  variant.angle, cell)
+
+
 def image_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
     """What moments depend on beside the picture: the VAE's weights and its precision."""
     return key_of(fingerprint[VAE], precision(base, VAE))
@@ -157,9 +165,10 @@ def text_key(caption: Caption, encoder: str) -> str:
 
 
 def text_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
-    """What text states depend on beside the caption: weights, precision, family settings (clip skip)."""
+    """What text states depend on beside the caption: weights, precision, family settings (clip skip), new tokens."""
     weights = [(name, fingerprint[name], precision(base, name)) for name in base.text_encoder_names]
-    return key_of(weights, sorted(base.text_settings().items()))
+    tokens = base.tokens.facts()
+    return key_of(weights, sorted(base.text_settings().items()), *([tokens] if tokens else []))
 
 
 def encode_caption(base: Base, caption: Caption) -> TextStates:

@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from impasto.core.errors import MissingExtra
 
 #: keys of a row that hold what a picture is called, and what it shows
 NAMES, WORDS, TAGS = ("file_name", "image", "path"), ("caption", "text", "prompt"), "tags"
+#: key of a row that holds what the picture's loss weighs
+WEIGHT = "loss_weight"
 #: a table is not larger, bytes
 LARGEST = 2 * 10**9
 
@@ -29,6 +32,7 @@ class Row:
     name: str
     lines: list[str]
     place: str  # "line 3"
+    weight: object = None  # of the picture's loss, as it stands there
 
 
 def text_of(path: Path) -> str:
@@ -53,6 +57,28 @@ def tidy(text: str) -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a caption's own file: text, or JSON (a string, or an object as `lines_in` takes it)."""
     return lines_of(text_of(path), path.suffix.lower() == ".json")
+
+
+def weight_beside(path: Path) -> object:
+    """What a picture's own JSON says of its loss's weight, as it stands there. Raises `ValueError`, as `read_lines`."""
+    data = _json(text_of(path)) if path.suffix.lower() == ".json" else None
+    return data.get(WEIGHT) if isinstance(data, dict) else None
+
+
+def loss_weight(value: object) -> float | None:
+    """The number that it stands for, also as a text (CSV has nothing else); None for nothing at all.
+
+    Raises `ValueError` for what is no number, not finite or negative.
+    """
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{value!r} is not a number of 0 or more")
+    return number
 
 
 def lines_of(text: str, is_json: bool) -> list[str]:
@@ -145,7 +171,7 @@ def _merged(path: Path) -> list[Row]:
     rows = []
     for name, row in _json(text_of(path)).items():
         try:
-            rows.append(Row(name, lines_in(row), f"key {name}"))
+            rows.append(Row(name, lines_in(row), f"key {name}", row.get(WEIGHT)))
         except ValueError as error:
             raise ValueError(f"key {name}: {error}") from None
     return rows
@@ -158,7 +184,7 @@ def _parquet(path: Path) -> list[Row]:
         raise ValueError(str(MissingExtra("pyarrow", "parquet"))) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in (*NAMES, *WORDS, TAGS)]
+            columns = [name for name in file.schema_arrow.names if name in (*NAMES, *WORDS, TAGS, WEIGHT)]
             _has_names(columns)
             table = file.read(columns=columns).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
@@ -170,7 +196,7 @@ def _has_names(columns: Iterable[str]) -> None:
     columns = list(columns)
     if not set(NAMES) & set(columns):
         raise ValueError("has no column file_name")
-    if not {*WORDS, TAGS} & set(columns):
+    if not {*WORDS, TAGS, WEIGHT} & set(columns):
         raise ValueError(f"has no column {', '.join(WORDS)} or {TAGS}")
 
 
@@ -182,7 +208,7 @@ def _rows(rows: Iterable[tuple[str, Any]]) -> Iterator[Row]:
         if name is None:
             raise ValueError(f"{place} has no file_name")
         try:
-            yield Row(name, lines_in(row), place)
+            yield Row(name, lines_in(row), place, row.get(WEIGHT))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import posixpath
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from impasto.data.caption_files import Row, is_merged, read_lines, read_table, tidy
+from impasto.data.caption_files import Row, is_merged, loss_weight, read_lines, read_table, tidy, weight_beside
 from impasto.data.dataset import Listing, Problem, normal
 from impasto.data.options import DataOptions
 
@@ -35,6 +35,7 @@ class Captions:
     problems: list[Problem] = field(default_factory=list)
     overruled: dict[str, str] = field(default_factory=dict)  # picture -> whose other caption is not used
     unread: dict[str, str] = field(default_factory=dict)  # file -> why it is not read, though nothing is missing
+    weights: dict[str, float] = field(default_factory=dict)  # of pictures' losses, where a file tells one
 
 
 @dataclass(frozen=True, order=True)
@@ -44,6 +45,7 @@ class Said:
     rank: tuple[int, int, int]
     file: str
     lines: tuple[str, ...]
+    weight: object = field(default=None, compare=False)  # of the picture's loss, as it stands there
 
 
 def read_captions(listing: Listing, options: DataOptions) -> Captions:
@@ -59,8 +61,10 @@ def read_captions(listing: Listing, options: DataOptions) -> Captions:
         reader.tables()
     texts: dict[str, str] = {}
     overruled: dict[str, str] = {}
+    weights: dict[str, float] = {}
     for name in listing.pictures:
         said = sorted(reader.said[name])
+        reader.weigh(name, said, weights)
         first = next((each for each in said if each.lines), None)
         if first is None:
             if name in reader.broken:
@@ -73,7 +77,7 @@ def read_captions(listing: Listing, options: DataOptions) -> Captions:
         others = [each for each in said if each.lines and first is not None and each.lines != first.lines]
         if first is not None and others:
             overruled[name] = f"{first.file} goes before {' and '.join(each.file for each in others)}"
-    return reader.told(texts, overruled)
+    return replace(reader.told(texts, overruled), weights=weights)
 
 
 def _missing(name: str, said: Sequence[Said], wanted: str, tables: Sequence[str]) -> str:
@@ -95,6 +99,7 @@ class _Reader:
         self.broken: set[str] = set()  # pictures whose caption cannot be read: that is told already
         self.read: list[str] = []  # tables
         self.missing = False
+        self.badly_weighed: dict[str, list[str]] = defaultdict(list)  # pictures by the file that says so
         self._deferred: dict[str, str] = {}  # files that nobody may need, and why they cannot be used
         self._pictures = {normal(name): name for name in listing.pictures}
         self._stems: dict[str, list[str]] = defaultdict(list)
@@ -117,6 +122,7 @@ class _Reader:
                 continue
             try:
                 lines = tuple(read_lines(self.listing.folder / file))
+                weight = weight_beside(self.listing.folder / file)
             except (OSError, ValueError) as error:
                 if kind == ".json":  # it may be about something else, where there are other captions
                     self._deferred[file] = f"cannot be read ({error})"
@@ -125,7 +131,7 @@ class _Reader:
                 self.broken.update(owners)
                 continue
             for name in owners:
-                self.said[name].append(Said((BESIDE.index(kind), int(whole is None), 0), file, lines))
+                self.said[name].append(Said((BESIDE.index(kind), int(whole is None), 0), file, lines, weight))
 
     def tables(self) -> None:
         """Tables in the folder and the folders inside it."""
@@ -153,7 +159,7 @@ class _Reader:
                 lost.append(row.name if loosely else f"{row.name} ({row.place})")
             elif name not in places:
                 places[name] = row
-            elif places[name].lines != row.lines:
+            elif (places[name].lines, places[name].weight) != (row.lines, row.weight):
                 twice.append(f"{name} ({places[name].place}, {row.place})")
         if loosely and not places:  # hardly meant as captions
             self._deferred[file] = f"names no picture that is here: {_some(lost)}"
@@ -166,9 +172,21 @@ class _Reader:
             for other in self.said[name]:
                 if other.rank == rank and other.lines and row.lines and list(other.lines) != row.lines:
                     rivals[other.file].append(name)
-            self.said[name].append(Said(rank, file, tuple(row.lines)))
+            self.said[name].append(Said(rank, file, tuple(row.lines), row.weight))
         self.problems += [Problem(file, f"disagrees with {other}, and neither goes before the other: {_some(names)}")
                           for other, names in rivals.items()]
+
+    def weigh(self, name: str, said: Sequence[Said], weights: dict[str, float]) -> None:
+        """Note what a picture's loss weighs, which the first file that tells one says, or what is wrong with it."""
+        for each in said:
+            try:
+                weight = loss_weight(each.weight)
+            except ValueError:
+                self.badly_weighed[each.file].append(f"{name} ({each.weight!r})")
+                return
+            if weight is not None:
+                weights[name] = weight
+                return
 
     def _picture(self, folder: PurePosixPath, name: str, loosely: bool) -> str | None:
         """The picture that a row means; loosely: by the end of its path too, and without its suffix (kohya's)."""
@@ -184,6 +202,8 @@ class _Reader:
     def told(self, texts: dict[str, str], overruled: Mapping[str, str]) -> Captions:
         """All of it; JSON or a table that cannot be read is wrong only where a caption is missing."""
         problems, unread = self.problems, dict(self._deferred)
+        problems += [Problem(file, f"has a loss_weight that is not a number of 0 or more: {_some(names)}")
+                     for file, names in self.badly_weighed.items()]
         if self.missing or any(not text for text in texts.values()):
             problems = problems + [Problem(file, reason) for file, reason in unread.items()]
             unread = {}

@@ -37,6 +37,8 @@ OTHER_PICTURE_SUFFIXES = frozenset(
 CAPTION_SUFFIXES = frozenset({".txt", ".caption", ".json"})
 #: tables of captions by name; .parquet files too, and .json files that lie beside no picture
 TABLES = frozenset({"metadata.jsonl", "metadata.csv"})
+#: how the name of a picture's mask ends, before its suffix (OneTrainer's)
+MASK_SUFFIX = "-masklabel"
 #: most pixels of a picture that is decompressed: where Pillow itself refuses (twice its warning's limit)
 PIXEL_CAP = 178_956_970
 #: what Pillow's decoders raise on damaged files
@@ -85,6 +87,7 @@ class Listing:
     captions: list[str]  # files beside pictures that may be captions
     unreadable: list[str]  # pictures of kinds that have no decoder here
     tables: list[str] = field(default_factory=list)  # files that may hold captions of many pictures
+    masks: list[str] = field(default_factory=list)  # pictures beside others that are their masks, by their names
 
 
 def refuse(problems: Sequence[Problem], folder: Path) -> None:
@@ -144,7 +147,11 @@ def list_folder(folder: Path, key: str = "data.folder") -> Listing:
         stem, suffix = parts[name]
         alone = suffix.lower() == ".json" and normal(stem) not in beside
         (tables if alone else captions).append(name)
-    listing = Listing(folder, pictures, captions, having(OTHER_PICTURE_SUFFIXES), tables)
+    masks = [name for name in pictures if normal(parts[name][0]).endswith(MASK_SUFFIX)
+             and normal(parts[name][0]).removesuffix(MASK_SUFFIX) in beside]
+    apart = set(masks)
+    pictures = [name for name in pictures if name not in apart] if masks else pictures
+    listing = Listing(folder, pictures, captions, having(OTHER_PICTURE_SUFFIXES), tables, masks)
     if not listing.pictures:
         others = f" ({', '.join(listing.unreadable)} cannot be read)" if listing.unreadable else ""
         raise UserError(f"there are no pictures in this folder{others}", where=folder,

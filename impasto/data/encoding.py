@@ -16,6 +16,7 @@ from impasto.data.augment import Variant
 from impasto.data.cache import Cache
 from impasto.data.frontier import Frontier
 from impasto.data.many import Many
+from impasto.data.masks import Mask, cells
 from impasto.data.phrasing import PLAIN, Phrasing
 from impasto.families.base import Base, TextStates
 
@@ -36,6 +37,15 @@ def _shown(item: Item) -> list[tuple[Variant, bool]]:
             for flip in item.handling.flips]
 
 
+def _variants(uses: Uses, item: Item) -> list[Variant]:
+    """How it may be shown, each once, not mirrored."""
+    return [variant for variant, flip in uses.shown(item) if not flip]
+
+
+def _cells(mask: Mask, variant: Variant, cell: int) -> dict[str, Tensor]:
+    return {"mask": cells(mask, variant, cell)}
+
+
 class Encoding:
     """What is to be encoded before the run, gathered from all pictures and then done."""
 
@@ -47,6 +57,7 @@ class Encoding:
         self.many: list[tuple[Many, Uses]] = []
         self.latents: dict[str, Callable[[], dict[str, Tensor]]] = {}
         self.texts: dict[str, Callable[[], TextStates]] = {}
+        self.masks: dict[str, Callable[[], dict[str, Tensor]]] = {}
 
     def keyed(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items with their cache keys, and what those keys stand for noted down."""
@@ -70,13 +81,18 @@ class Encoding:
                                                       item.handling.background, device=self.device)
             for words in item.text_keys:
                 self.caption(words, item.phrasing)
+            for key, variant in zip(item.mask_keys, _variants(uses, item) if item.mask_keys else (), strict=True):
+                assert item.mask is not None
+                self.masks[key] = functools.partial(_cells, item.mask, variant, self.base.cell)
         return found
 
     def _with_keys(self, uses: Uses, item: Item) -> Item:
         latents = [caching.latent_key(item.picture, variant, flip, item.handling.background, self.image_encoder)
                    for variant, flip in (uses.shown(item) if self.rule.latents else ())]
         texts = uses.said(item) if self.rule.text else ()
-        return replace(item, latent_keys=tuple(latents),
+        masks = [caching.mask_key(item.mask, variant, self.base.cell) for variant in _variants(uses, item)] \
+            if item.mask is not None else ()
+        return replace(item, latent_keys=tuple(latents), mask_keys=tuple(masks),
                        text_keys={words: self._text_key(words, item.phrasing) for words in texts})
 
     def _text_key(self, words: str, phrasing: Phrasing) -> str:
@@ -96,6 +112,8 @@ class Encoding:
             self._run_many(items, uses, report, rank, world)
         if self.latents:
             self.cache.fill(self.latents, "encoding pictures", "pictures", report, rank, world)
+        if self.masks:
+            self.cache.fill(self.masks, "cutting masks", "masks", report, rank, world)
         if self.texts:
             self.cache.fill(self.texts, "encoding captions", "captions", report, rank, world)
 

@@ -93,6 +93,10 @@ def refusals(inventory: Inventory) -> Iterator[Finding]:
             "write a .txt file beside each, or a row in a table, or allow it with data.missing_captions=empty"
         yield Finding(Level.REFUSED, "no caption", f"{number(len(of_pictures), 'picture')} without a caption", fix,
                       _named(of_pictures))
+    if inventory.mask_problems:
+        yield Finding(Level.REFUSED, "mask", f"{number(len(inventory.mask_problems), 'picture')} without a mask that "
+                      "fits", "draw those masks, or let pictures without one count in full with "
+                      "data.missing_masks=whole", _named(inventory.mask_problems))
     if of_files:
         yield Finding(Level.REFUSED, "caption file", f"{number(len(of_files), 'caption file')} that cannot be used",
                       mend, _named(of_files))
@@ -278,6 +282,13 @@ def _stored(inventory: Inventory) -> Iterator[Finding]:
     if clear:
         yield Finding(Level.NOTE, "transparent", f"{are(clear, 'picture')} transparent in parts, which are learned as "
                       f"{data.background}", "choose another colour with data.background", clear)
+    unmasked = len(looks) - inventory.masked
+    if data.mask != "none" and inventory.masked and unmasked and not inventory.mask_problems:
+        yield Finding(Level.NOTE, "no mask", f"{number(unmasked, 'picture')} without a mask, and counted in full", "",
+                      {})
+    if data.mask != "files" and inventory.listing.masks:
+        yield Finding(Level.NOTE, "unread masks", f"{number(len(inventory.listing.masks), 'mask')} not read",
+                      "use them with data.mask=files", dict.fromkeys(inventory.listing.masks, ""))
     converted = {name: _MODES[look.mode] for name, look in looks.items() if look.mode in _MODES}
     if converted:
         yield Finding(Level.NOTE, "converted", f"{are(converted, 'picture')} not stored as RGB of 8 bits, and "

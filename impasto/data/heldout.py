@@ -7,16 +7,12 @@ folder changes at most one of them. A copy of a held-out picture would teach wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from impasto.core.errors import UserError
 from impasto.core.rng import seed_for
+from impasto.data.items import Item, unweighed
 from impasto.data.many import Many
 from impasto.data.options import ValidationOptions
-
-if TYPE_CHECKING:
-    from impasto.data.items import Item
 
 #: where a recipe does not say: the share of different pictures, of at least so many, and at most so many are held out
 SHARE, FEWEST, MOST = 0.1, 8, 16
@@ -49,13 +45,13 @@ def divide(items: Sequence[Item], own: Sequence[Item] | None, options: Validatio
         turn = sorted(contents, key=lambda digest: (seed_for(seed, "held out", digest), digest))
         chosen = _first(turn, how_many(len(contents), options.fraction), items)
     kept = [item for item in items if item.picture.digest not in chosen]
-    out = [replace(item, weight=1.0) for item in items if item.picture.digest in chosen]
+    out = [unweighed(item) for item in items if item.picture.digest in chosen]
     empty = sorted({item.handling.number for item in out} - {item.handling.number for item in kept})
     if kept and empty:
         raise _none_left(f" of data.{empty[0]}")
     named = list(dict.fromkeys((item.handling.number, item.picture.name) for item in out))  # once at all resolutions
     lines = told_of(len(kept), [name for _, name in named[:5]], len(named), own is not None)
-    return kept, out if own is None else list(own), lines
+    return kept, out if own is None else [unweighed(item) for item in own], lines
 
 
 def told_of(kept: int, first: Sequence[str], out: int, apart: bool) -> list[str]:

@@ -13,6 +13,7 @@ from impasto.data.buckets import Placement, bucket_sizes, check_sizes, cuts
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Problem, Size, list_folder, located, memory_of
 from impasto.data.looks import Look, look_over
+from impasto.data.masks import read_masks, without_masks
 from impasto.data.options import DataOptions, PriorOptions, of_class_pictures
 from impasto.data.phrasing import Phrasing
 from impasto.data.sets import DataSets, label
@@ -42,6 +43,8 @@ class Inventory:
     cut: dict[str, str] = field(default_factory=dict)  # what data.max_tokens leaves out of a picture's caption
     more_cuts: dict[str, list[Placement]] = field(default_factory=dict)  # at smaller resolutions
     of_class: bool = False  # [prior]'s
+    mask_problems: list[Problem] = field(default_factory=list)  # of pictures
+    masked: int = 0  # pictures with a mask
     company: Counter[Size] = field(default_factory=Counter)  # uses of other sets' pictures in an epoch, by bucket
 
     @property
@@ -90,11 +93,13 @@ def take_inventories(data: DataOptions | DataSets, prior: PriorOptions | None, b
 def take_inventory(listing: Listing, data: DataOptions, batch: int, report: Reporter = SILENT,
                    title: str = "pictures") -> Inventory:
     """Look at every file of a folder, or remember it from last time."""
+    listing = without_masks(listing, data)
     looks, problems = look_over(listing, memory_of(listing.folder), report, title)
     sized = [(one, bucket_sizes(one)) for one in data.by_resolution]
     found = {name: cuts(look.size, sized) for name, look in looks.items()}
     placements = {name: own[-1] if own else None for name, own in found.items()}
     captions, phrasing = read_captions(listing, data), Phrasing.of(data)
+    masks, maskless = read_masks(listing, {name: look.size for name, look in looks.items()}, data, report)
     said = {text: phrasing.plain(text) for text in captions.texts.values()}
     chunks = dict(zip(said, count_chunks(list(said.values())), strict=True))
     lost = {text: phrasing.lost(text) for text in said} if data.max_tokens is not None else {}
@@ -102,7 +107,8 @@ def take_inventory(listing: Listing, data: DataOptions, batch: int, report: Repo
     return Inventory(title, listing, data, batch, looks, problems, placements, captions.texts, captions.problems,
                      {name: chunks[text] for name, text in captions.texts.items()}, files, captions.overruled,
                      captions.unread, {name: lost[text] for name, text in captions.texts.items() if lost.get(text)},
-                     more_cuts={name: own[:-1] for name, own in found.items() if own[1:]})
+                     more_cuts={name: own[:-1] for name, own in found.items() if own[1:]}, mask_problems=maskless,
+                     masked=len(masks))
 
 
 def _odd_files(listing: Listing, lines: bool) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from impasto.core.progress import Reporter
 from impasto.data.account import unused
@@ -12,6 +12,7 @@ from impasto.data.buckets import Placement, bucket_sizes, cuts, too_small
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Picture, Problem, memory_of, refuse, survey
 from impasto.data.drawn import Drawn
+from impasto.data.masks import Mask, read_masks, without_masks
 from impasto.data.options import DataOptions
 from impasto.data.phrasing import PLAIN, Phrasing
 
@@ -25,11 +26,14 @@ class Handling:
     caption_dropout: float = 0.0
     number: int = 0  # of the set
     augment: Augment = Augment()
+    mask_floor: float = 0.0
+    mask_normalised: bool = False
 
     @classmethod
     def of(cls, data: DataOptions, number: int = 0) -> Handling:
         """The handling that set `number` asks for."""
-        return cls(data.flip, data.background, data.caption_dropout, number, Augment.of(data))
+        return cls(data.flip, data.background, data.caption_dropout, number, Augment.of(data), data.mask_floor,
+                   data.mask_normalised)
 
     @property
     def flips(self) -> tuple[bool, ...]:
@@ -44,24 +48,41 @@ class Item:
     picture: Picture
     caption: str  # as it was read
     placement: Placement
-    weight: float  # of its loss
+    weight: float  # of its loss, all in all
     latent_keys: tuple[str, ...] = ()  # of each variant, plain, then mirrored; empty if the step encodes pictures
     text_keys: Mapping[str, str] = field(default_factory=dict)  # by what may be said; empty if the step encodes it
     labels: tuple[int, ...] = ()  # what is known of it beside its caption; only the drawn world tells
     phrasing: Phrasing = PLAIN  # what is done with its caption
     handling: Handling = Handling()  # what is done with it
+    mask: Mask | None = None  # which parts of it count; None: all
+    own_weight: float = 1.0  # what of the weight is by its own file and its caption
+    mask_keys: tuple[str, ...] = ()  # of each variant's cells, not mirrored; empty without a mask
+
+    @property
+    def own_facts(self) -> tuple[object, ...]:
+        """What is its own beside content, caption and cut, for fingerprints; nothing of most pictures."""
+        handling, mask = self.handling, self.mask
+        weighs = () if self.own_weight == 1 else ("weighs", self.own_weight)
+        return weighs if mask is None else (*weighs, mask.digest, mask.alpha, handling.mask_floor,
+                                            handling.mask_normalised)
 
     def variant(self, number: int) -> Variant:
         """One of the ways in which the run shows it."""
         return self.handling.augment.variant(self.placement, self.picture.digest, number)
 
 
+def unweighed(item: Item) -> Item:
+    """A held-out picture: all of them weigh the same."""
+    return replace(item, weight=1.0, own_weight=1.0)
+
+
 def draw_world(data: DataOptions, seed: int, count: int, number: int = 0) -> list[Item]:
     """The drawn world's first pictures, each made when it is read: none of them is ever a file."""
     whole = (data.resolution, data.resolution)
     phrasing, handling = Phrasing.of(data), Handling.of(data, number)
-    return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole), data.loss_weight,
-                 labels=picture.labels, phrasing=phrasing, handling=handling)
+    return [Item(picture, picture.caption, Placement(whole, whole, (0, 0), whole),
+                 data.loss_weight * data.caption_weight(picture.caption), labels=picture.labels, phrasing=phrasing,
+                 handling=handling, own_weight=data.caption_weight(picture.caption))
             for picture in (Drawn.number(i, data.resolution, seed, data.doodles) for i in range(count))]
 
 
@@ -72,8 +93,10 @@ def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = 
 
     What is there and not used is told in `notes`.
     """
+    listing = without_masks(listing, data)
     pictures, problems = survey(listing, memory_of(listing.folder), report, title)
     captions = read_captions(listing, data)
+    masks, maskless = read_masks(listing, {picture.name: picture.size for picture in pictures}, data, report)
     phrasing, handling = Phrasing.of(data), Handling.of(data, number)
     sized = [(one, bucket_sizes(one)) for one in data.by_resolution]
     items = []
@@ -82,9 +105,11 @@ def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = 
         if not placements:
             problems.append(Problem(picture.name, too_small(picture.size, data)))
         elif picture.name in captions.texts:
-            items += [Item(picture, captions.texts[picture.name], placement, weight, phrasing=phrasing,
-                           handling=handling) for placement in placements]
-    refuse([*problems, *captions.problems], listing.folder)
+            caption = captions.texts[picture.name]
+            own = captions.weights.get(picture.name, 1.0) * data.caption_weight(caption)
+            items += [Item(picture, caption, placement, weight * own, phrasing=phrasing, handling=handling,
+                           mask=masks.get(picture.name), own_weight=own) for placement in placements]
+    refuse([*problems, *captions.problems, *maskless], listing.folder)
     if notes is not None:
         notes += unused(listing, data, captions)
     return items

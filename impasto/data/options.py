@@ -3,6 +3,7 @@ called, and which of them are held out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -111,19 +112,50 @@ class DataOptions(Section):
                           "above, as a function of its content. All are encoded once and kept, and each use takes "
                           "one of them.")
     background: str = Field("white", description="Colour under transparent pixels: a CSS name or #rrggbb.")
+    mask: Literal["none", "alpha", "files"] = Field(
+        "none", description="What tells which parts of a picture count. alpha: the picture's own transparency. files: "
+        "a grey picture for each, white where it counts, NAME-masklabel.png beside NAME.jpg (OneTrainer's name) or as "
+        "masks says; of the picture's size, or the same smaller or larger. A mask is cut, turned and mirrored with its "
+        "picture, and averaged over each latent cell. Held-out pictures are validated on by their masks too; class "
+        "pictures have none.")
+    masks: str | None = Field(None, description="Folder of masks, each called like its picture, inner folders and all "
+                              "(kohya's conditioning_data_dir).")
+    mask_floor: float = Field(0.1, ge=0, le=1, description="The smallest weight of a cell, however black its mask "
+                              "(OneTrainer's unmasked_weight, 0.1; kohya: 0).")
+    mask_normalised: bool = Field(False, description="Whether the weights of a picture's cells are divided by their "
+                                  "mean, so that a small mask counts as much as a large one (OneTrainer's "
+                                  "normalize_masked_area_loss, off; kohya has none).")
+    missing_masks: Literal["error", "whole"] = Field(
+        "error", description="What a picture without a mask, or without an alpha channel, is: an error by name, or "
+        "counted in full.")
     cache: str | None = Field(None, description="Folder for encoded pictures and captions; default: the "
                               "user's cache directory. Several sets have one.")
     repeats: int = Field(1, ge=1, description="How often each picture comes in an epoch (kohya's num_repeats).")
     share: float | None = Field(None, gt=0, description="Of several sets, in place of repeats: which part of all "
                                 "samples comes from this one, beside the shares of the others (1 and 3: a quarter). "
                                 "All sets have one, or none.")
-    loss_weight: float = Field(1.0, ge=0, description="Of its pictures' losses; held-out pictures weigh 1 "
-                               "(OneTrainer's loss_weight).")
+    loss_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="Of its pictures' losses, times what a "
+                               "picture's own caption file says (loss_weight in a folder's .json files and tables); "
+                               "held-out pictures weigh 1 (OneTrainer's loss_weight).")
+    caption_loss_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        {}, description="What it is multiplied by for pictures whose caption, as it is read, has a match of a regular "
+        "expression, upper and lower case alike: '\\bblurry\\b' = 0.3. The first that matches counts; 1 where none "
+        "does.")
 
     @pydantic.field_validator("shards", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @pydantic.field_validator("caption_loss_weights")
+    @classmethod
+    def _are_expressions(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
 
     @pydantic.field_validator("background")
     @classmethod
@@ -213,10 +245,31 @@ class DataOptions(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _masks_of_something(self) -> DataOptions:
+        fields = DataOptions.model_fields
+        if self.mask == "none":
+            for name in ("masks", "mask_floor", "mask_normalised", "missing_masks"):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"{name} is of masks: say where they are with mask = \"alpha\" or \"files\"")
+        elif self.source == "shards":
+            raise ValueError("source = \"shards\" has no masks, as the shards' indexes know of none: unpack them into "
+                             "a folder, or leave mask out")
+        elif self.source == "world":
+            raise ValueError("the drawn world has no masks: leave mask out")
+        if self.masks is not None and self.mask != "files":
+            raise ValueError("masks is a folder of files: give mask = \"files\"")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _one_frequency(self) -> DataOptions:
         if self.share is not None and self.repeats != 1:
             raise ValueError("give repeats or share, not both")
         return self
+
+    def caption_weight(self, caption: str) -> float:
+        """What a caption makes its picture's loss weigh."""
+        return next((weight for pattern, weight in self.caption_loss_weights.items()
+                     if re.search(pattern, caption, re.IGNORECASE)), 1.0)
 
     @property
     def sets(self) -> Sequence[DataOptions]:
@@ -243,20 +296,20 @@ class PriorOptions(Section):
                                "used; default: they are drawn with the base itself, once.")
     images: int = Field(200, ge=1, description="Class pictures to draw (200: Hugging Face's DreamBooth "
                         "guide; the paper: about 1000).")
-    weight: float = Field(1.0, ge=0, description="Loss weight of class pictures beside 1 for the others "
-                          "(the paper's lambda; diffusers: 1).")
-    @pydantic.model_validator(mode="after")
-    def _drawn_from_words(self) -> PriorOptions:
-        if self.folder is None and self.caption is None:
-            raise ValueError("say what the class is called (prior.caption), or where its pictures are (prior.folder)")
-        return self
-
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="Loss weight of class pictures beside 1 for the "
+                          "others (the paper's lambda; diffusers: 1).")
     steps: int = Field(30, ge=1, description="Sampler steps for drawing them.")
     guidance: float = Field(7.5, ge=0, description="Classifier-free guidance for drawing them (diffusers: "
                             "7.5).")
     scheduler: str = Field("dpm++2m", description="As in impasto generate --scheduler.")
     batch_size: int = Field(4, ge=1, description="Class pictures drawn at once (diffusers: 4); their last "
                             "bits depend on it.")
+
+    @pydantic.model_validator(mode="after")
+    def _drawn_from_words(self) -> PriorOptions:
+        if self.folder is None and self.caption is None:
+            raise ValueError("say what the class is called (prior.caption), or where its pictures are (prior.folder)")
+        return self
 
 
 class ValidationOptions(Section):
@@ -288,7 +341,9 @@ class ValidationOptions(Section):
 def of_class_pictures(data: DataOptions, prior: PriorOptions) -> DataOptions:
     """`[data]` as it is for class pictures: their own caption, as they were drawn with it, and no template, which
     would put the words of what is learned into it."""
-    change: dict[str, object] = {"caption": prior.caption, "caption_template": None}
+    change: dict[str, object] = {"caption": prior.caption, "caption_template": None, "mask": "none", "masks": None,
+                                 "mask_floor": DataOptions.model_fields["mask_floor"].default,
+                                 "mask_normalised": False, "missing_masks": "error", "caption_loss_weights": {}}
     if prior.caption is not None:
         change |= {"shuffle_tags": False, "tag_dropout": 0.0, "wildcards": False, "keep_tags_separator": "",
                    "caption_weights": False, "max_tokens": None}

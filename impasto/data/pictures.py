@@ -16,7 +16,7 @@ from impasto.core.rng import seed_for
 from impasto.data.augment import Augment
 from impasto.data.dataset import list_folder, located
 from impasto.data.heldout import beyond, divide
-from impasto.data.items import Item, collect, draw_world
+from impasto.data.items import Item, collect, draw_world, unweighed
 from impasto.data.many import Many
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions, of_class_pictures
 from impasto.data.phrasing import Phrasing
@@ -72,7 +72,7 @@ def _drawn(data: DataOptions | DataSets, validation: ValidationOptions | None, s
             own = seed_for(seed, "data", number) if number else seed  # two sets draw different pictures
             drawn = draw_world(one, own, one.pictures + beyond(one.pictures, validation), number)
             kept += drawn[:one.pictures]
-            held_out += drawn[one.pictures:]
+            held_out += map(unweighed, drawn[one.pictures:])
     return kept, held_out
 
 
@@ -133,5 +133,6 @@ def data_fingerprint(data: DataOptions | DataSets, streams: Sequence[Sequence[It
     more = [facts for facts in (Phrasing.of(one).facts, Augment.of(one).facts) if facts]
     return key_of(one.flip, one.background,
                   [items.facts if isinstance(items, Many) else
-                   [(item.picture.digest, item.caption, item.placement) for item in items] for items in streams],
+                   [(item.picture.digest, item.caption, item.placement, *item.own_facts) for item in items]
+                   for items in streams],
                   *more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import final
@@ -21,6 +21,7 @@ from impasto.data.encoding import Encoding
 from impasto.data.frontier import READS, Frontier, frontier
 from impasto.data.items import Item, collect
 from impasto.data.many import Many, Stream
+from impasto.data.masks import cell_weights
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions, of_class_pictures
 from impasto.data.order import Order
 from impasto.data.pictures import Pictures, data_fingerprint, pictures_of
@@ -149,18 +150,23 @@ class Source:
         shown = [item.variant(number) for item, number in zip(items, numbers, strict=True)]
         keys = [item.latent_keys[number * len(item.handling.flips) + flip] if self.rule.latents else ""
                 for item, number, flip in zip(items, numbers, flips, strict=True)]
-        return self._made(samples, items, shown, flips, keys, said)
+        masks = [item.mask_keys[number] if item.mask_keys else ""
+                 for item, number in zip(items, numbers, strict=True)]
+        return self._made(samples, items, shown, flips, keys, said, masks)
 
     def validation_batch(self, places: Sequence[int]) -> Batch:
         """Held-out pictures of one shape, by their places in `held_out`: as they are, with their whole captions."""
         items = [self.held_out[place] for place in places]
         said = [item.phrasing.plain(item.caption) for item in items]
         keys = [item.latent_keys[0] if self.rule.latents else "" for item in items]
-        return self._made(places, items, [Variant(item.placement) for item in items], [False] * len(items), keys, said)
+        masks = [item.mask_keys[0] if item.mask_keys else "" for item in items]
+        return self._made(places, items, [Variant(item.placement) for item in items], [False] * len(items), keys, said,
+                          masks)
 
     def _made(self, samples: Sequence[int], items: Sequence[Item], shown: Sequence[Variant], flips: Sequence[bool],
-              keys: Sequence[str], said: Sequence[str]) -> Batch:
-        """A batch of items, shown so, mirrored or not, of which this is said; `keys` are those of cached moments."""
+              keys: Sequence[str], said: Sequence[str], masks: Sequence[str]) -> Batch:
+        """A batch of items, shown so, mirrored or not, of which this is said; `keys` are those of cached moments,
+        `masks` those of cut masks, empty for pictures without one."""
         placements = [variant.placement.flipped() if flip else variant.placement
                       for variant, flip in zip(shown, flips, strict=True)]
         geometry = Geometry(original=torch.tensor([p.original for p in placements]),
@@ -168,6 +174,8 @@ class Source:
                             target=torch.tensor([p.bucket for p in placements]))
         batch = Batch(list(samples), [item.picture.name for item in items],
                       torch.tensor([item.weight for item in items]), geometry=geometry)
+        if any(masks):
+            batch.mask = self._mask(items, masks, flips)
         if self.label_sizes:
             batch.labels = torch.tensor([item.labels or NOTHING for item in items])
         if self.rule.latents:
@@ -184,12 +192,25 @@ class Source:
             batch.captions = [item.phrasing.encoded_as(words) for item, words in zip(items, said, strict=True)]
         return batch
 
+    def _mask(self, items: Sequence[Item], keys: Sequence[str], flips: Sequence[bool]) -> torch.Tensor:
+        """What each latent cell of each picture counts, (B, 1, h, w); 1 all over where there is no mask."""
+        loaded = iter(self.cache.load_all([key for key in keys if key]))
+        white = [next(loaded)["mask"] if key else None for key in keys]
+        whole = torch.ones_like(next(mask for mask in white if mask is not None))
+        return torch.stack([whole if mask is None else cell_weights(
+            mask.flip(-1) if flip else mask, item.handling.mask_floor, item.handling.mask_normalised)
+            for item, mask, flip in zip(items, white, flips, strict=True)])
+
     def says(self, item: Item, step: int, sample: int) -> str:
         """A picture's caption in one use: a function of the seed, the step and its place in the batch."""
         share = item.handling.caption_dropout
         if share > 0 and seed_for(self.share.seed, step, sample, "caption") / 2**63 < share:
             return ""
         return item.phrasing.say(item.caption, functools.partial(seed_for, self.share.seed, step, sample, "caption"))
+
+    def captions(self) -> Iterator[str]:
+        """What is said of each picture to learn from, nothing left to chance; each is looked up when asked for."""
+        return (item.phrasing.plain(item.caption) for item in self.pictures)
 
     # --- what the user is told ---------------------------------------------------------------------------
     def describe(self) -> list[str]:

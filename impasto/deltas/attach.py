@@ -1,4 +1,4 @@
-"""Putting deltas on the layers of any `nn.Module`, and taking them off or merging them in.
+"""Putting deltas and hooks on the layers of any `nn.Module`, and taking them off or merging them in.
 
 A layer's `forward` is replaced on the instance: the module tree and the names in its state dict stay as they
 are, and a module that was compiled before sees the change (one that is hooked does not: dynamo guards no
@@ -7,7 +7,7 @@ hooks). Attachments stack and come off in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError, nearest
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta, at_least_fp32
+from impasto.deltas.fit import fitted
+from impasto.deltas.hook import InputHook
 from impasto.deltas.layers import weight_of
 
 Modules = Mapping[str, nn.Module] | nn.Module
@@ -37,9 +39,29 @@ def attach(modules: Modules, deltas: Deltas, strength: float = 1.0) -> Attachmen
         terms = (terms,) if isinstance(terms, Delta) else terms
         layer = find_layer(modules, path)
         for term in terms:
+            term = fitted(term, layer)
             term.check_fit(layer, path)
             placed.append((path, layer, term if strength == 1.0 else term.scaled(strength)))
     return Attachment(modules, [_Placed(path, _Carrier.of(layer), term) for path, layer, term in placed])
+
+
+def attach_hooks(modules: Modules, hooks: Iterable[InputHook], layers: Iterable[tuple[str, str, int]],
+                 strength: float = 1.0) -> Attached:
+    """Let layers see what `hooks`, one after the other, make of their input from now on.
+
+    `layers` are the pairs in which keys and values are made: the paths of both, as in `attach`, and the width of
+    their context. Deltas on such a layer see the hooked input, whichever of the two came first. Hooks are not
+    copied. A width of a hook without a layer is passed over. Raises `UserError`, before anything is changed, for a
+    path that is not there.
+    """
+    found = [(find_layer(modules, key), find_layer(modules, value), width) for key, value, width in layers]
+    placed: list[_Hooked] = []
+    for hook in hooks:
+        scaled = hook if strength == 1.0 else hook.scaled(strength)
+        for key, value, width in found:
+            if width in hook.widths:
+                placed += [_Hooked(_Carrier.of(key), scaled.keys), _Hooked(_Carrier.of(value), scaled.values)]
+    return Attached(placed)
 
 
 def find_layer(modules: Modules, path: str) -> nn.Module:
@@ -58,17 +80,17 @@ def find_layer(modules: Modules, path: str) -> nn.Module:
     return layer
 
 
-class Attachment:
-    """Deltas on their layers, until `detach` or `merge`. As a context manager it detaches at the end."""
+class Attached:
+    """Things on their layers, until `detach`. As a context manager it detaches at the end."""
 
-    def __init__(self, modules: Modules, placed: list[_Placed]) -> None:
-        self._modules, self._placed, self._enabled = modules, placed, True
-        for place in placed:
-            place.carrier.placed.append(place)
+    def __init__(self, placed: Iterable[_Placed | _Hooked]) -> None:
+        self._placed, self._enabled = list(placed), True
+        for place in self._placed:
+            place.carrier.add(place)
 
     @property
     def enabled(self) -> bool:
-        """Whether the deltas have effect; set it to False to have the base alone (a frozen teacher)."""
+        """Whether they have effect; set it to False to have the base alone (a frozen teacher)."""
         return self._enabled
 
     @enabled.setter
@@ -78,10 +100,27 @@ class Attachment:
             place.enabled = value
 
     def detach(self) -> None:
-        """Take the deltas off. Doing it twice does no harm."""
+        """Take them off. Doing it twice does no harm."""
         for place in self._placed:
             place.carrier.remove(place)
         self._placed = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.detach()
+
+
+class Attachment(Attached):
+    """Deltas on their layers, until `detach` or `merge`."""
+
+    _placed: list[_Placed]  # type: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, modules: Modules, placed: list[_Placed]) -> None:
+        super().__init__(placed)
+        self._modules = modules
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -119,13 +158,6 @@ class Attachment:
                         raise UserError(f"shares its weight with {name}, which merging would change too",
                                         where=place.path, fix="leave this layer out, or keep the adapter apart")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.detach()
-
 
 def _roots(modules: Modules) -> Iterable[nn.Module]:
     return [modules] if isinstance(modules, nn.Module) else modules.values()
@@ -145,11 +177,20 @@ class _Placed:
         return self.carrier.layer
 
 
+@dataclass(eq=False)
+class _Hooked:
+    """A change of one layer's input."""
+
+    carrier: _Carrier
+    change: Callable[[Tensor], Tensor]
+    enabled: bool = True
+
+
 class _Carrier:
-    """Stands in for a layer's forward and adds the deltas that are placed on it."""
+    """Stands in for a layer's forward: changes its input by the hooks, and adds the deltas that are placed on it."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.placed = layer, list[_Placed]()
+        self.layer, self.placed, self.hooks = layer, list[_Placed](), list[_Hooked]()
         self.own = layer.__dict__.get("forward")  # what somebody else has put on the instance
         self.original = layer.forward
         layer.forward = self.forward
@@ -161,6 +202,9 @@ class _Carrier:
         return carrier if isinstance(carrier, _Carrier) else _Carrier(layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        for hook in self.hooks:
+            if hook.enabled:
+                args, kwargs = _changed(hook.change, args, kwargs)
         out = plain = self.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))  # such layers have one input
         for place in self.placed:
@@ -168,15 +212,34 @@ class _Carrier:
                 out = place.delta.add_to(out, x, self.layer, plain)
         return out
 
-    def remove(self, place: _Placed) -> None:
-        """Take one delta off; with the last one the layer gets its own forward back.
+    def add(self, place: _Placed | _Hooked) -> None:
+        """Put a delta or a hook on."""
+        if isinstance(place, _Hooked):
+            self.hooks.append(place)
+        else:
+            self.placed.append(place)
+
+    def remove(self, place: _Placed | _Hooked) -> None:
+        """Take a delta or a hook off; with the last one the layer gets its own forward back.
 
         Where somebody has wrapped our forward since, it stays inside the wrapper, and adds nothing.
         """
-        self.placed.remove(place)
-        if self.placed or self.layer.__dict__.get("forward") != self.forward:
+        if isinstance(place, _Hooked):
+            self.hooks.remove(place)
+        else:
+            self.placed.remove(place)
+        if self.placed or self.hooks or self.layer.__dict__.get("forward") != self.forward:
             return
         if self.own is None:
             del self.layer.forward
         else:
             self.layer.forward = self.own
+
+
+def _changed(change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments, of which the first is its input, with that changed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    name, x = next(iter(kwargs.items()))
+    return args, {**kwargs, name: change(x)}

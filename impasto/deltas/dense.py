@@ -1,4 +1,4 @@
-"""A change of a whole weight, and of the bias beside it: what LyCORIS' files call `diff`, `diff_b`, `w_norm`, `b_norm`."""
+"""A change of a whole weight, and of the bias beside it: in LyCORIS' files `diff`, `diff_b`, `w_norm`, `b_norm`."""
 
 from __future__ import annotations
 

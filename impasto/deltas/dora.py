@@ -20,8 +20,8 @@ class Dora(Delta):
     """W' = magnitude · (W + dW) / ‖W + dW‖, with dW an inner delta of any linear kind; equation 5 of the paper.
 
     magnitude is (out, 1, …) with a norm for each output (peft, LyCORIS, ComfyUI) or (1, in, 1, …) with one for each
-    input (the paper's figure, LyCORIS' wd_on_out = false). The norm is taken as a constant in the backward pass (section
-    4.3; peft). Its own dW, W' − W, depends on W.
+    input (the paper's figure, LyCORIS' wd_on_out = false). The norm is a constant in the backward pass (section 4.3;
+    peft). Its own dW, W' − W, depends on W.
     """
 
     kind: ClassVar[str] = "dora"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError
 from impasto.deltas.applied import Build, Window, applied
 from impasto.deltas.delta import Delta, at_least_fp32, compute_dtype
-from impasto.deltas.layers import CONVOLUTIONS, apply_weight
+from impasto.deltas.layers import apply_weight
 
 NAMES = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from impasto.core.errors import UserError
 from impasto.core.files import key_of
 from impasto.core.progress import SILENT, Reporter
 from impasto.diffusion.process import Process
+from impasto.families.tokens import Tokens, Vocabulary
 
 if TYPE_CHECKING:
     from impasto.formats.checkpoint import Checkpoint
@@ -97,6 +100,15 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def encode_text(self, captions: Sequence[Caption]) -> TextStates:
         """Text states of captions of any length (in chunks)."""
+
+    def vocabulary(self, encoder: str) -> Vocabulary:
+        """What a text encoder knows: what new tokens stand beside. Raises `UserError` where it takes none."""
+        raise UserError("takes no new tokens", where=f"{self.family} {encoder}", fix="choose another method")
+
+    @functools.cached_property
+    def tokens(self) -> Tokens:
+        """New tokens, which captions may contain while they are there."""
+        return Tokens(self.text_encoder_names, self.vocabulary)
 
     def text_settings(self) -> dict[str, Any]:
         """What text states depend on beside caption, weights and precision (clip skip), for cache keys."""
@@ -176,6 +188,18 @@ class Base(abc.ABC):
         Raises `UserError` with near matches if nothing matches.
         """
 
+    @abc.abstractmethod
+    def parts(self, word: str) -> list[str]:
+        """Parameter paths ("unet.conv_in.weight") that a word, a path or a regular expression names: `parts.Places`.
+
+        Raises `UserError` with near matches if nothing matches.
+        """
+
+    def key_value_layers(self) -> list[tuple[str, str, int]]:
+        """For each attention of the denoiser the paths of the layers that make its keys and its values, and the
+        width of the context that both read. None where a family makes them otherwise."""
+        return []
+
     # --- shared --------------------------------------------------------------------------------------
     @property
     def denoiser(self) -> nn.Module:
@@ -189,6 +213,48 @@ class Base(abc.ABC):
         """The layer at "component.path.inside"."""
         component, _, inside = path.partition(".")
         return self.components[component].get_submodule(inside)
+
+    def parameter(self, path: str) -> nn.Parameter:
+        """The parameter at "component.path.inside.weight"."""
+        component, _, inside = path.partition(".")
+        return self.components[component].get_parameter(inside)
+
+    @torch.no_grad()
+    def hold(self, paths: Iterable[str], dtype: torch.dtype) -> None:
+        """Hold these parameters in `dtype` from now on, whatever precision the base was loaded in.
+
+        Their values are the checkpoint's own again: what loading has rounded comes back. Random ones are cast.
+        """
+        wanted: dict[str, dict[str, nn.Parameter]] = {}
+        for path in paths:
+            component, _, inside = path.partition(".")
+            if (parameter := self.parameter(path)).dtype != dtype:
+                wanted.setdefault(component, {})[inside] = parameter
+        for component, parameters in wanted.items():
+            if component not in self.checkpoints:
+                for parameter in parameters.values():
+                    parameter.data = parameter.data.to(dtype)  # diffusers warns of `Module.to`
+                continue
+            for name, tensor in self.stored(component):
+                if name in parameters:
+                    parameters[name].data = tensor.to(parameters[name].device, dtype)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by path: all others are what the checkpoint has, up to the precision in use."""
+        return {f"{name}.{path}": parameter for name, network in self.components.items()
+                for path, parameter in network.named_parameters() if parameter.requires_grad}
+
+    def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        """A component's tensors as its checkpoint has them, by name, one at a time.
+
+        Raises `UserError` if that is no longer there.
+        """
+        checkpoint = self.checkpoints[component]
+        try:
+            yield from checkpoint.tensors(component)
+        except OSError as error:
+            raise UserError(f"can no longer be read ({error.strerror or error})", where=checkpoint.path,
+                            fix="put the base back to where it was") from error
 
     def fingerprint(self, components: Iterable[str] | None = None) -> dict[str, str]:
         """What identifies each component's weights: that of the checkpoint, and what was merged into them since.

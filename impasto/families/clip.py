@@ -7,6 +7,7 @@ captions, L tokens in a chunk with its marks (77), C channels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -18,25 +19,46 @@ from transformers import CLIPTokenizer
 from impasto.core.errors import UserError
 from impasto.families.base import Caption
 from impasto.families.networks import ClipText
+from impasto.families.tokens import Vocabulary, Words
 
 #: a token and its weight
 Token = tuple[int, float]
 
 
-def tokens_of(caption: Caption, tokenizer: CLIPTokenizer) -> list[Token]:
-    """Token ids with weights, no marks. Weighted pieces are tokenized each by itself, as in A1111."""
+def vocabulary(tokenizer: CLIPTokenizer, encoder: ClipText) -> Vocabulary:
+    """What the encoder knows before any token is added."""
+    return Vocabulary(functools.partial(_ids, tokenizer), encoder.text_model.embeddings.token_embedding,
+                      encoder.length - 2)
+
+
+def _ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def runs_of(caption: Caption, tokenizer: CLIPTokenizer, words: Words | None = None) -> list[list[Token]]:
+    """Token ids with weights, no marks: those of a new token together, any other by itself.
+
+    Weighted pieces are tokenized each by itself, as in A1111.
+    """
     pieces = [(caption, 1.0)] if isinstance(caption, str) else caption
-    return [(token, weight) for text, weight in pieces
-            for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+    return [[(token, weight) for token in run] for text, weight in pieces
+            for run in (words.runs(text) if words else [[token] for token in _ids(tokenizer, text)])]
 
 
-def chunks_of(caption: Caption, tokenizer: CLIPTokenizer, length: int) -> list[list[Token]]:
-    """A caption's chunks of L tokens each, one at least, with marks and padding, which weigh 1."""
-    tokens = tokens_of(caption, tokenizer)
+def chunks_of(caption: Caption, tokenizer: CLIPTokenizer, length: int, words: Words | None = None
+              ) -> list[list[Token]]:
+    """A caption's chunks of L tokens each, one at least, with marks and padding, which weigh 1.
+
+    A new token whose vectors do not all fit into a chunk begins the next one (A1111's practice).
+    """
     begin, end, pad = ((mark, 1.0) for mark in marks(tokenizer))
     room = length - 2
-    starts = range(0, max(len(tokens), 1), room)
-    return [[begin, *tokens[start:start + room], end, *[pad] * (start + room - len(tokens))] for start in starts]
+    chunks = [list[Token]()]
+    for run in runs_of(caption, tokenizer, words):
+        if len(chunks[-1]) + len(run) > room:
+            chunks.append([])
+        chunks[-1] += run
+    return [[begin, *chunk, end, *[pad] * (room - len(chunk))] for chunk in chunks]
 
 
 def marks(tokenizer: CLIPTokenizer) -> tuple[int, int, int]:
@@ -48,12 +70,17 @@ def marks(tokenizer: CLIPTokenizer) -> tuple[int, int, int]:
     return cast(tuple[int, int, int], ids)
 
 
-def encode(captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, skip: int = 0) -> Tensor:
-    """States (B, n·L, C) of captions, n the least common multiple of their numbers of chunks."""
+def encode(captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, skip: int = 0,
+           words: Words | None = None) -> Tensor:
+    """States (B, n·L, C) of captions, n the least common multiple of their numbers of chunks.
+
+    New tokens' rows take part whether a caption has one or not, so that every batch has a gradient to them.
+    """
     device = next(encoder.parameters()).device
-    captions_chunks = [chunks_of(caption, tokenizer, encoder.length) for caption in captions]
+    captions_chunks = [chunks_of(caption, tokenizer, encoder.length, words) for caption in captions]
     chunks = [chunk for chunks in captions_chunks for chunk in chunks]  # encoded all at once
-    states = encoder(torch.tensor([[token for token, _ in chunk] for chunk in chunks], device=device), skip)
+    ids = torch.tensor([[token for token, _ in chunk] for chunk in chunks], device=device)
+    states = encoder(ids, skip, None if words is None else words.rows)
     weights = [[weight for _, weight in chunk] for chunk in chunks]
     if any(weight != 1.0 for chunk in weights for weight in chunk):
         states = weigh(states, torch.tensor(weights, device=device))

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from impasto.core.errors import UserError, nearest
 from impasto.core.rng import seed_for
 from impasto.families.lean import lean
+from impasto.families.tokens import looked_up
 
 Config = Mapping[str, Any]
 
@@ -39,14 +40,20 @@ class ClipText(nn.Module):
         """Tokens in one chunk, beginning and end included (77)."""
         return self.text_model.config.max_position_embeddings
 
-    def forward(self, ids: Tensor, skip: int = 0) -> Tensor:
+    def forward(self, ids: Tensor, skip: int = 0, rows: Tensor | None = None) -> Tensor:
         """States (B, length, C) of token ids (B, length), after the final norm, `skip` last layers left out.
+
+        Ids from the end of the vocabulary on are new tokens': their vectors are `rows` (m, C).
 
         The layers that are skipped are not computed. The norm after an earlier layer is everybody's practice
         (A1111, kohya, diffusers).
         """
         model = self.text_model
-        hidden = model.embeddings(ids)
+        if rows is None:
+            hidden = model.embeddings(ids)
+        else:
+            vectors = looked_up(model.embeddings.token_embedding, ids, rows, model.config.vocab_size)
+            hidden = model.embeddings(inputs_embeds=vectors)
         layers = model.encoder.layers
         for layer in layers[:len(layers) - skip]:
             if self.gradient_checkpointing and torch.is_grad_enabled():

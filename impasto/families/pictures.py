@@ -50,10 +50,12 @@ def find_adapter(name: str, folders: Sequence[Path]) -> Path:
 
     Raises `UserError` that says what was looked at, with the nearest name there.
     """
-    for candidate in [Path(name), *(folder / tail for folder in folders for tail in (f"{name}.safetensors", name))]:
+    tails = (f"{name}.safetensors", f"{name}.pt", name)
+    for candidate in [Path(name), *(folder / tail for folder in folders for tail in tails)]:
         if candidate.is_file() or (candidate / "adapter_config.json").is_file():
             return candidate
-    there = {path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.safetensors")}
+    there = {path.stem for folder in folders if folder.is_dir() for ending in ("safetensors", "pt")
+             for path in folder.glob(f"*.{ending}")}
     looked = ", ".join(f"{folder.absolute()}" for folder in folders)
     raise UserError(f"no adapter of that name; looked for it as a path and in {looked}", where=name,
                     fix=nearest(name, there) if there else "give its folder with --adapter-dir")

@@ -14,6 +14,7 @@ from impasto.families import clip
 from impasto.families.base import Caption, TextStates
 from impasto.families.networks import ClipText
 from impasto.families.tokenizer import clip_tokenizer, write_tokenizer
+from impasto.families.tokens import Vocabulary
 from impasto.families.unet_base import UNetBase
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ class SD1(UNetBase):
         return cast(ClipText, self.components["text_encoder"])
 
     def encode_text(self, captions: Sequence[Caption]) -> TextStates:
-        return {"states": clip.encode(captions, self.tokenizer, self.text_encoder, self.clip_skip)}
+        words = self.tokens.of("text_encoder")
+        return {"states": clip.encode(captions, self.tokenizer, self.text_encoder, self.clip_skip, words)}
+
+    def vocabulary(self, encoder: str) -> Vocabulary:
+        return clip.vocabulary(self.tokenizer, self.text_encoder)
 
     def save_tools(self, folder: Path) -> dict[str, list[str]]:
         write_tokenizer(folder / "tokenizer", self.tokenizer)

@@ -58,7 +58,8 @@ VARIANTS = {8: "instruct-pix2pix", 9: "inpainting"}
 
 _PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _ADAPTER = re.compile(r"[._](?:lora_up|lora_down|lora_mid|lora_A|lora_B|hada_w[12]|lokr_w[12]|lora\.up|lora\.down|"
-                      r"lora_linear_layer|oft_blocks|oft_diag|glora|dora_scale)\b|[._](?:hada|lokr)_[wt][12]")
+                      r"lora_linear_layer|oft_blocks|oft_diag|glora|dora_scale)\b|[._](?:hada|lokr)_[wt][12]|"
+                      r"^(?:lora_(?:unet|te\d?)|lycoris)_\w+\.(?:diff|diff_b|w_norm|b_norm)$")
 _CONTEXT = re.compile(r"attn2[._]to_[kv]\.")
 
 
@@ -99,14 +100,28 @@ def detect_names(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, s
     names = shapes.keys()
     if any(_ADAPTER.search(name) for name in names):
         return Detected("adapter", family_told(metadata) or _by_context(shapes), _adapter_layout(names))
-    if {"emb_params", "clip_l", "clip_g", "string_to_param"} & names:
-        family = "sdxl" if "clip_g" in names else ""
-        return Detected("embedding", family)
-    if len(shapes) == 1 and len(shapes[next(iter(names))]) in (1, 2) and next(iter(names)).startswith("<"):
-        return Detected("embedding", layout="diffusers")
+    if (embedding := _embedding(shapes, metadata)) is not None:
+        return embedding
     if _has(names, "control_model.", "controlnet_cond_embedding.", "input_hint_block."):
         return Detected("controlnet")
     return _network(shapes, metadata)
+
+
+def _embedding(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Detected | None:
+    """One or several embeddings, if that is what they are."""
+    names = shapes.keys()
+    width = next((shape[-1] for shape in shapes.values() if shape), 0)
+    family = family_told(metadata) or CONTEXT_WIDTHS.get(width, "")
+    if {"emb_params", "clip_l", "clip_g", "string_to_param"} & names:
+        return Detected("embedding", "sdxl" if "clip_g" in names else family)
+    if names and all(name.startswith("bundle_emb.") for name in names):
+        return Detected("embedding", "sdxl" if any(name.endswith(".clip_g") for name in names) else family, "kohya")
+    if len(shapes) == 1:
+        ((name, shape),) = shapes.items()
+        known = name.startswith("<") or "impasto.token" in metadata or width in CONTEXT_WIDTHS
+        if known and len(shape) in (1, 2) and "." not in name.strip("<>"):
+            return Detected("embedding", family, "diffusers")
+    return None
 
 
 def _network(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Detected:

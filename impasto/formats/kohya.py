@@ -1,13 +1,18 @@
-"""kohya's LoRA file, which every program reads: `lora_unet_…` keys, alpha beside them, `ss_*` metadata.
+"""kohya's adapter file, which every program reads: `lora_unet_…` keys, alpha beside them, `ss_*` metadata.
 
-After a layer's name: `.lora_up.weight` (out, r[, 1, 1]), `.lora_down.weight` (r, in[, k, k]), `.alpha`. The
-names of the layers are diffusers', flat. As networks/lora.py of github.com/kohya-ss/sd-scripts has it.
+After a layer's name: `.lora_up.weight` (out, r[, 1, 1]), `.lora_down.weight` (r, in[, k, k]), `.alpha`, as
+networks/lora.py of github.com/kohya-ss/sd-scripts has it; and what LyCORIS adds to them, modules/*.py of
+github.com/KohakuBlueleaf/LyCORIS: `.lora_mid.weight`, `.hada_…` (LoHa), `.lokr_…` (LoKr), `.diff` and `.diff_b` (full),
+`.w_norm` and `.b_norm` (of a norm), `.dora_scale` (DoRA). The names of the layers are diffusers', flat. One file may
+mix kinds, one for each layer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,25 +21,42 @@ from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
+from impasto.deltas.kronecker import factorization
 from impasto.formats import names
-from impasto.formats.adapters import Factors, FileCodec, factors_of, layout, pair, stored, tensor_bytes
+from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
+from impasto.formats.adapters import FileCodec, Layers, family_of
+from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
 from impasto.formats.header import Header, header_bytes
+from impasto.formats.kronecker_split import factor_of, split_of
+from impasto.formats.parts import FORMS, deltas_of, held, parts_of, rank_in
 
-#: what a layer's name begins with -> the component it is in
+#: what a layer's name begins with -> the components that it may be in
 PREFIXES = {
-    "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
+    "lora_unet_": ("unet",), "lora_te_": ("text_encoder",), "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    # LyCORIS' own wrapper, around whatever network; SimpleTuner
+    "lycoris_unet_": ("unet",), "lycoris_": ("unet", "text_encoder"),
 }
 
-#: what follows a layer's name -> the factor it is
-PARTS = {"lora_up.weight": "up", "lora_down.weight": "down", "alpha": "alpha"}
+#: part of a layer's change -> what follows the layer's name
+SUFFIXES = {
+    "lora.up": "lora_up.weight", "lora.down": "lora_down.weight", "lora.mid": "lora_mid.weight",
+    **{f"loha.{name}": f"hada_{name}" for name in FORMS["loha"][1]},
+    **{f"lokr.{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "dense.weight": "diff", "dense.bias": "diff_b", "magnitude": "dora_scale", "alpha": "alpha",
+}
+#: of norms, which LyCORIS calls otherwise; and it does not read the other names there
+NORMS = {"dense.weight": "w_norm", "dense.bias": "b_norm"}
+PARTS = {suffix: part for table in (SUFFIXES, NORMS) for part, suffix in table.items()}
 
-#: how the parts begin in relatives of this format that are not LoRA of two factors
+#: how the parts begin in relatives of this format that are not known here
 FOREIGN = {
-    "lora_mid": "a Tucker core", "dora_scale": "a DoRA magnitude", "hada_": "a LoHa factor",
-    "lokr_": "a LoKr factor", "oft_": "an OFT block", "diff": "a full difference", "w_norm": "of a norm",
-    "b_norm": "of a norm",
+    "oft_": "an OFT block", "lokr_t1": "a Tucker core of a LoKr's first factor", "a1.": "of GLoRA", "a2.": "of GLoRA",
+    "b1.": "of GLoRA", "b2.": "of GLoRA", "on_input": "of (IA)³", "set_weight": "a weight to be put in its place",
 }
+
+#: kind of delta -> LyCORIS' name of it
+ALGORITHMS = {"lora": "locon", "loha": "loha", "lokr": "lokr", "dense": "full"}
 
 #: family -> `ss_base_model_version`, `modelspec.architecture` without "/lora", `modelspec.resolution`
 FAMILIES = {
@@ -43,50 +65,148 @@ FAMILIES = {
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024"),
 }
 
+#: a layer's parts by name, see `formats.parts`
+Parts = dict[str, Tensor]
+
 
 class Kohya(FileCodec):
-    """One safetensors file of `lora_unet_…` and `lora_te…` keys."""
+    """One safetensors file of `lora_unet_…` and `lora_te…` keys, and new tokens' `bundle_emb.…` beside them."""
 
     name = "kohya"
+    holds = frozenset({"deltas", "embeddings"})
 
     def claims(self, path: Path, header: Header | None) -> bool:
-        return header is not None and any(key.startswith(tuple(PREFIXES)) for key in header.tensors)
+        return header is not None and any(key.startswith((*PREFIXES, BUNDLE)) for key in header.tensors)
 
-    def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path
-               ) -> dict[str, Factors]:
-        found: dict[str, dict[str, Tensor]] = {}
+    def load(self, path: Path, header: Header | None) -> Adapter:
+        adapter = super().load(path, header)
+        assert header is not None
+        tokens = {name: info for name, info in header.tensors.items() if name.startswith(BUNDLE)}
+        if tokens:
+            adapter.embeddings = unbundled(read_tensors(path, dataclasses.replace(header, tensors=tokens)), path)
+            adapter.family = adapter.family or family_by_width(adapter.embeddings)
+        return adapter
+
+    def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path) -> Layers:
+        found: dict[str, Parts] = {}
         for key, tensor in tensors.items():
+            if key.startswith(BUNDLE):  # no layer's: see `load`
+                continue
             layer, part = _parse(key, where)
             if part in found.setdefault(layer, {}):
-                raise UserError(f"{layer} has two tensors for its {part}", where=where)
+                raise UserError(f"{layer} has two tensors for its {part.rpartition('.')[2]}", where=where)
             found[layer][part] = tensor
-        return {layer: pair(layer, parts.get("up"), parts.get("down"), parts.get("alpha"), where)
+        family = family_of({layer: _inputs(parts) for layer, parts in found.items()}, metadata)
+        return {layer: deltas_of(layer, _turned(layer, parts), where, names.kernel(layer, family))
                 for layer, parts in found.items()}
 
     def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
                ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        layers = {layer: factors_of(layer, terms, "kohya", where) for layer, terms in adapter.deltas.items()}
-        tensors = {}
-        for layer, factors in layers.items():
+        layers = {layer: _turned(layer, parts_of(layer, held(layer, terms, where), where))
+                  for layer, terms in adapter.deltas.items()}
+        tensors = bundled(adapter.embeddings, dtype, where)
+        for layer, parts in layers.items():
             name = _flat_name(layer, adapter.family)
-            tensors[f"{name}.lora_up.weight"] = stored(layer, factors.up, dtype, where)
-            tensors[f"{name}.lora_down.weight"] = stored(layer, factors.down, dtype, where)
-            # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
-            tensors[f"{name}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
-        metadata = {**describe(layers, adapter.family, where.stem), **metadata, **_dimensions(layers)}
+            norm = names.is_norm(layer)
+            suffixes = SUFFIXES | NORMS if norm else SUFFIXES
+            for part, tensor in (_both(parts) if norm else parts).items():
+                # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
+                tensors[f"{name}.{suffixes[part]}"] = tensor.float() if part == "alpha" else \
+                    stored(layer, tensor, dtype, where)
+        told = _dimensions(layers) if layers else {}
+        metadata = {**describe(layers, adapter.family, where.stem), **metadata, **told}
         return tensors, {**metadata, **hashes(tensors, metadata)}
 
 
-def describe(layers: Mapping[str, Factors], family: str, title: str) -> dict[str, str]:
-    """The metadata that other programs show or ask for, where the caller says nothing else."""
-    kind = {"ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.title": title, "modelspec.implementation": "diffusers",
-            "modelspec.prediction_type": "epsilon"}
+def _turned(layer: str, parts: Parts) -> Parts:
+    """A table's change as the file has it, or back: in its own orientation, which is its linear map's transpose."""
+    if names.is_embedding(layer) and "dense.weight" in parts:
+        return parts | {"dense.weight": parts["dense.weight"].T}
+    return parts
+
+
+def _both(parts: Parts) -> Parts:
+    """Of a norm both parts: A1111 takes no file that has one alone."""
+    (like, *_) = parts.values()
+    return {part: parts.get(part, torch.zeros_like(like)) for part in NORMS}
+
+
+def _inputs(parts: Parts) -> int:
+    """How many inputs the layer of these parts has; 0 where they do not tell at once."""
+    tensor = parts.get("lora.down", parts.get("loha.w1_b", parts.get("dense.weight")))
+    if tensor is not None and tensor.ndim > 1:
+        return tensor.shape[1]
+    first, second = (parts.get(f"lokr.{w}", parts.get(f"lokr.{w}_b")) for w in ("w1", "w2"))
+    if first is None or second is None or first.ndim < 2 or second.ndim < 2:
+        return 0
+    return first.shape[1] * second.shape[1]
+
+
+# --- metadata ----------------------------------------------------------------------------------------------
+
+
+def describe(layers: Mapping[str, Parts], family: str, title: str) -> dict[str, str]:
+    """The metadata that other programs show or ask for, where the caller says nothing else.
+
+    "/lora" stands behind the architecture whatever the kind: so kohya's train_network.py says of LyCORIS' files too.
+    """
+    kind = {"ss_network_module": "networks.lora" if _plain(layers) else "lycoris.kohya",
+            "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title,
+            "modelspec.implementation": "diffusers", "modelspec.prediction_type": "epsilon"}
     if family in FAMILIES:
         version, architecture, resolution = FAMILIES[family]
         kind |= {"ss_base_model_version": version, "ss_v2": str(family == "sd2"),
                  "modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
     return kind
+
+
+def _plain(layers: Mapping[str, Parts]) -> bool:
+    """Whether kohya's own networks.lora reads all of it."""
+    return all(parts.keys() == {"lora.up", "lora.down", "alpha"} for parts in layers.values())
+
+
+def _dimensions(layers: Mapping[str, Parts]) -> dict[str, str]:
+    """`ss_network_dim`, `_alpha`, and `_args`: what kohya's and LyCORIS' trainers were given, as strings."""
+
+    def common(values: Iterable[float]) -> str:
+        different = set(values)
+        return f"{different.pop():g}" if len(different) == 1 else "Dynamic"
+
+    sizes = {layer: (rank, float(parts["alpha"])) for layer, parts in layers.items() if (rank := rank_in(parts))}
+    wide = [size for layer, size in sizes.items() if _is_wide(layers[layer])]
+    main = [size for layer, size in sizes.items() if not _is_wide(layers[layer])] or wide
+    args = {"conv_dim": common(r for r, _ in wide), "conv_alpha": common(a for _, a in wide)} if wide else {}
+    if not _plain(layers):
+        args = _algorithm(layers) | args
+    told = {"ss_network_args": json.dumps(args)}
+    if main:
+        told |= {"ss_network_dim": common(r for r, _ in main), "ss_network_alpha": common(a for _, a in main)}
+    return told
+
+
+def _is_wide(parts: Parts) -> bool:
+    """Whether these are factors of a convolution of more than 1×1, as far as they show it (kohya's `conv_dim`)."""
+    return any(tensor[0, 0].numel() > 1 for part, tensor in parts.items()
+               if part in ("lora.down", "lora.mid", "loha.t1", "lokr.t2", "lokr.w2") and tensor.ndim > 2)
+
+
+def _algorithm(layers: Mapping[str, Parts]) -> dict[str, str]:
+    """LyCORIS' words for what most layers hold."""
+    kinds = Counter(max(part.partition(".")[0] for part in parts if "." in part) for parts in layers.values())
+    algorithm = ALGORITHMS[kinds.most_common(1)[0][0]]  # beside a "dense" bias another kind comes last in the alphabet
+    args = {"algo": algorithm}
+    if any(part in parts for parts in layers.values() for part in ("lora.mid", "loha.t1", "lokr.t2")):
+        args["use_tucker"] = "True"
+    if any("magnitude" in parts for parts in layers.values()):
+        args["dora_wd"] = "True"
+        args["wd_on_output"] = str(all(parts["magnitude"].shape[0] > 1 for parts in layers.values()
+                                       if "magnitude" in parts))
+    if algorithm == "lokr":
+        splits = [split_of(layer, parts) for layer, parts in layers.items() if {"lokr.w1", "lokr.w1_a"} & parts.keys()]
+        if (factor := factor_of(splits, factorization)) is not None:
+            args["factor"] = str(factor)
+        args |= {"decompose_both": "True"} if any("lokr.w1_a" in parts for parts in layers.values()) else {}
+    return args
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -120,7 +240,7 @@ def _parse(key: str, where: Path) -> tuple[str, str]:
     prefix = next((p for p in PREFIXES if name.startswith(p)), None)
     if prefix is None:
         raise UserError(f"key {key!r} is not of kohya's format, as others here are", where=where)
-    flat, component = name.removeprefix(prefix), PREFIXES[prefix]
+    flat = name.removeprefix(prefix)
     if flat.startswith(("input_blocks_", "middle_block_", "output_blocks_", "label_emb_", "time_embed_")):
         raise UserError(f"key {key!r} is in the original (sgm) names, which SDXL files use; "
                         "they are not supported yet", where=where)
@@ -128,11 +248,13 @@ def _parse(key: str, where: Path) -> tuple[str, str]:
     if foreign:
         raise UserError(f"key {key!r} is {foreign}, which is not supported yet", where=where)
     if suffix not in PARTS:
-        raise UserError(f"key {key!r} ends in no part of a LoRA", where=where)
-    try:
-        return f"{component}.{names.unflatten(component, flat)}", PARTS[suffix]
-    except UserError as error:
-        raise UserError(f"key {key!r} names no layer of a {component}", where=where) from error
+        raise UserError(f"key {key!r} ends in no part of an adapter", where=where)
+    for component in PREFIXES[prefix]:
+        try:
+            return f"{component}.{names.unflatten(component, flat)}", PARTS[suffix]
+        except UserError:
+            continue
+    raise UserError(f"key {key!r} names no layer of a {' or '.join(PREFIXES[prefix])}", where=where)
 
 
 def _flat_name(layer: str, family: str) -> str:
@@ -142,17 +264,3 @@ def _flat_name(layer: str, family: str) -> str:
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if numbered else "lora_te_",
               "text_encoder_2": "lora_te2_"}[component]
     return prefix + names.flatten(path)
-
-
-def _dimensions(layers: Mapping[str, Factors]) -> dict[str, str]:
-    """`ss_network_dim`, `_alpha`, and `_args` for the convolutions of more than 1×1 (kohya's `conv_dim`)."""
-
-    def common(values: Iterable[float]) -> str:
-        different = set(values)
-        return f"{different.pop():g}" if len(different) == 1 else "Dynamic"
-
-    wide = [f for f in layers.values() if f.down[0, 0].numel() > 1]
-    main = [f for f in layers.values() if f.down[0, 0].numel() == 1] or wide
-    conv = {"conv_dim": common(f.rank for f in wide), "conv_alpha": common(f.alpha for f in wide)}
-    return {"ss_network_dim": common(f.rank for f in main), "ss_network_alpha": common(f.alpha for f in main),
-            "ss_network_args": json.dumps(conv if wide else {})}

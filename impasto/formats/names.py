@@ -36,6 +36,11 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     ),
 }
 
+#: how paths of layers with a kernel end, and the kernel; of SD 1 alone, where the others have linear layers
+KERNELS = {"conv_in": (3, 3), "conv_out": (3, 3), "conv1": (3, 3), "conv2": (3, 3), "conv": (3, 3),
+           "conv_shortcut": (1, 1)}
+POINTWISE = {"proj_in": (1, 1), "proj_out": (1, 1)}
+
 #: the rule that a component's layers begin with, by diffusers' name of the component
 COMPONENTS = {"unet": "unet", "text_encoder": "clip", "text_encoder_2": "clip"}
 
@@ -75,6 +80,24 @@ def split(layer: str, *, where: object = "") -> tuple[str, str]:
         raise UserError(f"layer {layer!r} is of an unknown component", where=where,
                         fix=nearest(component, COMPONENTS))
     return component, canonical(component, path, where=where)
+
+
+def kernel(layer: str, family: str = "") -> tuple[int, ...]:
+    """The kernel of a layer, () where it has none or the family would have to tell."""
+    component, _, path = layer.partition(".")
+    if COMPONENTS.get(component) != "unet":
+        return ()
+    return (KERNELS | (POINTWISE if family == "sd1" else {})).get(path.rpartition(".")[2], ())
+
+
+def is_norm(layer: str) -> bool:
+    """Whether a layer normalises: it has a weight and a bias (c,), which scale and shift."""
+    return "norm" in layer.rpartition(".")[2]
+
+
+def is_embedding(layer: str) -> bool:
+    """Whether a layer is a table that is looked up, (n, d): the transpose of its linear map."""
+    return layer.endswith("_embedding")
 
 
 @cache

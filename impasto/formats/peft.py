@@ -1,10 +1,12 @@
-"""The LoRA files of diffusers and peft: dotted paths, `lora_A` (down) and `lora_B` (up), alpha in a config.
+"""The files of diffusers and peft: dotted paths, `lora_A` (down) and `lora_B` (up), alpha in a config.
 
 - `Diffusers`: one file, `unet.{path}.lora_A.weight` …, the config as JSON in the metadata under
   `lora_adapter_metadata`, its keys prefixed by component, as diffusers' `save_lora_weights` writes it. Older
-  spellings are read too (`processor.to_q_lora.up`, `lora_linear_layer.up`, `lora.up`).
+  spellings are read too (`processor.to_q_lora.up`, `lora_linear_layer.up`, `lora.up`). It holds LoRA and DoRA
+  (`lora_magnitude_vector`).
 - `PeftFolder`: `adapter_config.json` and `adapter_model.safetensors`, for one component. An adapter of
-  several components is a folder of such folders, named after the components (`unet`, `text_encoder`).
+  several components is a folder of such folders, named after the components (`unet`, `text_encoder`). It holds one
+  of LoRA, DoRA, LoHa (`hada_…`) and LoKr (`lokr_…`).
 
 alpha: programs that look at the tensors alone take it to be the rank. So where alpha / rank is a power of two
 it is multiplied into the factors, which changes exponents only. Any other stands in the config alone.
@@ -13,11 +15,8 @@ it is multiplied into the factors, which changes exponents only. Any other stand
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,14 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder
 from impasto.deltas.adapter import Adapter
+from impasto.deltas.delta import Delta
 from impasto.formats import names
-from impasto.formats.adapters import (
-    Codec,
-    Factors,
-    FileCodec,
-    assemble,
-    check_meaning,
-    factors_of,
-    pair,
-    read_back,
-    read_tensors,
-    stored,
-    upcast,
-    write_tensors,
-)
+from impasto.formats.adapter_bytes import read_back, read_tensors, stored, upcast, write_tensors
+from impasto.formats.adapters import Codec, FileCodec, Layers, assemble
 from impasto.formats.header import Header, read_header
-
-#: no one means more; a number from a file may have any size
-MAX_ALPHA = 1e9
+from impasto.formats.meaning import check_meaning
+from impasto.formats.parts import TITLES, Held, as_lora, deltas_of, held, parts_of
+from impasto.formats.peft_config import TYPES, Parts, config_of, fold, json_table, with_alpha
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -57,9 +45,13 @@ ENDINGS = (
     (r"\.to_(?P<which>q|k|v|out)_lora\.(?P<factor>up|down)\.weight", ".to_{which}"),
     (r"\.lora_linear_layer\.(?P<factor>up|down)\.weight", ""),
     (r"\.lora\.(?P<factor>up|down)\.weight", ""),
+    (r"\.lora_(?P<factor>magnitude)_vector(?:\.(?P<adapter>(?!weight$)\w+))?(?:\.weight)?", ""),
+    (r"\.(?P<factor>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.(?P<adapter>\w+))?", ""),
     (r"\.(?P<factor>alpha)", ""),
 )
-FACTORS = {"A": "down", "B": "up", "up": "up", "down": "down", "alpha": "alpha"}
+#: how a key names a factor -> the part that it is, see `formats.parts`
+FACTORS = {"A": "lora.down", "B": "lora.up", "up": "lora.up", "down": "lora.down", "alpha": "alpha",
+           "magnitude": "magnitude"}
 
 
 class Diffusers(FileCodec):
@@ -70,20 +62,19 @@ class Diffusers(FileCodec):
     def claims(self, path: Path, header: Header | None) -> bool:
         return header is not None and any(_ending(key) for key in header.tensors)
 
-    def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path
-               ) -> dict[str, Factors]:
-        config = _json_table(metadata.get("lora_adapter_metadata", "{}"), "lora_adapter_metadata", where)
+    def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path) -> Layers:
+        config = json_table(metadata.get("lora_adapter_metadata", "{}"), "lora_adapter_metadata", where)
         layers = {}
         for (component, path), parts in _grouped(tensors, where).items():
             head = component + "."
             own = {key.removeprefix(head): value for key, value in config.items() if key.startswith(head)}
-            layers[head + path] = _with_config(component, path, parts, own, where)
+            layers[head + path] = _deltas(component, path, parts, own, where)
         return layers
 
     def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
                ) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, config = {}, {}
-        for component, layers in _by_component(adapter, self.name, where).items():
+        for component, layers in _by_component(adapter, self.name, ("lora",), where).items():
             part, own = _encode(component, layers, dtype, where)
             tensors |= {f"{component}.{key}": tensor for key, tensor in part.items()}
             config |= {f"{component}.{key}": value for key, value in own.items()}
@@ -100,7 +91,7 @@ class PeftFolder(Codec):
         return header is None and bool(_components(path))
 
     def load(self, path: Path, header: Header | None) -> Adapter:
-        layers: dict[str, Factors] = {}
+        layers: Layers = {}
         metadata: dict[str, str] = {}
         for component, folder in _components(path).items():
             found, said = _load_folder(folder, component)
@@ -109,7 +100,7 @@ class PeftFolder(Codec):
         return assemble(layers, metadata)
 
     def save(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-        parts = _by_component(adapter, self.name, path)
+        parts = _by_component(adapter, self.name, ("lora", "loha", "lokr"), path)
         encoded = {}
         for component, layers in parts.items():
             tensors, config = _encode(component, layers, dtype, path)
@@ -117,7 +108,7 @@ class PeftFolder(Codec):
             said = {**metadata, "format": "pt", "impasto.component": component}
             decoded = _decode_folder(upcast(tensors), config, said, path, "")
             own = {k: v for k, v in adapter.deltas.items() if k.startswith(component + ".")}
-            check_meaning(replace(adapter, deltas=own), decoded, dtype)
+            check_meaning(own, decoded, dtype)
             encoded[component] = tensors, said, config
         if path.exists():
             raise UserError("exists already", where=path, fix="remove it, or choose another name")
@@ -135,57 +126,61 @@ class PeftFolder(Codec):
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def _by_component(adapter: Adapter, format: str, where: Path) -> dict[str, dict[str, Factors]]:
-    parts: dict[str, dict[str, Factors]] = {}
+def _by_component(adapter: Adapter, format: str, kinds: Collection[str], where: Path) -> dict[str, dict[str, Parts]]:
+    """The parts of each layer by component and path. Raises `UserError` for what the format cannot hold."""
+    found: dict[str, dict[str, Parts]] = {}
     for layer, terms in adapter.deltas.items():
         component, _, path = layer.partition(".")
-        parts.setdefault(component, {})[path] = factors_of(layer, terms, format, where)
-    return parts
+        parts = parts_of(layer, _fitting(layer, held(layer, terms, where), format, kinds, where), where)
+        if parts.get("magnitude", torch.zeros(2, 1)).shape[0] == 1 != terms[0].shape[0]:
+            raise UserError(f"{layer} holds a DoRA with a magnitude for each input, and peft's have one for each "
+                            "output", where=where, fix="save it as kohya")
+        found.setdefault(component, {})[path] = parts
+    return found
 
 
-def _encode(component: str, layers: Mapping[str, Factors], dtype: torch.dtype, where: Path
+def _fitting(layer: str, content: Held, format: str, kinds: Collection[str], where: Path) -> Held:
+    """A change of a kind that the format has, the same up to rounding; a Tucker core multiplied into its factor."""
+    change = content.change
+    if content.bias is not None:
+        raise UserError(f"{layer} holds a change of a bias, which a {format} file cannot hold", where=where,
+                        fix="save it as kohya")
+    assert change is not None
+    if change.kind in kinds and change.kind != "lora":
+        return content
+    kind = change.kind
+    if kind == "dora":
+        kind = bytes(change.tensors()["inner_kind"].tolist()).decode()
+        plain = kind == "lora" and "inner.mid" not in change.tensors()
+        lora = change if plain else None
+    else:
+        lora = as_lora(change) if kind == "lora" else None
+    if lora is None:
+        what = TITLES[kind] + (" under DoRA" if change.kind == "dora" else "")
+        others = "kohya or peft" if format == "diffusers" and change.kind in ("loha", "lokr") else "kohya"
+        raise UserError(f"{layer} holds {what}, which a {format} file cannot hold", where=where,
+                        fix=f"save it as {others}")
+    return Held(lora, None)
+
+
+def _encode(component: str, layers: Mapping[str, Parts], dtype: torch.dtype, where: Path
             ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A component's tensors and peft's config (`LoraConfig`) of them.
-
-    Patterns in the config leave `text_model.` out: they are matched against the end of a module's path, which
-    has it or not with the version of transformers.
-    """
-    tensors, ranks, alphas = {}, {}, {}
-    for path, factors in layers.items():
-        factors = _fold(factors, dtype)
-        tensors[f"{path}.lora_A.weight"] = stored(f"{component}.{path}", factors.down, dtype, where)
-        tensors[f"{path}.lora_B.weight"] = stored(f"{component}.{path}", factors.up, dtype, where)
-        module = path.removeprefix("text_model.")
-        ranks[module], alphas[module] = factors.rank, _whole(factors.alpha)
-    rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
-    return tensors, {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks),
-        "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
-        "use_rslora": False, "use_dora": False, "bias": "none", "lora_dropout": 0.0,
-    }
+    """A component's tensors and peft's config of them."""
+    layers = {path: fold(parts, dtype) if "lora.up" in parts else parts for path, parts in layers.items()}
+    tensors = {}
+    for path, parts in layers.items():
+        for part, tensor in parts.items():
+            if part == "magnitude":  # (out), or (1, out, 1, 1) of a convolution
+                tensor = tensor.transpose(0, 1) if tensor.ndim > 2 else tensor[:, 0]
+            if part != "alpha":
+                tensors[f"{path}.{SPELLINGS[part]}"] = stored(f"{component}.{path}", tensor, dtype, where)
+    return tensors, config_of(component, layers, where)
 
 
-def _fold(factors: Factors, dtype: torch.dtype) -> Factors:
-    """alpha made equal to the rank, if alpha / rank is a power of two and `dtype` has room for it.
-
-    Room: what drops below the smallest numbers of `dtype` is less than 1e-5 of each factor's norm, a fiftieth
-    of fp16's own rounding.
-    """
-    mantissa, exponent = math.frexp(factors.alpha / factors.rank)
-    if mantissa != 0.5 or exponent == 1:
-        return factors
-    half = (exponent - 1) // 2
-    shifts = half, exponent - 1 - half
-    for old, shift in zip((factors.down, factors.up), shifts, strict=True):
-        stays = (old * 2.0**shift).to(dtype).float() / 2.0**shift
-        if not (stays - old.to(dtype).float()).norm() <= 1e-5 * old.norm():
-            return factors
-    return Factors(factors.up * 2.0**shifts[1], factors.down * 2.0**shifts[0], float(factors.rank))
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if value == int(value) else value
+#: part -> what follows a layer's path
+SPELLINGS = {"lora.down": "lora_A.weight", "lora.up": "lora_B.weight", "magnitude": "lora_magnitude_vector",
+             **{f"loha.{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+             **{f"lokr.{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}}
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -199,41 +194,41 @@ def _components(path: Path) -> dict[str, Path]:
             if (path / name / CONFIG).is_file() and (path / name / WEIGHTS).is_file()}
 
 
-def _load_folder(folder: Path, component: str) -> tuple[dict[str, Factors], dict[str, str]]:
+def _load_folder(folder: Path, component: str) -> tuple[Layers, dict[str, str]]:
     header = read_header(folder / WEIGHTS)
     try:
         text = (folder / CONFIG).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise UserError("cannot be read", where=folder / CONFIG) from None
-    config = _json_table(text, "it", folder / CONFIG)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"peft_type {config['peft_type']!r} is not supported yet, only LORA",
+    config = json_table(text, "it", folder / CONFIG)
+    if config.get("peft_type", "LORA") not in TYPES:
+        raise UserError(f"peft_type {config['peft_type']!r} is not known, only {', '.join(TYPES)}",
                         where=folder / CONFIG)
     tensors = read_tensors(folder / WEIGHTS, header)
     return _decode_folder(tensors, config, header.metadata, folder / WEIGHTS, component), header.metadata
 
 
 def _decode_folder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str],
-                   where: Path, component: str) -> dict[str, Factors]:
+                   where: Path, component: str) -> Layers:
     component = component or metadata.get("impasto.component", "")
-    return {f"{c}.{path}": _with_config(c, path, parts, config, where)
+    return {f"{c}.{path}": _deltas(c, path, parts, config, where)
             for (c, path), parts in _grouped(tensors, where, component).items()}
 
 
 def _grouped(tensors: Mapping[str, Tensor], where: Path, component: str = ""
-             ) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """(component, canonical path) -> up, down, alpha."""
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+             ) -> dict[tuple[str, str], Parts]:
+    """(component, canonical path) -> its parts."""
+    found: dict[tuple[str, str], Parts] = {}
     adapters = set()
     for key, tensor in tensors.items():
         ending = _ending(key)
         if ending is None:
-            raise UserError(f"key {key!r} is not of diffusers' or peft's LoRA formats", where=where)
+            raise UserError(f"key {key!r} is not of diffusers' or peft's formats", where=where)
         layer, factor, adapter = ending
         place = _place(layer, component, key, where)
         adapters.add(adapter)
         if factor in found.setdefault(place, {}):
-            raise UserError(f"{'.'.join(place)} has two tensors for its {factor}", where=where)
+            raise UserError(f"{'.'.join(place)} has two tensors for its {factor.rpartition('.')[2]}", where=where)
         found[place][factor] = tensor
     if len(adapters - {None}) > 1:
         raise UserError(f"holds several adapters ({', '.join(sorted(a for a in adapters if a))})",
@@ -242,13 +237,14 @@ def _grouped(tensors: Mapping[str, Tensor], where: Path, component: str = ""
 
 
 def _ending(key: str) -> tuple[str, str, str | None] | None:
-    """A key as (layer, factor, name of the adapter inside it if any), or None if it is none of ours."""
+    """A key as (layer, part, name of the adapter inside it if any), or None if it is none of ours."""
     for pattern, tail in ENDINGS:
         if match := re.search(pattern + "$", key):
             said = match.groupdict()
             layer = key[:match.start()] + tail.format(which=said.get("which"))
-            adapter = said.get("adapter") if said["factor"] != "alpha" else None
-            return layer, FACTORS[said["factor"]], adapter
+            adapter = said.get("adapter")
+            factor = said["factor"].replace("hada_", "loha.").replace("lokr_", "lokr.")
+            return layer, FACTORS.get(factor, factor), adapter
     return None
 
 
@@ -268,45 +264,12 @@ def _place(layer: str, component: str, key: str, where: Path) -> tuple[str, str]
     raise UserError(f"key {key!r} names no layer of a {component or 'known component'}", where=where)
 
 
-def _with_config(component: str, path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any],
-                 where: Path) -> Factors:
-    """Factors with the alpha that the config gives the layer, if the file's tensors do not have one."""
+def _deltas(component: str, path: str, parts: Parts, config: Mapping[str, Any], where: Path) -> tuple[Delta, ...]:
+    """The deltas of a layer, with what the config says of it."""
     layer = f"{component}.{path}"
-    factors = pair(layer, parts.get("up"), parts.get("down"), parts.get("alpha"), where)
-    for unsupported in ("use_dora", "fan_in_fan_out", "use_qalora"):
-        if config.get(unsupported):
-            raise UserError(f"its config says {unsupported}, which is not supported yet", where=where)
-    if "alpha" in parts or "lora_alpha" not in config:
-        return factors
-    table = config.get("alpha_pattern") or {}
-    if not isinstance(table, dict):
-        raise UserError("alpha_pattern in its config is not a table", where=where)
-    fitting = (value for pattern, value in table.items() if _matches(pattern, path, where))
-    alpha = next(fitting, config["lora_alpha"])
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
-        raise UserError(f"its config gives {layer} the alpha {str(alpha)[:40]!r}", where=where)
-    if config.get("use_rslora"):  # peft divides by √rank then, and this alpha is divided by the rank
-        alpha *= math.sqrt(factors.rank)
-    return factors._replace(alpha=float(alpha))
-
-
-def _matches(pattern: str, path: str, where: Path) -> bool:
-    """peft's rule: a pattern is a regular expression for the path's end, from its start or after a dot."""
-    if len(re.findall(r"[*+?{]", pattern)) > 4 or re.search(r"\)[*+?{]", pattern):
-        raise UserError(f"alpha_pattern {pattern!r} is too intricate to be matched safely", where=where)
-    try:
-        expression = re.compile(rf"(.*\.)?({pattern})")
-    except re.error:
-        raise UserError(f"alpha_pattern {pattern!r} is not a regular expression", where=where) from None
-    # a pattern may have been written for a text encoder with `text_model.` in its paths, or without
-    return any(expression.fullmatch(p) for p in {path, path.removeprefix("text_model.")})
-
-
-def _json_table(text: str, what: str, where: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        raise UserError(f"{what} is not a table in JSON", where=where)
-    return table
+    if "magnitude" in parts and parts["magnitude"].ndim > 2:  # peft has (1, out, 1, 1) of a convolution
+        parts = parts | {"magnitude": parts["magnitude"].transpose(0, 1)}
+    parts = with_alpha(component, path, parts, config, where)
+    if config.get("use_dora") and "magnitude" not in parts:
+        raise UserError(f"{layer} lacks its magnitude, and its config says use_dora", where=where)
+    return deltas_of(layer, parts, where, names.kernel(layer))

@@ -1,4 +1,4 @@
-"""Which layers of a LoRA file each program of the field would load, and which it would pass over in silence.
+"""Which layers of an adapter's file each program of the field would load, and which it would pass over in silence.
 
 Told from the names of the keys, by each program's own map of names, for SD 1.x. A program that does not know a
 key skips it; a file "works" then without effect.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from impasto.deltas.lowrank import LowRank
+from impasto.deltas.told import alpha_of
 from impasto.formats.adapters import load_adapter
 from impasto.formats.header import read_header
 
@@ -28,16 +28,23 @@ _REST = "|".join((
 ))
 _ENDS = r"conv_in|conv_out|time_embedding\.linear_[12]"
 _TEXT = r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
+_NORMS = "|".join((_BLOCKS + r"\.resnets\.\d+\.norm[12]", _ATTENTION + r"\.norm", _TRANSFORMER + r"\.norm[123]"))
+_TEXT_NORMS = r"text_model\.encoder\.layers\.\d+\.layer_norm[12]"
 _KOHYA = r"\.(?:lora_up\.weight|lora_down\.weight|alpha)"
+#: what LyCORIS adds to kohya's
+_LYCORIS = (r"\.(?:lora_mid\.weight|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff|diff_b|w_norm|b_norm|"
+            r"dora_scale)")
 _PEFT = r"\.lora_[AB]\.weight"
+_BUNDLE = r"bundle_emb\.[^.]+\.(?:string_to_param\..+|clip_[lg]|emb_params)"  # new tokens beside the layers
+_PEFT_DORA = r"\.lora_magnitude_vector"
 _OLD = r"\.(?:lora|lora_linear_layer)\.(?:up|down)\.weight"
 _OLD_ATTN = _TRANSFORMER + r"\.attn[12]\.processor\.to_(?:q|k|v|out)_lora\.(?:up|down)\.weight"
 
 
-def _kohya(unet: str) -> str:
-    """A pattern for kohya's keys: the text encoder's, and those of the UNet's layers that a pattern names."""
-    flat = [pattern.replace(r"\.", "_") for pattern in (unet, _TEXT)]
-    return rf"(?:lora_unet_(?:{flat[0]})|lora_te_(?:{flat[1]})){_KOHYA}"
+def _kohya(unet: str, text: str = _TEXT, endings: str = _KOHYA, prefix: str = "lora_unet_") -> str:
+    """A pattern for kohya's keys: of the text encoder's layers and of the UNet's that patterns name."""
+    flat = [pattern.replace(r"\.", "_") for pattern in (unet, text)]
+    return rf"(?:{prefix}(?:{flat[0]})|lora_te_(?:{flat[1]}))(?:{endings})"
 
 
 @dataclass(frozen=True)
@@ -47,26 +54,38 @@ class Program:
     name: str
     loads: tuple[str, ...]
     source: str
+    #: what is loaded in place of that if the file holds anything of LyCORIS', and what that takes
+    extended: tuple[str, ...] = ()
+    extension: str = ""
+    #: whether one unknown key among kohya's has it refuse the whole file
+    strict: bool = False
 
 
 # in ComfyUI's map dotted names have `.processor.` before `to_q` and no `.0` after `to_out`, so attention in peft's
 # spelling is not among them
-_COMFY = (_kohya(f"{_ATTN}|{_REST}|{_ENDS}"), rf"(?:unet\.)?(?:{_REST}|{_ENDS})(?:{_PEFT}|{_OLD})",
+_BOTH = f"{_KOHYA}|{_LYCORIS}"
+_COMFY = (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}|conv_norm_out", endings=_BOTH,
+                 prefix="(?:lora_unet|lycoris)_"), rf"(?:unet\.)?(?:{_REST}|{_ENDS})(?:{_PEFT}|{_OLD})",
           rf"(?:unet\.)?{_OLD_ATTN}", rf"text_encoder\.{_TEXT}(?:{_PEFT}|{_OLD})")
 
 PROGRAMS = (
     # a layer's name is what stands before the first dot of a key: no dotted name is found
-    Program("A1111", (_kohya(f"{_ATTN}|{_REST}|{_ENDS}"),),
-            "AUTOMATIC1111/stable-diffusion-webui: extensions-builtin/Lora/networks.py"),
+    Program("A1111", (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}", f"{_TEXT}|{_TEXT_NORMS}", _BOTH), _BUNDLE),
+            "AUTOMATIC1111/stable-diffusion-webui: extensions-builtin/Lora/networks.py, network_*.py"),
     Program("Forge", _COMFY,
             "lllyasviel/stable-diffusion-webui-forge: packages_3rdparty/comfyui_lora_collection/lora.py"),
-    Program("ComfyUI", _COMFY, "Comfy-Org/ComfyUI: comfy/lora.py, comfy/utils.py, comfy/weight_adapter/lora.py"),
+    Program("ComfyUI", _COMFY, "Comfy-Org/ComfyUI: comfy/lora.py, comfy/utils.py, comfy/weight_adapter/*.py"),
     # what lies inside Transformer2DModel, ResnetBlock2D, Downsample2D, Upsample2D, CLIPAttention and CLIPMLP
-    Program("kohya", (_kohya(f"{_ATTN}|{_REST}"),), "kohya-ss/sd-scripts: networks/lora.py"),
+    # in an extension, every module of both networks
+    Program("kohya", (_kohya(f"{_ATTN}|{_REST}"),), "kohya-ss/sd-scripts: networks/lora.py; LyCORIS: kohya.py",
+            (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}|conv_norm_out",
+                    rf"{_TEXT}|{_TEXT_NORMS}|text_model\.final_layer_norm", _BOTH),),
+            "needs the package lycoris-lora, and --network_module lycoris.kohya"),
     Program("diffusers",
-            (_kohya(f"{_ATTN}|{_REST}|{_ENDS}"), rf"unet\.(?:{_ATTN}|{_REST}|{_ENDS})(?:{_PEFT}|{_OLD})",
-             rf"unet\.{_OLD_ATTN}", rf"text_encoder\.{_TEXT}(?:{_PEFT}|{_OLD})"),
-            "huggingface/diffusers: src/diffusers/loaders/lora_conversion_utils.py, lora_base.py, peft.py"),
+            (_kohya(f"{_ATTN}|{_REST}|{_ENDS}"), rf"unet\.(?:{_ATTN}|{_REST}|{_ENDS})(?:{_PEFT}|{_PEFT_DORA}|{_OLD})",
+             rf"unet\.{_OLD_ATTN}", rf"text_encoder\.{_TEXT}(?:{_PEFT}|{_PEFT_DORA}|{_OLD})"),
+            "huggingface/diffusers: src/diffusers/loaders/lora_conversion_utils.py, lora_pipeline.py, peft.py",
+            strict=True),
 )
 
 
@@ -82,9 +101,10 @@ class Verdict:
 
 
 def of_file(path: Path | str) -> list[Verdict]:
-    """One verdict a program on a LoRA file. Raises `UserError` if it is none."""
+    """One verdict a program on an adapter's file. Raises `UserError` if it is none."""
     terms = [term for terms in load_adapter(path).deltas.values() for term in terms]
-    return verdicts(read_header(path).tensors, [term.alpha for term in terms if isinstance(term, LowRank)])
+    alphas = [alpha for term in terms if (alpha := alpha_of(term)) is not None]
+    return verdicts(read_header(path).tensors, alphas)
 
 
 def verdicts(keys: Iterable[str], alphas: Iterable[float] = ()) -> list[Verdict]:
@@ -95,18 +115,63 @@ def verdicts(keys: Iterable[str], alphas: Iterable[float] = ()) -> list[Verdict]
     keys, alphas = sorted(keys), set(alphas)
     layers = {key: _layer(key) for key in keys}
     total = len(set(layers.values()))
+    extended = any(re.search(_LYCORIS + "$", key) for key in keys)
     found = []
     for program in PROGRAMS:
-        pattern = re.compile("|".join(f"(?:{p})" for p in program.loads))
-        ignored = tuple(key for key in keys if not pattern.fullmatch(key))
+        ignored = _ignored(program, keys, extended)
         loaded = total - len({layers[key] for key in ignored})
-        caution = _diffusers_caution(keys, alphas) if program.name == "diffusers" else ""
-        found.append(Verdict(program.name, loaded, total, ignored, caution))
+        found.append(Verdict(program.name, loaded, total, ignored, _caution(program, keys, alphas, extended)))
     return found
 
 
+def lycoris(keys: Iterable[str]) -> bool:
+    """Whether a file of these keys holds more than kohya's own LoRA: `networks.lora` does not read it."""
+    return any(re.search(_LYCORIS + "$", key) for key in keys)
+
+
+def _ignored(program: Program, keys: list[str], extended: bool) -> tuple[str, ...]:
+    """The keys that a program passes over."""
+    pattern = re.compile("|".join(f"(?:{p})" for p in (extended and program.extended or program.loads)))
+    known = set(keys)
+    ignored = [key for key in keys if not pattern.fullmatch(key) or
+               program.name in ALONE and _alone(key, known)]
+    if program.strict and ignored and all(re.match(r"lora_(?:unet|te\d?)_", key) for key in keys):
+        dropped = [key for key in ignored if not key.endswith(".dora_scale")]
+        return tuple(keys if dropped else ignored)
+    return tuple(ignored)
+
+
+#: programs that take a bias, and a norm's weight, only beside the other of the two
+ALONE = ("A1111", "kohya")
+
+
+def _alone(key: str, known: set[str]) -> bool:
+    layer, _, ending = key.partition(".")
+    beside = {"diff_b": "diff", "b_norm": "w_norm", "w_norm": "b_norm"}.get(ending)
+    return beside is not None and f"{layer}.{beside}" not in known
+
+
 def _layer(key: str) -> str:
-    return re.sub(rf"(?:{_KOHYA}|{_PEFT}|{_OLD}|_lora\.(?:up|down)\.weight)$", "", key)
+    return re.sub(rf"(?:{_BOTH}|{_PEFT}|{_PEFT_DORA}|{_OLD}|_lora\.(?:up|down)\.weight)$", "", key)
+
+
+def _caution(program: Program, keys: list[str], alphas: set[float], extended: bool) -> str:
+    """What goes wrong with keys that a program does load, or what they take."""
+    dora = any(key.endswith(".dora_scale") for key in keys)
+    match program.name:
+        case "diffusers":
+            if dora and any(not re.search(_LYCORIS + "$", key) for key in keys):
+                return "leaves DoRA's magnitudes out, so the rest has another effect"
+            return _diffusers_caution(keys, alphas)
+        case "A1111" if dora:
+            return "takes DoRA's magnitudes as the inputs', so those of outputs have another effect"
+        case "ComfyUI" | "Forge" if dora:
+            return "divides by the norm of the unchanged weight where DoRA's magnitudes are the outputs'"
+        case "ComfyUI" | "Forge" if any(key.endswith(".lokr_t2") for key in keys):
+            return "fails on a LoKr's Tucker core with torch 2.13, and leaves that layer as it was"
+        case "kohya" if extended:
+            return program.extension
+    return ""
 
 
 def _diffusers_caution(keys: list[str], alphas: set[float]) -> str:
@@ -116,4 +181,6 @@ def _diffusers_caution(keys: list[str], alphas: set[float]) -> str:
     text = [key for key in keys if key.startswith("text_encoder.")]
     if text and not any(".self_attn." in key for key in text):
         return "fails on a text encoder that has a LoRA on no attention layer"
+    if any(key.endswith(".lora_magnitude_vector") for key in text):
+        return "leaves DoRA's magnitudes in the text encoder out, so the rest has another effect"
     return ""

@@ -4,7 +4,9 @@ from impasto.core.registry import Registry
 
 METHODS = Registry("method", {
     "full": "impasto.methods.full:Full",
-    "lora": "impasto.methods.lora:LoRA",
+    "hypernetwork": "impasto.methods.hypernetwork:Hypernetwork",
     "loha": "impasto.methods.loha:LoHa",
     "lokr": "impasto.methods.lokr:LoKr",
+    "lora": "impasto.methods.lora:LoRA",
+    "textual_inversion": "impasto.methods.textual_inversion:TextualInversion",
 })

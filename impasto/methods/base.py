@@ -6,9 +6,11 @@ A run holds a list of methods. A method never touches the loop; the loop never a
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pydantic
 
@@ -24,9 +26,24 @@ class MethodOptions(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
+    #: rate where the recipe says none at all, neither here nor in [train], beside AdamW's of 1e-4; None: that one
+    recommended: ClassVar[float | None] = None
+
     kind: str
     learning_rate: float | None = pydantic.Field(
         None, gt=0, description="Rate of this method's weights; default: train.learning_rate.")
+
+
+class Switched(Protocol):
+    """What can be put on a base and have no effect there: an attachment, a hook's handle."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it has effect."""
+        ...
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None: ...
 
 
 class Method(abc.ABC):
@@ -37,6 +54,8 @@ class Method(abc.ABC):
     in_place: ClassVar[bool] = False
     #: how the name of an adapter's file ends if this method alone leaves something in it
     suffix: ClassVar[str] = ".safetensors"
+    #: formats beside auto that hold what it leaves behind (names as in formats.adapters.CODECS)
+    formats: ClassVar[tuple[str, ...]] = ("kohya", "diffusers", "peft")
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -63,15 +82,26 @@ class Method(abc.ABC):
     def adapter(self) -> Adapter | None:
         """What has been learned so far, detached, on the CPU; None for a method that trains in place."""
 
+    def remarks(self) -> Iterable[str]:
+        """Lines to tell at the start, once prepared: where an option could not be taken as it was written."""
+        return ()
+
+    def off(self) -> AbstractContextManager[None]:
+        """A block in which the method, prepared, has no effect on its base, whose prediction is then what it was
+        before, to the bit: a frozen teacher. A method that changes the base itself has none to go back to."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be switched off")
+
+    def look(self, captions: Iterable[str]) -> None:  # noqa: B027 - most methods need none
+        """Called once, after `prepare`, with what is said of the pictures, read as far as it is asked for.
+
+        Raises `UserError` if the method could learn nothing from them.
+        """
+
     def begin(self, total: int) -> None:  # noqa: B027 - most methods need none
         """The run takes `total` optimizer steps. Called once, after `prepare`, before the first of them or a resume.
 
         Raises `UserError` for options that do not fit that length.
         """
-
-    def remarks(self) -> Iterable[str]:
-        """Lines to tell at the start, once prepared: where an option could not be taken as it was written."""
-        return ()
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
@@ -94,3 +124,25 @@ def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -
     """A parameter group of all that a module at `path` holds."""
     named = dict(module.named_parameters(prefix=path))
     return {"params": list(named.values()), "paths": list(named), "lr": lr, "name": name}
+
+
+@contextlib.contextmanager
+def switched_off(*parts: Switched) -> Iterator[None]:
+    """A block in which what is attached to a base has no effect; afterwards it has as before."""
+    before = [part.enabled for part in parts]
+    try:
+        for part in parts:
+            part.enabled = False
+        yield
+    finally:
+        for part, enabled in zip(parts, before, strict=True):
+            part.enabled = enabled
+
+
+@contextlib.contextmanager
+def all_off(methods: Iterable[Method]) -> Iterator[None]:
+    """A block in which none of the methods has any effect."""
+    with contextlib.ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(method.off())
+        yield

@@ -24,8 +24,8 @@ class LoKr(LayerMethod):
                             "rest; where it does not divide, the next smaller number that does. -1: as near to the "
                             "square root as can be, for the smallest file (LyCORIS' default; its examples 6 with full, "
                             "SimpleTuner 10 in attention and 4 in feed-forward).")
-        full: bool = Field(False, description="Train both matrices whole; rank and alpha have no meaning then (LyCORIS' "
-                           "full_matrix, its examples' way).")
+        full: bool = Field(False, description="Train both matrices whole; rank and alpha have no meaning then "
+                           "(LyCORIS' full_matrix, its examples' way).")
         decompose_both: bool = Field(False, description="Low-rank factors in the smaller matrix too (LyCORIS).")
         tucker: bool = Field(False, description="Write the low-rank factors of a convolution's kernel with a Tucker "
                              "core: smaller, with kernels larger than 1 only (LyCORIS' use_tucker).")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from pydantic import Field
 
 from impasto.core.errors import UserError
 from impasto.core.weighted import checked
-from impasto.methods.base import Method, MethodOptions, steps_of
+from impasto.methods.base import Method, MethodOptions, steps_of, switched_off
 from impasto.methods.norms import limit
 from impasto.methods.warm import read_start, take_over
 
@@ -214,6 +215,9 @@ class LayerMethod(Method):
 
     def trains(self, base: Base) -> frozenset[str]:
         return frozenset(path.partition(".")[0] for path in self.choose(base))
+
+    def off(self) -> AbstractContextManager[None]:
+        return switched_off(self.attachment)
 
     def begin(self, total: int) -> None:
         if self.options.text_encoder_stop is not None:

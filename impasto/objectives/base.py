@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
@@ -14,6 +15,10 @@ if TYPE_CHECKING:  # as in methods/base.py: options load no torch
     from impasto.core.rng import Draws
     from impasto.families.base import Base
     from impasto.objectives.batch import Batch
+
+
+#: makes a block in which the base is alone: what trains on it has no effect
+Alone = Callable[[], AbstractContextManager[None]]
 
 
 class ObjectiveOptions(pydantic.BaseModel):
@@ -28,8 +33,11 @@ class Objective(abc.ABC):
     """Turns a batch into one loss per sample."""
 
     Options: ClassVar[type[ObjectiveOptions]]
-    #: what of a batch it looks at
+    #: what of a batch it looks at: pictures, captions, masks
     reads: ClassVar[frozenset[str]] = frozenset({"pictures", "captions"})
+
+    #: whether it asks for the frozen base beside what trains
+    needs_teacher: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -44,6 +52,10 @@ class Objective(abc.ABC):
         `labels`: how many values each label of the data has, none for pictures with captions alone.
         """
         return {}
+
+    def meet(self, base: Base, alone: Alone, trains: frozenset[str]) -> None:  # noqa: B027 - most need none
+        """Meet the teacher: within `alone()` the base computes as it did before `trains`, its components in which
+        something trains, were touched. Called once, when all methods are in place."""
 
     def finish(self, base: Base, batches: Iterable[Batch]) -> None:  # noqa: B027 - most need none
         """Measure on some batches what belongs into an artifact beside weights, before it is saved."""

@@ -26,7 +26,7 @@ class Batch:
     text: TextStates | None = None
     captions: Sequence[Caption] | None = None
     labels: Tensor | None = None  # (B, K) what is known of the pictures, -1 where nothing is
-    mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], the loss's weight by cell
+    mask: Tensor | None = None  # (B, 1, h, w) what the loss of each latent cell is multiplied by
     geometry: Geometry | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 

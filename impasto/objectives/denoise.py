@@ -5,7 +5,8 @@ Ho et al. 2020, eq. 14, in latent space (Rombach et al. 2022, eq. 2), for whatev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,14 +18,13 @@ if TYPE_CHECKING:
 
     from impasto.core.rng import Draws
     from impasto.diffusion import densities
-    from impasto.families.base import Base
+    from impasto.families.base import Base, TextStates
     from impasto.objectives.batch import Batch
 
 
-class DenoiseOptions(ObjectiveOptions):
-    """`[objective] kind = "denoise"`."""
+class NoiseOptions(ObjectiveOptions):
+    """The keys of every objective that noises latents and looks at the prediction."""
 
-    kind: Literal["denoise"] = "denoise"
     loss: Kind = Field("mse", description="What is taken of each element's difference.")
     huber_c: float = Field(0.1, gt=0, description="Where huber and smooth_l1 turn straight (sd-scripts: 0.1).")
     huber_schedule: DeltaSchedule = Field("snr", description="How it moves with noise (sd-scripts: snr).")
@@ -46,7 +46,7 @@ class DenoiseOptions(ObjectiveOptions):
     input_perturbation: float = Field(0.0, ge=0, description="0 is off (Ning et al. 2023: 0.1).")
 
     @model_validator(mode="after")
-    def _range_is_one(self) -> DenoiseOptions:
+    def _range_is_one(self) -> Self:
         low, high = self.times_range
         if not 0 <= low < high <= 1:
             raise ValueError("times_range must be two numbers, 0 <= low < high <= 1")
@@ -65,20 +65,42 @@ class DenoiseOptions(ObjectiveOptions):
         return density if self.times_range == (0.0, 1.0) else densities.Range(*self.times_range, density)
 
 
+class DenoiseOptions(NoiseOptions):
+    """`[objective] kind = "denoise"`."""
+
+    kind: Literal["denoise"] = "denoise"
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Latents on their way through the process."""
+
+    x_t: Tensor  # (B, C, h, w) what the network sees
+    time: Tensor  # (B,)
+    target: Tensor  # (B, C, h, w) what it is to predict
+    weight: Tensor  # (B,) of each sample's loss, by its noise level
+
+
 class Denoise(Objective):
     """The denoising loss."""
 
-    Options = DenoiseOptions
+    Options: ClassVar[type[NoiseOptions]] = DenoiseOptions
+    reads = frozenset({"pictures", "captions", "masks"})
 
     def loss(self, base: Base, batch: Batch, draws: Draws) -> Tensor:
-        """Per-sample losses (B,), fp32, each a mean over latent cells (by `batch.mask`, where there is one)."""
+        """Per-sample losses (B,), fp32, each a mean over latent cells (times `batch.mask`, where there is one)."""
+        latents = self.latents(base, batch, draws)
+        text = self.text(base, batch)
+        noisy = self.noisy(base, latents, draws)
+        prediction = base.predict(noisy.x_t, noisy.time, base.condition(text, batch.geometry, batch.extras))
+        return self.compared(base, prediction, noisy, batch)
+
+    def noisy(self, base: Base, latents: Tensor, draws: Draws) -> Noisy:
+        """Noise this step's latents (B, C, h, w)."""
         from impasto.diffusion import losses, noise
 
-        options: DenoiseOptions = self.options
-        latents = self.latents(base, batch, draws)
-        text = batch.text if batch.text is not None else base.encode_text(batch.captions or [])
-        shape = tuple(latents.shape[1:])
-        target_noise = noise.gaussian(draws, shape)
+        options: NoiseOptions = self.options
+        target_noise = noise.gaussian(draws, tuple(latents.shape[1:]))
         if options.noise_offset:
             target_noise = noise.add_offset(target_noise, draws, options.noise_offset)
         if options.pyramid_discount:
@@ -87,16 +109,25 @@ class Denoise(Objective):
             else target_noise
         process = base.process
         time = process.times(draws.uniform("time"), options.density())
-        x_t = process.add_noise(latents, seen_noise, time)
-        prediction = base.predict(x_t, time, base.condition(text, batch.geometry, batch.extras))
-        target = process.target(latents, target_noise, time)
+        return Noisy(process.add_noise(latents, seen_noise, time), time, process.target(latents, target_noise, time),
+                     losses.weight(process, time, options.weighting, options.gamma))
+
+    def compared(self, base: Base, prediction: Tensor, noisy: Noisy, batch: Batch) -> Tensor:
+        """Per-sample losses (B,), fp32, of a prediction."""
+        from impasto.diffusion import losses
+
+        options: NoiseOptions = self.options
         delta = None if options.loss in ("mse", "l1") else \
-            losses.delta(process, time, options.huber_c, options.huber_schedule)
-        each = losses.elementwise(prediction, target, options.loss, delta)
+            losses.delta(base.process, noisy.time, options.huber_c, options.huber_schedule)
+        each = losses.elementwise(prediction, noisy.target, options.loss, delta)
         if batch.mask is not None:
-            each = each * batch.mask / batch.mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-        weight = losses.weight(process, time, options.weighting, options.gamma)
-        return each.mean(dim=tuple(range(1, each.ndim))) * weight
+            each = each * batch.mask
+        return each.mean(dim=tuple(range(1, each.ndim))) * noisy.weight
+
+    @staticmethod
+    def text(base: Base, batch: Batch) -> TextStates:
+        """The captions' states, cached or encoded here."""
+        return batch.text if batch.text is not None else base.encode_text(batch.captions or [])
 
     @staticmethod
     def latents(base: Base, batch: Batch, draws: Draws) -> Tensor:

@@ -15,9 +15,8 @@ from impasto.families.load import is_hub_id
 from impasto.training.recipe import Recipe
 
 #: keys that name places on the user's disk: only their last part goes into a file that may be shared
-PLACES = [("base", "path"), ("base", "vae"), ("base", "adapters"), ("method", "warm_start"),
-          ("data", "folder"), ("data", "shards"), ("data", "cache"),
-          ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
+PLACES = [("base", "path"), ("base", "vae"), ("base", "adapters"), ("method", "warm_start"), ("data", "folder"),
+          ("data", "shards"), ("data", "cache"), ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
 
 #: keys that say whom else to tell of a run: they are of the one who trains, not of what is trained
 TOLD = ["trackers", "track_every", "push_to", "push_private"]
@@ -67,6 +66,10 @@ def shareable(plain: dict[str, Any]) -> dict[str, Any]:
             place = section.get(key)
             if place and not ((name, key) == ("base", "path") and is_hub_id(place)):
                 section[key] = [_last(one) for one in place] if isinstance(place, list) else _last(place)
+    for method in plain["method"]:
+        for table in (method, *(method.get("tokens") or {}).values()):
+            if table.get("initial_file"):
+                table["initial_file"] = _last(table["initial_file"])
     plain["output"] = {key: value for key, value in plain["output"].items() if key not in TOLD}
     return plain
 

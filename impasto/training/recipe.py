@@ -165,9 +165,13 @@ class OutputOptions(Section):
 
     dir: str = Field("runs/run", description="The run's directory; the same recipe there goes on where it stopped.")
     name: str | None = Field(None, description="Of the artifact; default: the directory's name.")
-    format: Literal["auto", "kohya", "diffusers", "peft"] = Field(
-        "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it; for "
-        "full it is diffusers, a folder with the whole base.")
+    format: Literal["auto", "kohya", "diffusers", "peft", "webui-embedding", "diffusers-embedding",
+                    "hypernetwork", "delta"] = Field(
+        "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it, and for "
+        "new tokens beside one (A1111 finds them there); for a token by itself A1111's and ComfyUI's .safetensors; "
+        "for a hypernetwork A1111's .pt; for full it is diffusers, a folder with the whole base. delta is for full "
+        "too: what training has changed and no more, as LyCORIS' full differences (.diff) in one file, which those "
+        "programs load as they do a LoRA.")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Of the artifact (kohya: fp16).")
     save_every: int = Field(0, ge=0, description="Steps between artifacts that other programs can use at once; "
                             "0: only at the end.")
@@ -236,9 +240,30 @@ class Recipe(Section):
         whole = [method.kind for method in self.method if METHODS.get(method.kind).in_place]
         if whole and len(self.method) > 1:
             raise ValueError(f"{whole[0]} leaves a whole base behind and cannot be joined with other methods")
-        if whole and self.output.format not in ("auto", "diffusers"):
-            raise ValueError(f"{whole[0]} leaves a whole base behind: output.format is diffusers, not "
-                             f"{self.output.format}")
+        if whole and self.output.format not in ("auto", "diffusers", "delta"):
+            raise ValueError(f"{whole[0]} leaves a whole base behind: output.format is diffusers, or delta for what "
+                             f"has changed in it, not {self.output.format}")
+        if self.output.format == "delta" and not whole:
+            raise ValueError(f"output.format = \"delta\" is of what full leaves; {self.method[0].kind} leaves an "
+                             "adapter already: take auto")
+        if self.output.format == "delta" and self.base.init == "random":
+            raise ValueError("random weights come from no file that a delta could be told from: output.format is "
+                             "diffusers")
+        unfit = [method.kind for method in self.method
+                 if not whole and self.output.format not in ("auto", *METHODS.get(method.kind).formats)]
+        if unfit:
+            raise ValueError(f"output.format = \"{self.output.format}\" has no place for what {unfit[0]} leaves "
+                             "behind: leave it out, and each kind of thing gets its own file")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _recommended_rates(self) -> Recipe:
+        """A method's own rate counts where the recipe names none, so that it says all that it means."""
+        entry = OPTIMIZERS.get(self.train.optimizer)
+        if entry is not None and not entry.adaptive and "learning_rate" not in self.train.model_fields_set:
+            for method in self.method:
+                if method.learning_rate is None and method.recommended is not None:
+                    method.learning_rate = method.recommended * (entry.rate / 1e-4)
         return self
 
     @pydantic.model_validator(mode="after")
@@ -246,6 +271,21 @@ class Recipe(Section):
         drawn = self.data is not None and any(one.source == "world" for one in self.data.sets)
         if drawn and self.validation.folder is not None:
             raise ValueError("the drawn world draws its held-out pictures too: leave validation.folder out")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _masks_are_looked_at(self) -> Recipe:
+        masked = self.data is not None and any(one.mask != "none" for one in self.data.sets)
+        if masked and "masks" not in OBJECTIVES.get(self.objective.kind).reads:
+            raise ValueError(f"objective {self.objective.kind} looks at no masks: leave data.mask out")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_teacher(self) -> Recipe:
+        whole = [method.kind for method in self.method if METHODS.get(method.kind).in_place]
+        if whole and OBJECTIVES.get(self.objective.kind).needs_teacher:
+            raise ValueError(f"objective {self.objective.kind} asks the frozen base, and {whole[0]} trains the base "
+                             "itself, of which no second one is held: use class pictures instead (prior.caption)")
         return self
 
     def plain(self) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from impasto.data.shards.access import is_url
 from impasto.families.fingerprint import fingerprint
 from impasto.families.load import locate
 from impasto.families.merged import content
+from impasto.formats.adapters import load_adapter
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.header import read_header
+from impasto.formats.probe import is_pickle
 from impasto.training.environment import choose_device, describe, differences
 from impasto.training.overrides import apply_override
 from impasto.training.recipe import Recipe, make_recipe
@@ -68,7 +70,7 @@ class Told(NamedTuple):
 
 def read_told(artifact: Path) -> Told:
     """What the file or folder tells. Raises `UserError` where it tells nothing."""
-    told = read_header(_file(artifact)).metadata
+    told = _metadata(_file(artifact))
     try:
         return Told(json.loads(told["impasto.recipe"]), json.loads(told["impasto.base"]), told["impasto.data"],
                     json.loads(told["impasto.environment"]), int(told["impasto.step"]),
@@ -76,6 +78,14 @@ def read_told(artifact: Path) -> Told:
     except (KeyError, ValueError, TypeError):
         raise UserError("does not tell how it was made", where=artifact,
                         fix="only artifacts of this program do, and those with output.metadata=none don't") from None
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """What stands in a file's header, or, in a pickle, where its format has it."""
+    if not is_pickle(file):
+        return read_header(file).metadata
+    adapter = load_adapter(file)
+    return {**adapter.metadata, "impasto.base": json.dumps(adapter.base)}
 
 
 def _file(artifact: Path) -> Path:

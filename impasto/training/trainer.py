@@ -6,6 +6,7 @@ What it leaves for other programs is in `artifacts`, what it takes to go on exac
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -22,7 +23,7 @@ from impasto.data.pictures import pictures_of
 from impasto.data.source import prepare_source
 from impasto.families.load import load_base, locate
 from impasto.methods import METHODS
-from impasto.methods.base import Method, group_of
+from impasto.methods.base import Method, all_off, group_of
 from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
@@ -37,6 +38,7 @@ from impasto.training.recipe import Recipe
 from impasto.training.requests import Requests
 from impasto.training.resume import Circumstances, Memory, resume
 from impasto.training.room import ask_for_room
+from impasto.training.rounding import Steps
 from impasto.training.run import Run
 from impasto.training.sharing.after import announce, push_after
 from impasto.training.shown import Shown
@@ -108,6 +110,7 @@ class Trainer:
             reads=self.objective.reads, report=report, rank=self.processes.rank, world=self.processes.count,
             pictures=pictures)
         groups = [group for method in self.methods for group in method.prepare(self.base, self.options.seed)]
+        self.objective.meet(self.base, functools.partial(all_off, self.methods), trains)
         own = self.objective.prepare(self.base, self.source.label_sizes, self.options.seed)
         groups += [group_of(module, f"objective.{name}", name) for name, module in own.items()]
         #: everything that trains, under its name in a checkpoint
@@ -121,6 +124,7 @@ class Trainer:
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
+        self.steps = Steps(self.optimizer, self.trained, self.options.seed)
         self.previews = Previews(recipe, run.folder / "previews")
         if self.options.checkpointing:
             self.base.checkpoint_gradients()
@@ -138,6 +142,9 @@ class Trainer:
                                            self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
                                    self.device, origin)
+        self.artifacts.check()
+        for method in self.methods:
+            method.look(self.source.captions())
         told = (line for method in self.methods for line in method.remarks())
         for line in (*told, *self.source.describe(), *self.validation.describe()):
             report.note(line)
@@ -219,7 +226,7 @@ class Trainer:
             for parameter in method.resting(step):
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip or float("inf"))
-        self.scaler.step(self.optimizer)
+        self.steps.take(step, self.scaler)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for method in self.methods:

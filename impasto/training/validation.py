@@ -163,5 +163,5 @@ class Validation:
         self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
 
     def _pictures(self) -> str:
-        return key_of(self.seed, self.options.repeats, [(item.picture.digest, item.caption, item.placement)
-                                                        for item in self.source.held_out])
+        return key_of(self.seed, self.options.repeats, [
+            (item.picture.digest, item.caption, item.placement, *item.own_facts) for item in self.source.held_out])

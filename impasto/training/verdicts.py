@@ -26,7 +26,7 @@ class Verdicts:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.layers = dict(_layers(modules))
-        self.waiting = set(self.layers)
+        self.waiting = {name for name, layer in self.layers.items() if not getattr(layer, "sporadic", False)}
         self.beginning: dict[str, list[float]] = {}
 
     def begin(self, beginning: Mapping[str, Sequence[float]] | None = None) -> None:

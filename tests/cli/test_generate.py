@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import impasto
 from impasto.cli import app
 from impasto.deltas.adapter import Adapter
+from impasto.deltas.hypernetwork import Hypernetwork, initialise
 from impasto.deltas.lowrank import LowRank
 from impasto.families import pictures
 from impasto.families.picture_info import open_picture, picture_texts
@@ -118,6 +119,22 @@ def test_an_adapter_is_in_force_for_its_own_prompt_only(mini: Path, dog: Path, p
                 "--adapter-dir", dog.parent)
     assert difference(both["002-5.png"], pixels(plain)) <= 1
     assert difference(both["001-5.png"], pixels(plain)) > 1
+
+
+def test_a_hypernetwork_is_found_by_its_name_and_has_a_strength(mini: Path, plain: Path, tmp_path: Path) -> None:
+    hook, draws = Hypernetwork([32, 64], activation="relu"), torch.Generator().manual_seed(0)
+    for _, _, network in hook.networks():
+        initialise(network, "kaiming_normal", draws)
+    impasto.save_adapter(Adapter({}, family="sd1", hooks=(hook,)), tmp_path / "net.pt", format="hypernetwork",
+                         dtype=torch.float32)
+    file = tmp_path / "net.pt"
+    option = draw(tmp_path / "option", mini, "a dog", "--seed", 5, "--adapter", f"{file}:0.7")["001-5.png"]
+    tag = draw(tmp_path / "tag", mini, "a dog <lora:net:0.7>", "--seed", 5, "--adapter-dir", tmp_path)["001-5.png"]
+    none = draw(tmp_path / "none", mini, "a dog", "--seed", 5, "--adapter", f"{file}:0")["001-5.png"]
+    assert difference(option, tag) == 0 and difference(option, pixels(plain)) > 1
+    assert difference(none, pixels(plain)) == 0
+    impasto.save_adapter(Adapter({}, hooks=(Hypernetwork([999]),)), tmp_path / "odd.pt", format="hypernetwork")
+    assert run(mini, "a dog", "--adapter", tmp_path / "odd.pt", "-o", tmp_path / "odd", *SMALL) == 1
 
 
 def test_strengths_add_up(mini: Path, dog: Path, plain: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from impasto.cli import app
 from impasto.cli.inspect import block_of
 from impasto.deltas.adapter import Adapter
+from impasto.deltas.hypernetwork import Hypernetwork
 from impasto.deltas.lowrank import LowRank
 from impasto.formats.adapters import save_adapter
 from tests.checkpoints import write_checkpoint
@@ -51,6 +52,21 @@ def adapter(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     path = tmp_path / "dog.safetensors"
     save_adapter(Adapter(deltas, family="sd1"), path, metadata={"ss_output_name": "dog", "hostile": "\x1b[2J\nboo"})
     return path, dense
+
+
+def test_a_hypernetwork(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "net.pt"
+    hook = Hypernetwork([320, 768], [1, 1.5, 1], activation="gelu", dropout=(0, 0.3, 0))
+    save_adapter(Adapter({}, {"note": "\x1b[2Jmine"}, hooks=(hook,)), path, format="hypernetwork")
+    found = look(capsys, path)
+    assert (found["kind"], found["family"], found["widths"]) == ("hypernetwork", "sd1", [320, 768])
+    assert (found["structure"], found["activation"], found["dropout"]) == ([1, 1.5, 1], "gelu", [0, 0.3, 0])
+    own = [parameter for name, parameter in hook.named_parameters() if ".320." in name]
+    assert found["norms"]["320"] == pytest.approx(math.sqrt(sum(p.square().sum().item() for p in own)), rel=1e-3)
+    assert found["dtypes"] == {"fp16": sum(p.numel() for p in hook.parameters())} and found["metadata"]["note"]
+    shown = text(capsys, path)
+    assert "hypernetwork for sd1" in shown and "1-1.5-1" in shown and "ComfyUI does not know" in shown
+    assert "320, 768" in shown and "\x1b[2J" not in shown
 
 
 def test_an_adapter(adapter, capsys) -> None:
@@ -92,6 +108,25 @@ def test_a_peft_folder(adapter, tmp_path: Path, capsys) -> None:
     found = look(capsys, folder)
     assert (found["kind"], found["format"], found["layers"]) == ("adapter", "peft", 3)
     assert "adapter for sd1" in text(capsys, folder)
+
+
+def test_other_kinds_of_change(tmp_path: Path, capsys) -> None:
+    """Kinds, ranks and alphas, those of a DoRA's inner change too, and the size of what each holds."""
+    from tests.formats.kind_cases import adapter_of_kind
+
+    adapter = adapter_of_kind("mixed")
+    save_adapter(adapter, tmp_path / "mixed.safetensors", dtype=torch.float32)
+    found = look(capsys, tmp_path / "mixed.safetensors")
+    assert (found["kind"], found["family"], found["layers"]) == ("adapter", "sd1", len(adapter.layers))
+    assert set(found["deltas"]) == {"lora", "loha", "lokr", "dense", "lora + dora", "loha + dora", "lokr + dora"}
+    assert set(found["ranks"]) == {"1", "2", "3"} and set(found["alphas"]) == {"2", "3"}
+    assert all(norm > 0 for norm in found["norms"].values())
+    plain = adapter_of_kind("loha", text=False)
+    save_adapter(plain, tmp_path / "loha.safetensors", dtype=torch.float32)
+    squares = sum(float(plain.dense(layer).norm()) ** 2 for layer in plain.layers)
+    norms = look(capsys, tmp_path / "loha.safetensors")["norms"].values()
+    assert math.isclose(sum(norm**2 for norm in norms), squares, rel_tol=1e-4)
+    assert "lokr + dora" in text(capsys, tmp_path / "mixed.safetensors")
 
 
 @pytest.mark.parametrize(("layer", "block"), [
@@ -184,11 +219,29 @@ def test_what_impasto_does_not_read_is_still_described(tmp_path: Path, capsys) -
     from safetensors.torch import save_file
 
     path = tmp_path / "face.safetensors"
-    save_file({"emb_params": torch.zeros(4, 768)}, path, metadata={"name": "face"})
+    save_file({"control_model.time_embed.0.weight": torch.zeros(4, 768)}, path, metadata={"name": "face"})
     found = look(capsys, path)
-    assert (found["kind"], found["tensors"], found["parameters"]) == ("embedding", 1, 4 * 768)
+    assert (found["kind"], found["tensors"], found["parameters"]) == ("controlnet", 1, 4 * 768)
     assert found["metadata"] == {"name": "face"} and found["unread"]
-    assert "embedding" in text(capsys, path)
+    assert "controlnet" in text(capsys, path)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_embeddings_tell_their_tokens(tmp_path: Path, capsys, pickled: bool) -> None:
+    from safetensors.torch import save_file
+
+    values = torch.zeros(2, 768)
+    values[0, :2], values[1, 5] = torch.tensor([3.0, 4.0]), 0.25
+    path = tmp_path / ("face.pt" if pickled else "face.safetensors")
+    if pickled:
+        torch.save({"string_to_param": {"*": values}, "name": "other"}, path)
+    else:
+        save_file({"emb_params": values}, path, metadata={"name": "face"})
+    found = look(capsys, path)
+    assert (found["kind"], found["family"], found["format"]) == ("embedding", "sd1", "webui-embedding")
+    assert found["tokens"] == {"face": {"text_encoder": {"vectors": 2, "width": 768, "norms": [5.0, 0.25]}}}
+    told = text(capsys, path)
+    assert "embedding for sd1" in told and "5 0.25" in told and ("names" in told) == pickled
 
 
 def test_a_file_of_strange_tensors_is_no_error(tmp_path: Path, capsys) -> None:

@@ -8,6 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -189,6 +190,41 @@ def test_peft_folders_and_single_files_have_their_own_ways(run: Path, place: Pat
     assert 'subfolder="unet"' in write_card(parcel, "me/dog") and "unet/adapter_config.json" in parcel.files
     card = write_card(pack(place / "mini.safetensors"), "me/base")
     assert "from_single_file(file)" in card and "models/Stable-diffusion" in card and "It does not say" in card
+
+
+@pytest.mark.parametrize("tokens", [["<cat>"], ["<cat>", "sks dog"]])
+def test_embeddings_go_up_with_each_token_s_own_file(place: Path, tmp_path: Path, tokens: list[str]) -> None:
+    """What the card says of diffusers is what diffusers does with the file."""
+    from diffusers import StableDiffusionPipeline
+
+    method = {"kind": "textual_inversion", "tokens": {token: {"vectors": 2} for token in tokens}}
+    name = f"pets-{len(tokens)}"
+    made = trained(place, name, method=method, data={"caption": " ".join(tokens)}, output={"name": "pets"})
+    parcel = pack(Path(made.output.dir))
+    own = ["pets-cat.safetensors", "pets-sks_dog.safetensors"] if len(tokens) > 1 else ["pets.safetensors"]
+    assert set(parcel.files) == {"pets.safetensors", *own, "samples/0.png"}
+    card = write_card(parcel, "me/pets")
+    assert "textual_inversion" in front_of(card)["tags"] and "A textual inversion embedding for Stable" in card
+    for file, token in zip(own, tokens, strict=True):
+        assert f'weight_name="{file}", token="{token}")' in card
+        assert f"write `embedding:{Path(file).stem}` for `{token}`" in card
+        base = write_checkpoint(tmp_path / file, layout="diffusers")
+        pipe: Any = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, local_files_only=True)
+        pipe.load_textual_inversion(str(Path(made.output.dir)), weight_name=file, token=token)
+        assert pipe.tokenizer.convert_tokens_to_ids([token, f"{token}_1"]) == [49408, 49409]
+    assert "private-photos" not in card and place.name not in card
+
+
+def test_a_card_of_other_kinds_of_change(tmp_path: Path) -> None:
+    """It names the kinds and ranks, and the module that kohya's scripts want for them."""
+    from impasto.formats.adapters import save_adapter
+    from tests.formats.kind_cases import adapter_of_kind
+
+    for kind, title, tags in (("loha", "A LoHa for", {"loha"}), ("dora-lokr", "A DoRA/LoKr for", {"lokr", "dora"})):
+        save_adapter(adapter_of_kind(kind), tmp_path / "dog.safetensors")
+        card = write_card(pack(tmp_path / "dog.safetensors"), "me/dog")
+        assert title in card and tags <= set(front_of(card)["tags"])
+        assert "--network_module lycoris.kohya" in card and "it loads no layer" in card
 
 
 def test_a_card_of_ones_own(run: Path, hub: Hub, capsys, tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ def peft_folder(folder: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"peft_type": "LOHA"}, "LOHA"), ({"use_dora": True}, "use_dora"), ({"lora_alpha": "3"}, "alpha '3'"),
+    ({"peft_type": "OFT"}, "OFT"), ({"use_dora": True}, "lacks its magnitude.*use_dora"),
+    ({"lora_alpha": "3"}, "alpha '3'"),
     ({"lora_alpha": True}, "alpha 'True'"), ({"lora_alpha": 10**400}, "alpha '1000"),
     ({"alpha_pattern": [1]}, "alpha_pattern"),
     ({"alpha_pattern": {"(": 1}}, "regular expression"), ({"alpha_pattern": {"(a*)*b": 1}}, "intricate"),

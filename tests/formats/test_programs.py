@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from impasto.deltas.adapter import Adapter
+from impasto.deltas.dense import Dense
 from impasto.deltas.lowrank import LowRank
 from impasto.formats import programs
 from impasto.formats.adapters import save_adapter
@@ -23,6 +25,7 @@ from tests.formats.adapter_cases import (
     random_adapter,
     unet_output,
 )
+from tests.formats.kind_cases import MAKERS, adapter_of_kind, output_with
 from tests.formats.test_kohya import pipeline
 
 
@@ -109,3 +112,65 @@ def test_a_peft_folder_is_for_peft(tmp_path: Path) -> None:
     save_adapter(random_adapter(text=False), tmp_path / "a", format="peft")
     keys = read_header(tmp_path / "a" / "adapter_model.safetensors").tensors
     assert {v.loaded for v in programs.verdicts(keys)} == {0}
+
+
+# --- other kinds -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "lora"])
+def test_other_kinds_in_kohyas_format(tmp_path: Path, kind: str) -> None:
+    """They load in all but diffusers, which refuses the whole file, and of DoRA drops the magnitudes."""
+    adapter = adapter_of_kind(kind)
+    save_adapter(adapter, tmp_path / "a.safetensors", dtype=torch.float32)
+    total = len(adapter.deltas)
+    found = {verdict.program: verdict for verdict in programs.of_file(tmp_path / "a.safetensors")}
+    for program in ("A1111", "Forge", "ComfyUI", "kohya"):
+        assert (found[program].loaded, found[program].total, found[program].ignored) == (total, total, ())
+    assert "lycoris.kohya" in found["kohya"].caution
+    assert found["diffusers"].loaded == 0
+    pipe = pipeline()
+    if kind in ("dora", "dora-in"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of several alphas
+            pipe.load_lora_weights(str(tmp_path / "a.safetensors"))
+        assert "magnitudes" in found["diffusers"].caution
+        assert (unet_output(pipe.unet) - output_with(adapter, "unet", unet_output)).abs().max() > 1e-2
+    else:
+        with pytest.raises(ValueError, match="renamed|not valid"):
+            pipe.load_lora_weights(str(tmp_path / "a.safetensors"))
+
+
+def test_norms_and_biases(tmp_path: Path) -> None:
+    """ComfyUI has no text encoder's norms in its map, A1111 no last norm; a bias alone is for ComfyUI alone."""
+    change = Dense.from_weight(torch.ones(32), torch.ones(32))
+    layers = ["unet.conv_norm_out", "unet.down_blocks.0.resnets.0.norm1",
+              "text_encoder.text_model.encoder.layers.0.layer_norm1", "text_encoder.text_model.final_layer_norm"]
+    deltas = {layer: (change,) for layer in layers}
+    deltas["unet.conv_in"] = (Dense.from_weight(None, torch.ones(32)),)
+    save_adapter(Adapter(deltas, family="sd1"), tmp_path / "a.safetensors")
+    assert loaded(tmp_path / "a.safetensors") == {
+        "A1111": (2, 5), "Forge": (3, 5), "ComfyUI": (3, 5), "kohya": (4, 5), "diffusers": (0, 5)}
+
+
+def test_cautions_of_dora_and_tucker_cores() -> None:
+    dora = [f"lora_unet_conv_in.{part}" for part in ("lora_up.weight", "lora_down.weight", "dora_scale")]
+    core = [f"lora_unet_conv_in.lokr_{part}" for part in ("w1", "w2_a", "w2_b", "t2")]
+    said = {v.program: v.caution for v in programs.verdicts(dora)}
+    assert "inputs" in said["A1111"] and "unchanged weight" in said["ComfyUI"] == said["Forge"]
+    said = {v.program: v.caution for v in programs.verdicts(core)}
+    assert "Tucker" in said["ComfyUI"] and not said["A1111"]
+
+
+def test_a_strided_factor_is_what_comfyui_fails_on() -> None:
+    """Its LoKr with a Tucker core, comfy/weight_adapter/lokr.py; delete the caution when torch mends it."""
+    core, b, a = torch.randn(2, 2, 3, 3), torch.randn(2, 5), torch.randn(2, 4)
+    second = torch.einsum("i j k l, j r, i p -> p r k l", core, b, a)
+    with pytest.raises(RuntimeError, match="view"):
+        torch.kron(torch.randn(3, 3, 1, 1), second)
+
+
+def test_lycoris_names_load_in_comfyui_alone(tmp_path: Path) -> None:
+    save_adapter(random_adapter(text=False), tmp_path / "a.safetensors")
+    keys = [key.replace("lora_unet_", "lycoris_") for key in read_header(tmp_path / "a.safetensors").tensors]
+    counts = {v.program: v.loaded == v.total for v in programs.verdicts(keys)}
+    assert counts == {"A1111": False, "Forge": True, "ComfyUI": True, "kohya": False, "diffusers": False}

@@ -98,14 +98,29 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
         assert single.item() == pytest.approx(whole[i].item(), rel=1e-6)
 
 
-def test_a_mask_leaves_the_rest_out() -> None:
+def test_a_mask_multiplies_each_cell() -> None:
     given = batch()
-    mask = torch.zeros(B, 1, H, W)
-    mask[..., :4] = 1
+    mask = torch.rand(B, 1, H, W, generator=torch.Generator().manual_seed(1))
     got = loss({}, Stub(), batch(mask=mask))
     for sample in range(B):
         said, target, _, _ = by_hand(given, sample)
-        assert got[sample].item() == pytest.approx((said - target)[..., :4].square().mean().item(), rel=1e-5)
+        expected = ((said - target).square() * mask[sample].double()).sum().item() / (C * H * W)
+        assert got[sample].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_is_learned_outside_a_mask() -> None:
+    class Learning(Stub):
+        bias = torch.zeros(B, C, H, W, requires_grad=True)
+
+        def predict(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+            return super().predict(latents, time, condition) + self.bias
+
+    mask = torch.zeros(B, 1, H, W)
+    mask[..., 2:5, :4] = 1
+    loss({}, base := Learning(), batch(mask=mask)).sum().backward()
+    assert base.bias.grad is not None
+    inside = mask.expand(-1, C, -1, -1).bool()
+    assert base.bias.grad[inside].all() and not base.bias.grad[~inside].any()
 
 
 def test_pixels_and_captions_are_encoded_in_the_step() -> None:

@@ -117,7 +117,8 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
 
 def test_ready_recipes_ship_and_are_valid() -> None:
     names = [path.relative_to(READY).with_suffix("").as_posix() for path in READY.rglob("*.toml")]
-    assert {"lora", "dreambooth_lora"} <= set(names)
+    assert {"lora", "dreambooth_lora", "textual_inversion", "pivotal", "full", "dreambooth_full", "partial",
+            "vae_decoder"} <= set(names)
     for name in names:
         own = name.startswith("mini/")  # those bring base and pictures
         recipe = load_recipe(name, [] if own else ["base.path=x.safetensors", "data.folder=photos"])
@@ -145,10 +146,11 @@ def test_every_key_says_what_it_is() -> None:
 OPTIONS = {
     "base": "adapters clip_skip download family init path vae",
     "data": "background bad_samples brightness bucket_max bucket_min bucket_step buckets cache caption caption_dropout "
-            "caption_source caption_template caption_weights contrast doodles flip folder hue keep_tags "
-            "keep_tags_separator loss_weight max_tokens missing_captions pictures random_crop repeats resolution "
-            "resolutions rotate saturation shards share shuffle_tags shuffle_window source tag_dropout tag_separator "
-            "upscale variants wildcards zoom",
+            "caption_loss_weights caption_source caption_template caption_weights contrast doodles flip folder hue "
+            "keep_tags keep_tags_separator loss_weight mask mask_floor mask_normalised masks max_tokens "
+            "missing_captions missing_masks pictures random_crop repeats resolution resolutions rotate saturation "
+            "shards share shuffle_tags shuffle_window source tag_dropout tag_separator upscale variants wildcards "
+            "zoom",
     "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
              "learning_rate optimizer optimizer_options power precision rates restarts schedule seed steps warmup "
              "weight_decay",

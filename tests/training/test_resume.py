@@ -61,8 +61,8 @@ MOMENTS: dict[str, tuple[Callable[[], None], int]] = {
     "after the rename": (lambda: on_call(files.os, "rename", 2, die, after=True), 4),
     "after the save at 4": (lambda: on_call(run_module.Run, "save", 2, die, after=True), 4),
     "in step 5": (lambda: on_call(trainer.Trainer, "_accumulate", 5, die), 4),
-    "after the last checkpoint, before the artifact": (lambda: on_call(artifacts, "save_adapter", 1, die), 6),
-    "while the artifact is read back": (lambda: on_call(artifacts, "save_adapter", 1, die, after=True), 6),
+    "after the last checkpoint, before the artifact": (lambda: on_call(artifacts, "save_arranged", 1, die), 6),
+    "while the artifact is read back": (lambda: on_call(artifacts, "save_arranged", 1, die, after=True), 6),
     "while pictures are cached": (lambda: on_call(trainer, "prepare_source", 1, die, after=True), 0),
 }
 QUICK = ["in step 2, before the first checkpoint", "in step 4, before any save of it", "before the manifest",

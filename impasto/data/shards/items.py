@@ -19,7 +19,7 @@ from impasto.core.rng import seed_for
 from impasto.data.buckets import bucket_sizes, place
 from impasto.data.dataset import Picture, decode
 from impasto.data.heldout import how_many, told_of
-from impasto.data.items import Handling, Item
+from impasto.data.items import Handling, Item, unweighed
 from impasto.data.many import Many, Tally
 from impasto.data.options import DataOptions, ValidationOptions
 from impasto.data.phrasing import Phrasing
@@ -51,8 +51,9 @@ class ShardItems(Many):
     """Those of a survey's samples that have these numbers, ascending."""
 
     def __init__(self, survey: Survey, numbers: np.ndarray, weight: float = 1.0,
-                 keying: Callable[[Item], Item] | None = None) -> None:
+                 keying: Callable[[Item], Item] | None = None, *, weighed: bool = True) -> None:
         self.survey, self.numbers, self.weight, self.keying = survey, numbers, weight, keying
+        self.weighed = weighed  # by their captions
         self.data = survey.data
         self._sizes = bucket_sizes(survey.data)
         self._phrasing, self._handling = Phrasing.of(survey.data), Handling.of(survey.data)
@@ -82,15 +83,17 @@ class ShardItems(Many):
         assert placement is not None, "what is too small is not used"
         picture = ShardPicture(Path(shard.shown), table.name(i, row), index["digest"][row].tobytes().hex(), size,
                                shard, int(index["offset"][row]), int(index["size"][row]))
-        return Item(picture, caption_of(index, row, self.data), placement, self.weight, phrasing=self._phrasing,
-                    handling=self._handling)
+        caption = caption_of(index, row, self.data)
+        own = self.data.caption_weight(caption) if self.weighed else 1.0
+        return Item(picture, caption, placement, self.weight * own, phrasing=self._phrasing, handling=self._handling,
+                    own_weight=own)
 
     def _of(self, numbers: np.ndarray) -> Self:
-        return type(self)(self.survey, numbers, self.weight, self.keying)
+        return type(self)(self.survey, numbers, self.weight, self.keying, weighed=self.weighed)
 
     # --- all of them at once -----------------------------------------------------------------------------
     def keyed(self, keying: Callable[[Item], Item]) -> Self:
-        return type(self)(self.survey, self.numbers, self.weight, keying)
+        return type(self)(self.survey, self.numbers, self.weight, keying, weighed=self.weighed)
 
     def order(self, group: int, seed: int, stream: str) -> ShardOrder:
         edges = np.searchsorted(self.numbers, self.survey.table.starts)
@@ -143,10 +146,10 @@ class ShardItems(Many):
             chosen = {digest for _, digest in heapq.nsmallest(wanted, turn)}
         out = np.isin(digests, np.array([np.void(digest) for digest in chosen], "V16")) if chosen else \
             np.zeros(len(digests), bool)
-        kept, held_out = self._of(self.numbers[~out]), type(self)(self.survey, self.numbers[out])
+        kept, held_out = self._of(self.numbers[~out]), type(self)(self.survey, self.numbers[out], weighed=False)
         lines = told_of(len(kept), [held_out[i].picture.name for i in range(min(5, len(held_out)))], len(held_out),
                         own is not None)
-        return kept, held_out if own is None else own, lines
+        return kept, held_out if own is None else [unweighed(item) for item in own], lines
 
 
 def shard_items(data: DataOptions, report: Reporter = SILENT, notes: list[str] | None = None) -> ShardItems:

@@ -16,7 +16,8 @@ from impasto.training.foreign.table import nothing, number, text, whole
 THEIRS = "kohya's own default, where the file says nothing"
 
 #: keys that are of one set of pictures alone
-OF_ONE = ("train_data_dir", "image_dir", "class_tokens", "num_repeats", "dataset_repeats")
+OF_ONE = ("train_data_dir", "image_dir", "class_tokens", "num_repeats", "dataset_repeats",
+          "conditioning_data_dir")
 
 #: a file of prompts is not larger, bytes
 PROMPTS = 1_000_000
@@ -43,6 +44,7 @@ def pictures(work: Work) -> list[Subset]:
         work.fill("data.folder", "photos", "no folder of pictures is named")
     _caption(work, "data", "class_tokens", "image_dir")
     _caption(work, "prior", "reg.class_tokens", "reg.image_dir")
+    masks(work)
     if work.get("reg.image_dir") or work.get("reg_data_dir"):
         work.told.notes.append("kohya fills half of its batches with class pictures; here they come on top of "
                                "train.batch_size: a step sees twice as many of your own")
@@ -66,7 +68,7 @@ def further_set(work: Work, subset: Subset, shared: Mapping[str, Any]) -> None:
     if nothing(subset.settings.get("image_dir")):
         work.told.lost.append(Left(subset.label, None, "it names no folder"))
         return
-    work.add_set(subset, shared, (_caption_of_set, captions, sizes))
+    work.add_set(subset, shared, (_caption_of_set, masks, captions, sizes))
 
 
 def _caption_of_set(work: Work) -> None:
@@ -118,6 +120,23 @@ def _caption(work: Work, section: str, key: str, folder_key: str) -> None:
                   f"{section}.caption")
     elif words := work.read(key, text, ""):
         work.put(f"{section}.caption", words, key)
+
+
+def masks(work: Work) -> None:
+    """A folder of masks, or the pictures' own transparency: kohya takes whichever there is, and nothing outside."""
+    folder = work.read("conditioning_data_dir", text, "")
+    if folder and work.on("masked_loss"):
+        work.put("data.mask", "files", "masked_loss")
+        work.put("data.masks", folder, "conditioning_data_dir")
+        work.spare("alpha_mask", why="the masks of a folder go before it")
+    elif work.on("alpha_mask"):
+        put(work, "data.mask", "alpha", "alpha_mask", *(["masked_loss"] if work.on("masked_loss") else []))
+        work.put("data.missing_masks", "whole", why="kohya counts pictures without transparency in full")
+    else:
+        work.spare("masked_loss", why="there are no masks")
+        work.spare("conditioning_data_dir", "alpha_mask", why="the loss is not masked")
+        return
+    work.put("data.mask_floor", 0.0, why="kohya counts nothing outside a mask")
 
 
 def captions(work: Work) -> None:

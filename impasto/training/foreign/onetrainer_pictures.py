@@ -10,6 +10,9 @@ from impasto.training.foreign.engine import Work
 from impasto.training.foreign.onetrainer import CHANCES, ROWS
 from impasto.training.foreign.table import nothing, number, whole
 
+#: keys of masks, which all concepts share
+MASKED = ("masked_training", "unmasked_weight", "normalize_masked_area_loss")
+
 THEIRS = "OneTrainer's own default, where the file says nothing"
 
 
@@ -53,6 +56,25 @@ def often(work: Work) -> None:
         work.put("data.repeats", int(count), key)
     else:
         work.lose(key, "pictures come a whole number of times in an epoch; data.share takes any", "data.repeats")
+
+
+def masks(work: Work) -> None:
+    """Masks beside pictures, which OneTrainer names as we do."""
+    if not work.on("masked_training"):
+        work.spare("unmasked_weight", "normalize_masked_area_loss", "unmasked_probability",
+                   "masked_prior_preservation_weight", why="training is not masked")
+        return
+    if work.becomes("objective.kind") == "reconstruct":
+        work.lose("masked_training", "a VAE learns from whole pictures", "data.mask")
+        work.spare("unmasked_weight", "normalize_masked_area_loss", why="it is told with masked_training")
+        return
+    work.put("data.mask", "files", "masked_training", why="NAME-masklabel.png beside NAME.jpg")
+    work.put("data.missing_masks", "whole", why="OneTrainer counts pictures without a mask in full")
+    put(work, "data.mask_floor", work.read("unmasked_weight", number, 0.1), "unmasked_weight")
+    if work.on("normalize_masked_area_loss"):
+        work.put("data.mask_normalised", True, "normalize_masked_area_loss")
+    if not work.read("unmasked_probability", number, 0.1):
+        work.spare("unmasked_probability", why="none of it is asked for")
 
 
 def chance(work: Work) -> None:

@@ -20,7 +20,7 @@ from impasto.training.foreign.onetrainer import (
     RATE_FREE,
     ROWS,
 )
-from impasto.training.foreign.onetrainer_pictures import chance, often, pictures, put, tags
+from impasto.training.foreign.onetrainer_pictures import MASKED, chance, masks, often, pictures, put, tags
 from impasto.training.foreign.optimizer_options import pass_on
 from impasto.training.foreign.table import nothing, number, text, whole
 
@@ -44,15 +44,16 @@ def translate(settings: Mapping[str, Any], files: Iterable[str], further: Sequen
         trains = _method(work)
     _optimizer_and_rates(work, trains)
     _schedule(work)
-    shared = {key: settings[key] for key in ("resolution", "aspect_ratio_bucketing") if key in settings}
+    shared = {key: settings[key] for key in ("resolution", "aspect_ratio_bucketing", *MASKED) if key in settings}
     for subset in further:
-        work.add_set(subset, shared, (often, pictures, chance, tags))
+        work.add_set(subset, shared, (often, pictures, chance, masks, tags))
     if further:
         often(work)
     _loop(work, trains)
     _loss(work)
     pictures(work)
     chance(work)
+    masks(work)
     tags(work)
     _units(work)
     if str(work.get("validation", False)).lower() != "true":

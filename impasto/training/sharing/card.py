@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 
 from impasto.core.errors import UserError
 from impasto.data.sets import label
-from impasto.deltas.lowrank import LowRank
+from impasto.deltas.told import kinds_of, rank_of
 from impasto.families.load import is_hub_id
 from impasto.formats.adapters import load_adapter
 from impasto.training.kept_recipe import without_none
@@ -88,12 +88,17 @@ def _caption(recipe: Recipe | None) -> str:
 
 def _kinds(parcel: Parcel) -> list[str]:
     """Kinds of delta in an adapter ("lora"), as the hub tags them; none for a whole checkpoint."""
+    if parcel.detected.kind == "hypernetwork":
+        return [parcel.detected.kind]
     if parcel.detected.kind != "adapter":
         return []
-    return sorted({term.kind for terms in load_adapter(parcel.artifact).deltas.values() for term in terms})
+    return sorted({kind for terms in load_adapter(parcel.artifact).deltas.values() for term in terms
+                   for kind in kinds_of(term)})
 
 
 def _front(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds: list[str]) -> ModelCardData:
+    if parcel.detected.kind == "embedding":
+        kinds = ["textual_inversion"]
     tags = ["stable-diffusion", "text-to-image", "diffusers", *kinds, "impasto"]
     if recipe is not None and recipe.prior is not None:
         tags.insert(3, "dreambooth")
@@ -107,8 +112,9 @@ def _front(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds:
 
 
 def _about(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds: list[str]) -> Iterator[str]:
-    titles = {"lora": "LoRA", "dense": "difference"}
-    what = "/".join(titles.get(kind, kind) for kind in kinds) or "fine-tuned checkpoint"
+    titles = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "dense": "difference"}
+    whole = "textual inversion embedding" if parcel.detected.kind == "embedding" else "fine-tuned checkpoint"
+    what = "/".join(titles.get(kind, kind) for kind in kinds) or whole
     family = FAMILIES.get(parcel.detected.family, parcel.detected.family)
     on = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else \
         _code(PurePath(recipe.base.path).name) if recipe else ""
@@ -190,8 +196,8 @@ def _ranks(parcel: Parcel) -> str:
     """The ranks that an adapter really has, with the number of layers of each, where there are several."""
     if parcel.detected.kind != "adapter":
         return ""
-    ranks = [term.rank for terms in load_adapter(parcel.artifact).deltas.values() for term in terms
-             if isinstance(term, LowRank)]
+    ranks = [rank for terms in load_adapter(parcel.artifact).deltas.values() for term in terms
+             if (rank := rank_of(term)) is not None]
     return ", ".join(f"{rank} ({ranks.count(rank)} layers)" for rank in sorted(set(ranks)))
 
 

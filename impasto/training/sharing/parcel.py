@@ -14,6 +14,8 @@ from typing import Any
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder
 from impasto.families.picture_info import open_picture, picture_texts
+from impasto.formats.adapters import load_adapter
+from impasto.formats.arrangement import arranged
 from impasto.formats.detect import Detected, detect
 from impasto.training.reproduce import Told, read_told
 
@@ -21,7 +23,7 @@ from impasto.training.reproduce import Told, read_told
 PICTURES = 8
 
 #: what a model is called by those who share it: kinds of `detect` that can be pushed
-SHARED = ("adapter", "checkpoint")
+SHARED = ("adapter", "checkpoint", "embedding", "hypernetwork")
 
 _PREVIEW = re.compile(r"(\d{6,})-(\d+)\.png")
 
@@ -73,13 +75,20 @@ def pack(source: Path) -> Parcel:
             if file.is_file() and place.name != "README.md" and not any(p.startswith(".") for p in place.parts):
                 files[place.as_posix()] = file
     else:
-        files[artifact.name] = artifact
+        files |= {file.name: file for file in (artifact, *beside(artifact, detected))}
     samples = []
     for number, file in enumerate(previews(artifact, told)):
         place = f"samples/{number}.png"
         prompt, files[place] = _picture(file, silent=told is None)
         samples.append(Sample(place, prompt))
     return Parcel(artifact, detected, told, files, tuple(samples))
+
+
+def beside(artifact: Path, detected: Detected) -> list[Path]:
+    """Of several tokens in one file the files that have one each, as far as they lie there."""
+    if detected.kind != "embedding":
+        return []
+    return [part.path for part in arranged(load_adapter(artifact), artifact)[1:] if part.path.is_file()]
 
 
 def run_artifact(folder: Path) -> Path:
@@ -89,7 +98,7 @@ def run_artifact(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read ({error})", where=folder / "recipe.toml") from None
     name = output.get("name") or folder.absolute().name
-    for path in (folder / f"{name}.safetensors", folder / name):
+    for path in (folder / f"{name}.safetensors", folder / f"{name}.pt", folder / name):
         if path.exists():
             return path
     earlier = sorted(folder.glob(f"{name}-[0-9]*"))
@@ -99,7 +108,7 @@ def run_artifact(folder: Path) -> Path:
 
 def previews(artifact: Path, told: Told | None) -> list[Path]:
     """The previews of an artifact in a run's directory: of its own step, or of the last one before."""
-    numbered = re.search(r"-(\d{6,})$", artifact.name.removesuffix(".safetensors"))
+    numbered = re.search(r"-(\d{6,})$", artifact.name.removesuffix(".safetensors").removesuffix(".pt"))
     last = told.step if told else int(numbered[1]) if numbered else None
     found: dict[int, list[tuple[int, Path]]] = {}
     for path in (artifact.absolute().parent / "previews").glob("*.png"):

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from impasto.core.errors import UserError
-from impasto.formats.programs import of_file
-from impasto.training.sharing.parcel import Parcel
+from impasto.formats.adapters import load_adapter
+from impasto.formats.header import read_header
+from impasto.formats.programs import lycoris, of_file
+from impasto.training.sharing.parcel import Parcel, beside
 
 #: how each program that `formats.programs` knows is told to use a LoRA file
 HINTS = {
     "A1111": "put `{file}` into `models/Lora` and write `<lora:{stem}:1>` in the prompt",
     "Forge": "put `{file}` into `models/Lora` and write `<lora:{stem}:1>` in the prompt",
     "ComfyUI": "put `{file}` into `models/loras` and choose it in a *Load LoRA* node",
-    "kohya": "`--network_module networks.lora --network_weights {file}`, with `gen_img.py` or to train on from it",
+    "kohya": "`--network_module {module} --network_weights {file}`, with `gen_img.py` or to train on from it",
 }
 
 
@@ -24,8 +26,12 @@ def usage(parcel: Parcel, repo: str, base_model: str | None, caption: str) -> It
     prompt = next((sample.prompt for sample in parcel.samples if sample.prompt), caption) or "a prompt of yours"
     if parcel.detected.kind == "checkpoint":
         yield from (_folder(repo, prompt) if parcel.artifact.is_dir() else _single_file(parcel, repo, prompt))
+    elif parcel.detected.kind == "hypernetwork":
+        yield from _hypernetwork(parcel, base_model, prompt)
     elif parcel.artifact.is_dir():
         yield from _peft(parcel, repo, base_model)
+    elif parcel.detected.kind == "embedding":
+        yield from _embedding(parcel, repo, base_model, prompt)
     else:
         yield from _adapter(parcel, repo, base_model, prompt)
 
@@ -33,17 +39,45 @@ def usage(parcel: Parcel, repo: str, base_model: str | None, caption: str) -> It
 def _adapter(parcel: Parcel, repo: str, base_model: str | None, prompt: str) -> Iterator[str]:
     name = parcel.weights.replace("`", "'")
     base = base_model or "path/to/the/base"
+    module = "lycoris.kohya" if lycoris(read_header(parcel.artifact).tensors) else "networks.lora"
     yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
                 f'pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")',
                 f"pipe.load_lora_weights({json.dumps(repo)}, weight_name={json.dumps(name)})",
                 f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", ""]
     for program, loads in _programs(parcel):
         if program in HINTS:
-            hint = HINTS[program].format(file=name, stem=PurePath(name).stem)
+            hint = HINTS[program].format(file=name, stem=PurePath(name).stem, module=module)
             yield f"**{program}**: {hint}{loads}.\n"
         elif loads:
             yield f"**{program}**{loads}.\n"
     yield from [f"**Impasto**: `impasto generate {base} {_quoted(prompt)} --adapter {name}:0.8`", ""]
+
+
+def _embedding(parcel: Parcel, repo: str, base_model: str | None, prompt: str) -> Iterator[str]:
+    """Each token by its own file: A1111, Forge and ComfyUI call it after that, diffusers by any name."""
+    base, whole = base_model or "path/to/the/base", parcel.weights.replace("`", "'")
+    parts = beside(parcel.artifact, parcel.detected) or [parcel.artifact]
+    tokens = {part.name.replace("`", "'"): next(iter(load_adapter(part).embeddings)) for part in parts}
+    yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
+                f'pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")',
+                *(f"pipe.load_textual_inversion({json.dumps(repo)}, weight_name={json.dumps(name)}, "
+                  f"token={json.dumps(token, ensure_ascii=False)})" for name, token in tokens.items()),
+                f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", ""]
+    for name, token in tokens.items():
+        stem, word = PurePath(name).stem, token.replace("`", "'")
+        yield from [f"**A1111**, **Forge**: put `{name}` into `embeddings` and write `{stem}` for `{word}`.\n",
+                    f"**ComfyUI**: put `{name}` into `models/embeddings` and write `embedding:{stem}` for `{word}`.\n"]
+    yield from [f"**Impasto**: `impasto generate {base} {_quoted(prompt)} --adapter {whole}`", ""]
+
+
+def _hypernetwork(parcel: Parcel, base_model: str | None, prompt: str) -> Iterator[str]:
+    name = parcel.weights.replace("`", "'")
+    yield from [f"**A1111**, **Forge**: put `{name}` into `models/hypernetworks` and write "
+                f"`<hypernet:{PurePath(name).stem}:1>` in the prompt.\n",
+                f"**ComfyUI**: put `{name}` into `models/hypernetworks` and choose it in a *HypernetworkLoader* "
+                "node.\n",
+                f"**Impasto**: `impasto generate {base_model or 'path/to/the/base'} {_quoted(prompt)} "
+                f"--adapter {name}:0.8`", ""]
 
 
 def _programs(parcel: Parcel) -> Iterator[tuple[str, str]]:

@@ -227,3 +227,17 @@ def test_a_broken_dataset_config_is_one_line(text: str, tmp_path: Path) -> None:
 
 def test_an_empty_dataset_config(tmp_path: Path) -> None:
     assert set(imported(tmp_path, "datasets = []", "dataset.toml").to_fill_in) == {"base.path", "data.folder"}
+
+
+@pytest.mark.parametrize(("arguments", "wanted", "needless"), [
+    ("--masked_loss --conditioning_data_dir=m --alpha_mask", {"mask": "files", "masks": "m", "mask_floor": 0.0},
+     ["alpha_mask"]),
+    ("--alpha_mask", {"mask": "alpha", "missing_masks": "whole", "mask_floor": 0.0}, []),
+    ("--masked_loss", {}, ["masked_loss"]),
+    ("--conditioning_data_dir=m", {}, ["conditioning_data_dir"]),
+])
+def test_masks(arguments: str, wanted: dict, needless: list[str], tmp_path: Path) -> None:
+    found = line(tmp_path, f"--train_data_dir=photos {arguments}")
+    keys = became(found)
+    assert {key.removeprefix("data."): value for key, value in keys.items() if "mask" in key} == wanted
+    assert [key for key in needless if fate(found, key) != "needless"] == []

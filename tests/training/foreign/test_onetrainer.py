@@ -75,6 +75,8 @@ WANTED = {
     "validation.fraction": 0.0,
     "base.path": "models/v1-5.ckpt", "base.vae": "vae.pt", "base.clip_skip": 1,
     "data.0.folder": "pictures/dog", "data.0.shuffle_tags": True, "data.0.keep_tags": 1, "data.0.flip": True,
+    **{f"data.{i}.{key}": value for i in (0, 1) for key, value in {
+        "mask": "files", "mask_floor": 0.1, "missing_masks": "whole"}.items()},
     "data.0.resolution": 768, "data.0.buckets": True, "data.0.repeats": 10,
     "data.0.random_crop": True, "data.1.rotate": 5.0, "data.1.variants": 1,
     "data.1.folder": "pictures/cat", "data.1.resolution": 640, "data.1.buckets": True, "data.1.loss_weight": 0.5,
@@ -93,14 +95,14 @@ WANTED = {
     "output.save_every_epochs": 5, "output.keep": 3,
 }
 FATES = {
-    "lost": ["learning_rate_min_factor", "huber_strength", "perturbation_noise_weight", "masked_training",
+    "lost": ["learning_rate_min_factor", "huber_strength", "perturbation_noise_weight",
              "lora_decompose", "text_encoder.stop_training_after", "text_encoder.dropout_probability",
              "optimizer.cautious", "backup_after", "other_concepts",
              "embedding.placeholder"],
     "needless": ["__version", "model_type", "cache_dir", "unet.weight_dtype", "prior.train", "learning_rate",
                  "optimizer_defaults.ADAMW.beta1", "concept.name", "concept.concept_stats.image_count",
                  "secrets.huggingface_token"],
-    "without effect": ["debug_mode", "loss_scaler", "optimizer.fused", "optimizer.amsgrad", "unmasked_weight",
+    "without effect": ["debug_mode", "loss_scaler", "optimizer.fused", "optimizer.amsgrad",
                        "sample.width", "timestep_shift", "concept.image.random_hue_max_strength"],
     "unknown": ["wizardry", "unet.sparkle"],
 }
@@ -178,6 +180,10 @@ def test_what_the_file_does_not_say_is_onetrainers_default(tmp_path: Path) -> No
     ({"concepts": [{"path": "a", "image_variations": 4, "image": {"enable_random_hue": True}}]},
      {"data.hue": None, "data.variants": None}),
     ({"resolution": "640x640"}, {"data.resolution": 640}),
+    ({"masked_training": True, "unmasked_weight": 0.3, "normalize_masked_area_loss": True}, {
+        "data.mask": "files", "data.mask_floor": 0.3, "data.mask_normalised": True, "data.missing_masks": "whole"}),
+    ({"masked_training": False, "unmasked_weight": 0.3}, {"data.mask": None, "data.mask_floor": None}),
+    ({"masked_training": True, "training_method": "FINE_TUNE_VAE"}, {"data.mask": None}),
     ({"sample_after_unit": "NEVER", "sample_after": 10}, {"sample.every": 0}),
     ({"backup_after": 200, "backup_after_unit": "STEP"}, {"output.checkpoint_every": 200}),
     ({"save_every": 300, "save_every_unit": "STEP"}, {"output.save_every": 300}),
