@@ -101,7 +101,7 @@ def notices(base: Base, adapter: Adapter) -> list[str]:
     parts = {path.partition(".")[0] for path in adapter.deltas}.union(*adapter.embeddings.values())
     parts |= {base.denoiser_name} if adapter.hooks else set()
     touched = parts & adapter.base.keys() & base.components.keys()
-    own = base.fingerprint(touched)
+    own = base.origin(touched)
     other = sorted(name for name in touched if own[name] != adapter.base[name])
     lines = [f"the adapter was made on another checkpoint of {base.family} ({', '.join(other)})"] if other else []
     return lines + [line for hook in adapter.hooks for line in _unused(base, hook)]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from impasto.core.errors import UserError
+from impasto.core.files import key_of
 from impasto.core.progress import SILENT, Reporter
 from impasto.diffusion.process import Process
 from impasto.families.tokens import Tokens, Vocabulary
@@ -51,6 +52,16 @@ class Geometry:
         return Geometry(self.original.to(device), self.crop.to(device), self.target.to(device))
 
 
+@dataclass(frozen=True)
+class Merged:
+    """An adapter in a base's weights."""
+
+    name: str  # of its file
+    digest: str  # of what it holds
+    strength: float
+    components: frozenset[str]  # that it changed
+
+
 @dataclass
 class Base(abc.ABC):
     """A checkpoint made usable: tokenizers, text encoders, denoiser, VAE and its noise process."""
@@ -69,6 +80,8 @@ class Base(abc.ABC):
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     #: the checkpoint's own scheduler config, for what it says about sampling
     scheduler: dict[str, Any] = field(default_factory=dict)
+    #: adapters that were merged into the weights after loading, in this order
+    merged: tuple[Merged, ...] = ()
 
     # --- loading -------------------------------------------------------------------------------------
     @classmethod
@@ -175,6 +188,13 @@ class Base(abc.ABC):
         Raises `UserError` with near matches if nothing matches.
         """
 
+    @abc.abstractmethod
+    def parts(self, word: str) -> list[str]:
+        """Parameter paths ("unet.conv_in.weight") that a word, a path or a regular expression names: `parts.Places`.
+
+        Raises `UserError` with near matches if nothing matches.
+        """
+
     def key_value_layers(self) -> list[tuple[str, str, int]]:
         """For each attention of the denoiser the paths of the layers that make its keys and its values, and the
         width of the context that both read. None where a family makes them otherwise."""
@@ -194,10 +214,63 @@ class Base(abc.ABC):
         component, _, inside = path.partition(".")
         return self.components[component].get_submodule(inside)
 
+    def parameter(self, path: str) -> nn.Parameter:
+        """The parameter at "component.path.inside.weight"."""
+        component, _, inside = path.partition(".")
+        return self.components[component].get_parameter(inside)
+
+    @torch.no_grad()
+    def hold(self, paths: Iterable[str], dtype: torch.dtype) -> None:
+        """Hold these parameters in `dtype` from now on, whatever precision the base was loaded in.
+
+        Their values are the checkpoint's own again: what loading has rounded comes back. Random ones are cast.
+        """
+        wanted: dict[str, dict[str, nn.Parameter]] = {}
+        for path in paths:
+            component, _, inside = path.partition(".")
+            if (parameter := self.parameter(path)).dtype != dtype:
+                wanted.setdefault(component, {})[inside] = parameter
+        for component, parameters in wanted.items():
+            if component not in self.checkpoints:
+                for parameter in parameters.values():
+                    parameter.data = parameter.data.to(dtype)  # diffusers warns of `Module.to`
+                continue
+            for name, tensor in self.stored(component):
+                if name in parameters:
+                    parameters[name].data = tensor.to(parameters[name].device, dtype)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by path: all others are what the checkpoint has, up to the precision in use."""
+        return {f"{name}.{path}": parameter for name, network in self.components.items()
+                for path, parameter in network.named_parameters() if parameter.requires_grad}
+
+    def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        """A component's tensors as its checkpoint has them, by name, one at a time.
+
+        Raises `UserError` if that is no longer there.
+        """
+        checkpoint = self.checkpoints[component]
+        try:
+            yield from checkpoint.tensors(component)
+        except OSError as error:
+            raise UserError(f"can no longer be read ({error.strerror or error})", where=checkpoint.path,
+                            fix="put the base back to where it was") from error
+
     def fingerprint(self, components: Iterable[str] | None = None) -> dict[str, str]:
+        """What identifies each component's weights: that of the checkpoint, and what was merged into them since.
+
+        Encodings and drawn pictures are kept under it. A component without a merged adapter has its `origin`.
+        """
+        found = self.origin(components)
+        for name in found:
+            if own := [(each.digest, each.strength) for each in self.merged if name in each.components]:
+                found[name] = key_of("merged", found[name], own)
+        return found
+
+    def origin(self, components: Iterable[str] | None = None) -> dict[str, str]:
         """blake2b of each component's tensors in diffusers' naming: one for all layouts of the same weights.
 
-        Of the weights as the checkpoint holds them, whatever precision they are used in.
+        Of the weights as the checkpoint holds them, whatever precision they are used in and is merged into them.
         """
         from impasto.families.fingerprint import fingerprint, of_module
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -14,6 +15,7 @@ from impasto.core.files import no_such_file
 from impasto.core.progress import SILENT, Reporter
 from impasto.families import FAMILIES
 from impasto.families.base import Base
+from impasto.families.merged import merge_into
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
 from impasto.mini import BASE, check_weights
 
@@ -26,14 +28,16 @@ _UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*", 
 
 def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | None = None,
               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False,
-              report: Reporter = SILENT, clip_skip: int = 0, init_seed: int | None = None) -> Base:
+              report: Reporter = SILENT, clip_skip: int = 0, init_seed: int | None = None,
+              adapters: Sequence[str] = ()) -> Base:
     """The base at `path`: a checkpoint file, a diffusers folder, a hub id ("owner/name") in the local cache,
     or "mini", the embedded one.
 
     `family`: an error unless the checkpoint is of it. `vae`: another VAE's file or folder. `dtype`: of the
     weights (the VAE's are fp32 always). `download`: fetch a hub id that is not in the cache. Tensors that no
     component takes are noted and kept in `surplus`. With an `init_seed` the path gives the networks' shapes alone
-    and the weights are random, as their libraries begin with them. Raises `UserError`.
+    and the weights are random, as their libraries begin with them. `adapters`, each a file or "FILE:strength", are
+    merged into the weights in memory. Raises `UserError`.
     """
     if family is not None:
         FAMILIES.get(family)  # a name that is not known is an error, with the nearest one
@@ -57,6 +61,7 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
         shown = ", ".join(base.surplus[:3]) + (", …" if len(base.surplus) > 3 else "")
         plural = "s" if len(base.surplus) > 1 else ""
         report.note(f"{len(base.surplus)} surplus tensor{plural} in {Path(path).name}, kept but not used: {shown}")
+    merge_into(base, adapters, report)
     return base
 
 

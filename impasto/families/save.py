@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, write_json
@@ -15,9 +17,13 @@ from impasto.formats.written import holds, save_tensors
 
 
 def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
-                metadata: dict[str, str] | None = None, replace: bool = False) -> None:
+                metadata: dict[str, str] | None = None, replace: bool = False,
+                changed: Collection[str] | None = None) -> None:
     """Write the base as a folder that diffusers' `from_pretrained` opens, weights in `dtype`; all of it or nothing;
     each file is read back and compared. With `replace` it takes the place of one that is there.
+
+    `changed`: paths of all parameters that are no longer the checkpoint's. The others are then written as they are
+    there, though the base was loaded in less precision; else all are written as they are in use.
 
     Raises `UserError` where it cannot be written.
     """
@@ -32,7 +38,7 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
             (folder / name).mkdir()
             write_json(folder / name / "config.json", config_of(name, network))
             tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in
-                       network.state_dict().items() if not key.endswith("position_ids")}
+                       _weights(base, name, changed).items() if not key.endswith("position_ids")}
             file = folder / name / f"{stem}.safetensors"
             save_tensors(tensors, file, {"format": "pt", **(metadata or {})})
             if not holds(file, tensors):
@@ -43,3 +49,13 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", base.scheduler or dict(table.scheduler))
         write_json(folder / "model_index.json", index)
+
+
+def _weights(base: Base, name: str, changed: Collection[str] | None) -> dict[str, Tensor]:
+    """A component's weights: those that are the checkpoint's from there, where they are more precise there."""
+    weights = base.components[name].state_dict()
+    left = {key for key, tensor in weights.items() if changed is not None and f"{name}.{key}" not in changed
+            and tensor.dtype.itemsize < 4} if name in base.checkpoints else set[str]()
+    if left:
+        weights |= {key: tensor for key, tensor in base.stored(name) if key in left}
+    return weights

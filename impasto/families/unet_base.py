@@ -15,6 +15,7 @@ from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.diffusion.process import process_from_scheduler_config
 from impasto.families import networks, unet_targets, vae
 from impasto.families.base import Base, Geometry, TextStates
+from impasto.families.parts import Places
 
 if TYPE_CHECKING:
     from impasto.formats.checkpoint import Checkpoint
@@ -119,6 +120,11 @@ class UNetBase(Base, abc.ABC):
     def targets(self, word: str) -> list[str]:
         """See `unet_targets` for the exact set that each word names."""
         return unet_targets.targets(self.components, (self.denoiser_name, *self.text_encoder_names), word)
+
+    def parts(self, word: str) -> list[str]:
+        """See `parts` for what each word names."""
+        return Places(self.components, self.denoiser_name, self.text_encoder_names, unet_targets.PARTS,
+                      list(unet_targets.WORDS), self.targets).find(word)
 
     def key_value_layers(self) -> list[tuple[str, str, int]]:
         """Self- and cross-attention alike, in the network's order."""

@@ -36,6 +36,12 @@ WORDS = {
     "all": _BLOCKS,
 }
 
+#: patterns of more words of full fine-tuning, on paths of parameters
+PARTS = {
+    "keys-values": _BLOCKS + r"attentions\..*\.attn2\.to_[kv]\.",
+    "mid-block": r"^unet\.mid_block\.",
+}
+
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -7,6 +7,6 @@ METHODS = Registry("method", {
     "hypernetwork": "impasto.methods.hypernetwork:Hypernetwork",
     "loha": "impasto.methods.loha:LoHa",
     "lokr": "impasto.methods.lokr:LoKr",
-    "lora": "impasto.methods.weights:LoRA",
+    "lora": "impasto.methods.lora:LoRA",
     "textual_inversion": "impasto.methods.textual_inversion:TextualInversion",
 })

@@ -1,21 +1,26 @@
 """Methods that train a delta on each of some chosen layers: LoRA, and what is built like it.
 
-Such a method is its options and one `make`: which layers, which rank and alpha in each, initial values, parameter
-groups and the adapter are the same for all.
+Such a method is its options and one `make`: which layers, which rank and alpha in each, DoRA's magnitudes, a warm
+start, parameter groups and rates, rest, largest norm and the adapter are the same for all.
 """
 
 from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import pydantic
 from pydantic import Field
 
 from impasto.core.errors import UserError
-from impasto.methods.base import Method, MethodOptions, switched_off
+from impasto.core.weighted import checked
+from impasto.methods.base import Method, MethodOptions, steps_of, switched_off
+from impasto.methods.norms import limit
+from impasto.methods.warm import read_start, take_over
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +29,6 @@ if TYPE_CHECKING:
     from impasto.deltas.adapter import Adapter
     from impasto.deltas.attach import Attachment
     from impasto.deltas.delta import Delta
-    from impasto.deltas.lowrank import LowRank
     from impasto.families.base import Base
 
 
@@ -47,6 +51,33 @@ class LayerOptions(MethodOptions):
     text_encoder_learning_rate: float | None = Field(
         None, gt=0, description="Rate of the text encoders' deltas; default: learning_rate. kohya advises 1e-5 to "
         "2e-5 beside 1e-4.")
+    text_encoder_stop: int | float | None = Field(
+        None, gt=0, description="Steps after which the text encoders' deltas stay as they are; a share of all steps if "
+        "less than 1; default: never (kohya's stop_text_encoder_training).")
+    loraplus_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: the factor that begins at zero has so many times the rate (Hayou et al. 2024 "
+        "advise 16; kohya's loraplus_lr_ratio). Of lora alone, as in kohya and LyCORIS.")
+    text_encoder_loraplus_ratio: float | None = Field(
+        None, gt=0, description="The same in the text encoders; default: loraplus_ratio "
+        "(kohya's loraplus_text_encoder_lr_ratio).")
+    dora: bool = Field(False, description="DoRA: the length of each row of the weight is trained by itself, and the "
+                       "delta turns it (Liu et al. 2024; LyCORIS' dora_wd, peft's use_dora).")
+    dora_axis: Literal["output", "input"] = Field(
+        "output", description="Whose lengths these are: of each output (the paper, peft; LyCORIS' wd_on_output) or of "
+        "each input, which is the older of LyCORIS' two.")
+    warm_start: Annotated[str, pydantic.AfterValidator(checked)] | None = Field(
+        None, description="FILE or FILE:strength: an adapter to begin with, of any format (kohya's network_weights). "
+        "A layer that it lacks begins anew.")
+    max_norm: float | None = Field(
+        None, gt=0, description="Largest Frobenius norm of each layer's delta, kept to after every step (kohya's "
+        "scale_weight_norms, for which 1 is advised).")
+
+    @pydantic.field_validator("text_encoder_stop")
+    @classmethod
+    def _steps_or_share(cls, value: float | None) -> float | None:
+        if isinstance(value, float) and value >= 1:
+            raise ValueError("is neither a whole number of steps nor a share below 1")
+        return value
 
 
 @dataclass(frozen=True)
@@ -62,11 +93,15 @@ class LayerMethod(Method):
     """Trains one delta on each chosen layer, in fp32."""
 
     options: LayerOptions
+    #: factors that begin at zero, for which LoRA+ has a rate of their own; kohya and LyCORIS know LoRA's `up` alone
+    plus: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: LayerOptions) -> None:
         super().__init__(options)
         self.deltas: dict[str, Delta] = {}
         self.family = ""
+        self.text: dict[str, Delta] = {}  # those of text encoders
+        self.stop: int | None = None  # the step from which these rest
 
     @abc.abstractmethod
     def make(self, choice: Choice, generator: torch.Generator) -> Delta:
@@ -106,30 +141,77 @@ class LayerMethod(Method):
         return chosen
 
     def prepare(self, base: Base, seed: int) -> list[dict[str, Any]]:
-        """Attach a new delta to each chosen layer; one parameter group for each component of the base."""
+        """Attach a new delta to each chosen layer; a parameter group for each component of the base, two by LoRA+."""
         import torch
 
         from impasto.core.rng import generator
         from impasto.deltas.attach import attach
         from impasto.deltas.layers import weight_of
 
-        groups: dict[str, dict[str, nn.Parameter]] = {}
-        self.family = base.family
-        for path, choice in self.choose(base).items():
+        self.family, options = base.family, self.options
+        self._check_text_options(base, chosen := self.choose(base))
+        start = read_start(options.warm_start, base, chosen) if options.warm_start is not None else {}
+        for path, choice in chosen.items():
             with torch.device(weight_of(choice.layer).device):
-                delta = self.deltas[path] = self.make(choice, generator(seed, "init", path))
-            groups.setdefault(path.partition(".")[0], {}).update(delta.named_parameters(prefix=path))
-        rates = {name: self.options.learning_rate for name in groups}
-        if (rate := self.options.text_encoder_learning_rate) is not None:
-            encoders = groups.keys() & set(base.text_encoder_names)
-            if not encoders:
-                raise UserError("no layer of a text encoder is trained",
-                                where=f"method {self.options.kind}: text_encoder_learning_rate",
-                                fix="add \"text-encoder\" to targets, or leave the rate out")
-            rates |= dict.fromkeys(encoders, rate)
+                delta = self.make(choice, generator(seed, "init", path))
+                self.deltas[path] = self._begun(delta, choice, path, start.get(path, ()))
+        self.text = {path: delta for path, delta in self.deltas.items()
+                     if path.partition(".")[0] in base.text_encoder_names}
         self.attachment: Attachment = attach(base.components, self.deltas)
-        return [{"params": list(named.values()), "paths": list(named), "lr": rates[name],
-                 "name": f"{self.options.kind} {name}"} for name, named in groups.items()]
+        return self._groups()
+
+    def _check_text_options(self, base: Base, chosen: Iterable[str]) -> None:
+        """Raises `UserError` for options of text encoders where none of these is trained, and for those of LoRA+."""
+        if self.options.loraplus_ratio is not None or self.options.text_encoder_loraplus_ratio is not None:
+            if not self.plus:
+                raise UserError(f"a {self.options.kind} has no factor that LoRA+ would give a rate of its own",
+                                where=f"method {self.options.kind}: loraplus_ratio", fix="leave it out")
+        if {path.partition(".")[0] for path in chosen} & set(base.text_encoder_names):
+            return
+        for key in ("text_encoder_learning_rate", "text_encoder_stop", "text_encoder_loraplus_ratio"):
+            if getattr(self.options, key) is not None:
+                raise UserError("no layer of a text encoder is trained", where=f"method {self.options.kind}: {key}",
+                                fix="add \"text-encoder\" to targets, or leave it out")
+
+    def _begun(self, delta: Delta, choice: Choice, path: str, terms: tuple[Delta, ...]) -> Delta:
+        """The delta as it begins: as the terms of a warm start, with DoRA's magnitude around it."""
+        from impasto.deltas.dora import Dora
+        from impasto.deltas.layers import weight_of
+
+        dora = terms[0] if len(terms) == 1 and isinstance(terms[0], Dora) else None
+        if dora is not None and not self.options.dora:
+            raise UserError("the warm start is a DoRA there, whose magnitudes would be lost", where=path,
+                            fix="dora = true trains them on")
+        if terms:
+            take_over(delta, terms if dora is None else (dora.inner,), path)
+        if not self.options.dora:
+            return delta
+        made = Dora.of(delta, weight_of(choice.layer), "out" if self.options.dora_axis == "output" else "in")
+        if dora is not None:
+            if dora.magnitude.shape != made.magnitude.shape:
+                raise UserError("the warm start has magnitudes along the other axis there", where=path,
+                                fix="choose the other dora_axis")
+            made.magnitude.data.copy_(dora.magnitude)
+        return made
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters by component and, with LoRA+, by which factor they are."""
+        options = self.options
+        made: dict[str, dict[str, Any]] = {}
+        for path, delta in self.deltas.items():
+            component, text = path.partition(".")[0], path in self.text
+            lr = options.text_encoder_learning_rate if text else None
+            ratio = options.text_encoder_loraplus_ratio if text else None
+            ratio = options.loraplus_ratio if ratio is None else ratio
+            for name, parameter in delta.named_parameters(prefix=path):
+                plus = ratio is not None and name.rpartition(".")[2] in self.plus
+                title = f"{options.kind} {component}" + " plus" * plus
+                group = made.setdefault(title, {
+                    "params": [], "paths": [], "lr": options.learning_rate if lr is None else lr, "name": title,
+                    **({"ratio": ratio} if plus else {})})
+                group["params"].append(parameter)
+                group["paths"].append(name)
+        return list(made.values())
 
     def modules(self) -> dict[str, nn.Module]:
         """The deltas, by layer path."""
@@ -141,33 +223,30 @@ class LayerMethod(Method):
     def off(self) -> AbstractContextManager[None]:
         return switched_off(self.attachment)
 
+    def begin(self, total: int) -> None:
+        if self.options.text_encoder_stop is not None:
+            self.stop = steps_of(self.options.text_encoder_stop, total)
+
+    def resting(self, step: int) -> Iterable[nn.Parameter]:
+        """The text encoders' deltas, from `text_encoder_stop` on."""
+        rests = self.stop is not None and step >= self.stop
+        return [parameter for delta in self.text.values() for parameter in delta.parameters()] if rests else []
+
+    def after_step(self, step: int) -> None:
+        """Keep to the largest norm: of a DoRA, that of the delta inside it, as LyCORIS has it."""
+        from impasto.deltas.dora import Dora
+
+        if self.options.max_norm is None:
+            return
+        rests = self.stop is not None and step >= self.stop
+        for path, delta in self.deltas.items():
+            if not (rests and path in self.text):
+                limit(delta.inner if isinstance(delta, Dora) else delta, self.options.max_norm)
+
     def adapter(self) -> Adapter:
         from impasto.deltas.adapter import Adapter
 
         return Adapter({path: (delta.snapshot(),) for path, delta in self.deltas.items()}, family=self.family)
-
-
-class LoRA(LayerMethod):
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
-
-    class Options(LayerOptions):
-        kind: Literal["lora"] = "lora"
-        rslora: bool = Field(False, description="Multiply by alpha / √rank instead of alpha / rank, so that the step "
-                             "does not shrink with the rank; give alpha too, as left out it is the rank, and the "
-                             "factor √rank (Kalajdzievski 2023; peft's use_rslora).")
-        dropout: float = Field(0.0, ge=0, lt=1, description="Probability of leaving out each input of a delta, in "
-                               "training (the paper's code, peft's lora_dropout).")
-
-    options: Options
-
-    def make(self, choice: Choice, generator: torch.Generator) -> LowRank:
-        from impasto.deltas.layers import shape_of
-        from impasto.deltas.lowrank import LowRank
-
-        delta = LowRank(shape_of(choice.layer), choice.rank, choice.alpha, rslora=self.options.rslora,
-                        dropout=self.options.dropout)
-        delta.initialise(generator)
-        return delta
 
 
 def _matches(base: Base, pattern: str, targets: list[str], option: str) -> list[str]:

@@ -26,7 +26,8 @@ class ReconstructOptions(ObjectiveOptions):
     squared: float = Field(1.0, ge=0, description="Weight of the squared error beside 1 for L1.")
     edges: float = Field(0.5, ge=0, description="Weight of L1 between neighbours' differences.")
     kl: float = Field(1e-6, ge=0, description="Weight of the latents' divergence from a standard normal, nats summed "
-                      "over a picture's latents, divided by its cells (LDM: 1e-6).")
+                      "over a picture's latents, divided by its cells (LDM: 1e-6); off where the encoder is not "
+                      "trained.")
 
 
 class Reconstruct(Objective):
@@ -47,7 +48,7 @@ class Reconstruct(Objective):
         if options.edges:
             across, down = wrong[..., 1:] - wrong[..., :-1], wrong[..., 1:, :] - wrong[..., :-1, :]
             loss = loss + options.edges * (_mean(across.abs()) + _mean(down.abs()))
-        if options.kl:
+        if options.kl and _encoder_trains(base):
             loss = loss + options.kl * divergence(moments) / (cells[1] * cells[2])
         return loss
 
@@ -56,7 +57,7 @@ class Reconstruct(Objective):
 
         Where the encoder is not trained, its latents keep the scale that others know.
         """
-        if not any(p.requires_grad for p in base.layer("vae.encoder").parameters()):
+        if not _encoder_trains(base):
             return
         total, squares, count = 0.0, 0.0, 0
         with torch.no_grad():
@@ -75,6 +76,12 @@ def divergence(moments: Tensor) -> Tensor:
     mean, logvar = moments.chunk(2, dim=1)
     logvar = logvar.clamp(-30.0, 20.0)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def _encoder_trains(base: Base) -> bool:
+    """Whether anything upstream of the latents is trained; else their divergence is a constant."""
+    return any(parameter.requires_grad for path, parameter in base.components["vae"].named_parameters()
+               if path.startswith(("encoder.", "quant_conv.")))
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ from typing import Literal
 
 import torch
 
+from impasto.core.errors import UserError
 from impasto.core.files import require_space
 from impasto.data.source import Source
+from impasto.deltas.adapter import Adapter
 from impasto.families.base import Base
+from impasto.families.difference import difference, layers_of
 from impasto.families.save import save_folder
 from impasto.formats.arrangement import save_arranged
 from impasto.methods.base import Method
@@ -42,19 +45,28 @@ class Artifacts:
     source: Source
     shown: Shown
     device: torch.device
-    fingerprint: dict[str, str]  # of the base as the run found it
+    fingerprint: dict[str, str]  # of the base's files as the run found them
+
+    @property
+    def whole(self) -> bool:
+        """Whether they are whole bases, in folders."""
+        return any(method.in_place for method in self.methods) and self.recipe.output.format != "delta"
+
+    def check(self) -> None:
+        """Raise `UserError` for what can be trained and could not be saved, before it is trained."""
+        if self.recipe.output.format == "delta":
+            layers_of(self.base)
 
     def path(self, step: int | Literal["best"] | None = None) -> Path:
         """Where the artifact of an optimizer step goes, or the best one, or the last."""
-        if any(method.in_place for method in self.methods):
+        if self.whole:
             return self.run.artifact(step, suffix="")
         suffixes = {method.suffix for method in self.methods}
         return self.run.artifact(step, suffix=suffixes.pop() if len(suffixes) == 1 else ".safetensors")
 
     def size(self) -> int:
         """Bytes of one, metadata left out."""
-        in_place = any(method.in_place for method in self.methods)
-        modules = self.base.components.values() if in_place else \
+        modules = self.base.components.values() if self.whole else \
             [module for method in self.methods for module in method.modules().values()]
         return DTYPES[self.recipe.output.dtype].itemsize * sum(p.numel() for m in modules for p in m.parameters())
 
@@ -67,18 +79,29 @@ class Artifacts:
                         for batches in self.source.micro_batches(step + later) for batch in batches)
             self.objective.finish(self.base, measured)
             adapters = [adapter for method in self.methods if (adapter := method.adapter()) is not None]
+            if output.format == "delta":
+                adapters.append(self._delta())
             if not adapters:
                 if best or not path.exists():  # else it was saved before a kill, or the run is complete
                     save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=self._metadata(step),
-                                replace=best)
+                                replace=best, changed=self.base.trained())
                 return
         adapter = functools.reduce(operator.add, adapters)
         adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
-        save_arranged(adapter, path, format=output.format, dtype=DTYPES[output.dtype], metadata=self._metadata(step))
+        format = "auto" if output.format == "delta" else output.format
+        save_arranged(adapter, path, format=format, dtype=DTYPES[output.dtype], metadata=self._metadata(step))
+
+    def _delta(self) -> Adapter:
+        """What has changed in the base's own weights, by a look at its file."""
+        names = {path.partition(".")[0] for path in self.base.trained()}
+        if self.base.fingerprint(names) != {name: self.fingerprint[name] for name in names}:
+            raise UserError("is not what it was when this run began: what has been learned cannot be told from it",
+                            where=self.base.source or "", fix="put the base back, or say output.format=diffusers")
+        return difference(self.base)
 
     def _metadata(self, step: int) -> dict[str, str]:
         """What the artifact of a step tells of how it was made."""
         if self.recipe.output.metadata == "none":
             return {}
         return metadata(self.recipe, step, base=self.fingerprint, data=self.source.fingerprint,
-                        environment=describe(self.device))
+                        environment=describe(self.device), merged=self.base.merged)

@@ -18,14 +18,22 @@ class Ema:
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
         self.parameters, self.decay = list(parameters), decay
-        self.averages = [p.detach().clone() for p in parameters] if decay else []
+        self.averages = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in parameters] \
+            if decay else []
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights after optimizer step `step` (from 1)."""
         if self.decay:
             share = 1 - min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], share)
+            pairs = [(a, p.detach()) for a, p in zip(self.averages, self.parameters, strict=True)]
+            alike = [(average, weight) for average, weight in pairs if average.dtype == weight.dtype]
+            if alike:
+                averages, weights = zip(*alike, strict=True)
+                torch._foreach_lerp_(averages, weights, share)
+            for average, weight in pairs:  # those in bf16 one by one, as each makes a copy in fp32
+                if average.dtype != weight.dtype:
+                    average.lerp_(weight.to(average.dtype), share)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -38,7 +46,10 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for average, parameter in zip(self.averages, self.parameters, strict=False):
+        for i, (average, parameter) in enumerate(zip(self.averages, self.parameters, strict=False)):
+            if average.dtype != parameter.dtype:  # of a weight in bf16, which a copy would be rounded to
+                self.averages[i], parameter.data = parameter.data, average
+                continue
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
 import impasto
 from impasto.data.shards.access import is_url
+from impasto.families.base import Merged
 from impasto.families.load import is_hub_id
 from impasto.training.recipe import Recipe
 
 #: keys that name places on the user's disk: only their last part goes into a file that may be shared
-PLACES = [("base", "path"), ("base", "vae"), ("data", "folder"), ("data", "shards"), ("data", "cache"),
-          ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
+PLACES = [("base", "path"), ("base", "vae"), ("base", "adapters"), ("method", "warm_start"), ("data", "folder"),
+          ("data", "shards"), ("data", "cache"), ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
 
 #: keys that say whom else to tell of a run: they are of the one who trains, not of what is trained
 TOLD = ["trackers", "track_every", "push_to", "push_private"]
 
 
 def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
-             environment: dict[str, str]) -> dict[str, str]:
+             environment: dict[str, str], merged: Sequence[Merged] = ()) -> dict[str, str]:
     """kohya's `ss_*` keys that other programs show, and under `impasto.` all that `impasto reproduce` needs: the
-    recipe, fingerprints of the base's components and of the data, and what last bits depend on."""
+    recipe, fingerprints of the base's components as its files hold them and of the data, what adapters were merged into
+    it before, and what last bits depend on."""
     train = recipe.train
+    before = [{"file": each.name, "hash": each.digest, "strength": each.strength} for each in merged]
     return {
+        **({"impasto.merged": json.dumps(before)} if before else {}),
         "ss_learning_rate": str(train.learning_rate),
         "ss_lr_scheduler": train.schedule,
         "ss_lr_warmup_steps": str(train.warmup),

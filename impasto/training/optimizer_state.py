@@ -54,8 +54,22 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
             entry = entry.setdefault(part, {})
         entry[key] = tuple(value) if isinstance(entry.get(key), tuple) else value  # JSON knows no tuples
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    _widen(optimizer, packed)
     if getattr(optimizer, "is_paged", False):
         _page(optimizer)
+
+
+def _widen(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) -> None:
+    """Put back what torch has cast to the weights' type: the state of weights in bf16 is fp32."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, tensor in packed.items():
+        owner, *path, key = name.split("/")
+        if not owner.startswith("group"):
+            entry: Any = optimizer.state[parameters[int(owner)]]
+            for part in path:
+                entry = entry.get(part, {})  # bitsandbytes packs its own under another name, and casts none of it
+            if key in entry and entry[key].dtype != tensor.dtype:
+                entry[key] = tensor.to(entry[key].device)
 
 
 def _page(optimizer: Any) -> None:

@@ -83,18 +83,18 @@ SCHEDULE_FREE = {"AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"}
 def make_optimizer(groups: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's optimizer over parameter groups, of which each keeps its rate as "base_lr".
 
-    A group's "lr" of None means train.learning_rate. Raises `UserError` for options that the class does not take, and
-    for groups of different rates where it takes only one.
+    A group's "lr" of None means train.learning_rate; a "ratio" is what its rate is multiplied by (LoRA+). Raises
+    `UserError` for options that the class does not take, and for groups of different rates where it takes only one.
     """
     cls, settings = choose(options, device)
     made = [{key: value for key, value in group.items() if key != "paths"} for group in groups]
     for group in made:
-        group["lr"] = group["base_lr"] = group.get("lr") or options.learning_rate
+        group["lr"] = group["base_lr"] = (group.get("lr") or options.learning_rate) * group.pop("ratio", 1)
     entry = OPTIMIZERS.get(options.optimizer)
     if entry is not None and entry.adaptive and len(rates := {group["base_lr"] for group in made}) > 1:
         raise UserError(f"{options.optimizer} finds the rate itself and takes one for all that is trained, not "
                         + " and ".join(f"{rate:g}" for rate in sorted(rates)), where="train.optimizer",
-                        fix="leave out train.rates and the methods' own rates")
+                        fix="leave out train.rates and the methods' own rates and ratios")
     return _built(cls, made, settings, options.optimizer)
 
 

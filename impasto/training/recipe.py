@@ -16,6 +16,7 @@ import pydantic
 from pydantic import Field, SerializeAsAny
 
 from impasto.core.errors import UserError, nearest
+from impasto.core.weighted import checked
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions
 from impasto.data.sets import DataSets, one_or_several
 from impasto.methods import METHODS
@@ -48,6 +49,15 @@ class BaseOptions(Section):
     clip_skip: int = Field(0, ge=0, le=11, description="Text encoder layers left out at the end; 0 is the "
                            "last layer (A1111 and kohya call that clip skip 1).")
     download: bool = Field(False, description="Whether a hub id may be fetched from the internet.")
+    adapters: list[Annotated[str, pydantic.AfterValidator(checked)]] = Field(
+        [], description="Adapters, each a file or \"FILE:0.8\", that are merged into the base's weights in memory "
+        "before all else, one after the other (kohya's base_weights).")
+
+    @pydantic.model_validator(mode="after")
+    def _onto_weights(self) -> BaseOptions:
+        if self.adapters and self.init == "random":
+            raise ValueError("adapters are made for a base's own weights, not for random ones")
+        return self
 
 
 def _optimizer(name: str) -> str:
@@ -156,10 +166,12 @@ class OutputOptions(Section):
     dir: str = Field("runs/run", description="The run's directory; the same recipe there goes on where it stopped.")
     name: str | None = Field(None, description="Of the artifact; default: the directory's name.")
     format: Literal["auto", "kohya", "diffusers", "peft", "webui-embedding", "diffusers-embedding",
-                    "hypernetwork"] = Field(
+                    "hypernetwork", "delta"] = Field(
         "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it, and for "
         "new tokens beside one (A1111 finds them there); for a token by itself A1111's and ComfyUI's .safetensors; "
-        "for a hypernetwork A1111's .pt; for full it is diffusers, a folder with the whole base.")
+        "for a hypernetwork A1111's .pt; for full it is diffusers, a folder with the whole base. delta is for full "
+        "too: what training has changed and no more, as LyCORIS' full differences (.diff) in one file, which those "
+        "programs load as they do a LoRA.")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Of the artifact (kohya: fp16).")
     save_every: int = Field(0, ge=0, description="Steps between artifacts that other programs can use at once; "
                             "0: only at the end.")
@@ -228,9 +240,15 @@ class Recipe(Section):
         whole = [method.kind for method in self.method if METHODS.get(method.kind).in_place]
         if whole and len(self.method) > 1:
             raise ValueError(f"{whole[0]} leaves a whole base behind and cannot be joined with other methods")
-        if whole and self.output.format not in ("auto", "diffusers"):
-            raise ValueError(f"{whole[0]} leaves a whole base behind: output.format is diffusers, not "
-                             f"{self.output.format}")
+        if whole and self.output.format not in ("auto", "diffusers", "delta"):
+            raise ValueError(f"{whole[0]} leaves a whole base behind: output.format is diffusers, or delta for what "
+                             f"has changed in it, not {self.output.format}")
+        if self.output.format == "delta" and not whole:
+            raise ValueError(f"output.format = \"delta\" is of what full leaves; {self.method[0].kind} leaves an "
+                             "adapter already: take auto")
+        if self.output.format == "delta" and self.base.init == "random":
+            raise ValueError("random weights come from no file that a delta could be told from: output.format is "
+                             "diffusers")
         unfit = [method.kind for method in self.method
                  if not whole and self.output.format not in ("auto", *METHODS.get(method.kind).formats)]
         if unfit:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from impasto.core.errors import UserError
+from impasto.core.weighted import Weighted
 from impasto.data.pictures import data_fingerprint, pictures_of
 from impasto.data.sets import label
 from impasto.data.shards.access import is_url
 from impasto.families.fingerprint import fingerprint
 from impasto.families.load import locate
+from impasto.families.merged import content
 from impasto.formats.adapters import load_adapter
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.header import read_header
@@ -39,7 +42,7 @@ def reproduce(artifact: Path, settings: Sequence[str] = ()) -> Reproduction:
     Artifacts hold the last parts of paths alone: say where base and pictures are by settings, or run it where
     they lie. Raises `UserError` for a file without such metadata.
     """
-    tree, base, data, environment, step = read_told(artifact)
+    tree, base, data, environment, step, merged = read_told(artifact)
     for setting in settings:
         apply_override(tree, setting)
     recipe = make_recipe(tree, where=artifact)
@@ -48,6 +51,7 @@ def reproduce(artifact: Path, settings: Sequence[str] = ()) -> Reproduction:
     if total is not None and step != total:
         found.differs.append(f"the artifact is of step {step}, and the recipe goes to {total}")
     _compare_base(recipe, base, found)
+    _compare_merged(recipe, merged, found)
     _compare_data(recipe, data, found)
     found.differs.extend(differences(environment, describe(choose_device("auto"))))
     return found
@@ -61,6 +65,7 @@ class Told(NamedTuple):
     data: str  # fingerprint
     environment: dict[str, str]
     step: int
+    merged: list[str]  # digest of each adapter that was in the base
 
 
 def read_told(artifact: Path) -> Told:
@@ -68,7 +73,8 @@ def read_told(artifact: Path) -> Told:
     told = _metadata(_file(artifact))
     try:
         return Told(json.loads(told["impasto.recipe"]), json.loads(told["impasto.base"]), told["impasto.data"],
-                    json.loads(told["impasto.environment"]), int(told["impasto.step"]))
+                    json.loads(told["impasto.environment"]), int(told["impasto.step"]),
+                    [each["hash"] for each in json.loads(told.get("impasto.merged", "[]"))])
     except (KeyError, ValueError, TypeError):
         raise UserError("does not tell how it was made", where=artifact,
                         fix="only artifacts of this program do, and those with output.metadata=none don't") from None
@@ -107,6 +113,17 @@ def _compare_base(recipe: Recipe, before: dict[str, str], found: Reproduction) -
             found.differs.append(f"the base has no {name}")
         elif fingerprint(source, name) != digest:
             found.differs.append(f"the base's {name} is another one")
+
+
+def _compare_merged(recipe: Recipe, before: list[str], found: Reproduction) -> None:
+    for adapter, digest in zip_longest(recipe.base.adapters, before, fillvalue=""):
+        path = Path(Weighted.parse(adapter).path) if adapter else None
+        if path is None or not digest:
+            found.differs.append("there are more or fewer adapters in the base")
+        elif not path.exists():
+            found.unknown.append(f"{path.name}, an adapter in the base: say where it is: base.adapters=…")
+        elif content(path) != digest:
+            found.differs.append(f"{path.name}, an adapter in the base, is another one")
 
 
 def _compare_data(recipe: Recipe, before: str, found: Reproduction) -> None:

@@ -38,6 +38,7 @@ from impasto.training.recipe import Recipe
 from impasto.training.requests import Requests
 from impasto.training.resume import Circumstances, Memory, resume
 from impasto.training.room import ask_for_room
+from impasto.training.rounding import Steps
 from impasto.training.run import Run
 from impasto.training.sharing.after import announce, push_after
 from impasto.training.shown import Shown
@@ -97,8 +98,9 @@ class Trainer:
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
                                   device=self.device, dtype=self.precision.dtype, report=report,
+                                  adapters=recipe.base.adapters,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)
-        fingerprint = self.base.fingerprint()  # before anything trains
+        fingerprint, origin = self.base.fingerprint(), self.base.origin()  # before anything trains
         self.objective = OBJECTIVES.get(recipe.objective.kind)(recipe.objective)
         self.methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]
         trains = frozenset[str]().union(*(method.trains(self.base) for method in self.methods))
@@ -122,6 +124,7 @@ class Trainer:
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
+        self.steps = Steps(self.optimizer, self.trained, self.options.seed)
         self.previews = Previews(recipe, run.folder / "previews")
         if self.options.checkpointing:
             self.base.checkpoint_gradients()
@@ -138,7 +141,8 @@ class Trainer:
         self.circumstances = Circumstances(recipe, self.total, self.source.fingerprint, fingerprint, self.device,
                                            self.source.share.group, self.processes, accept_changes)
         self.artifacts = Artifacts(recipe, run, self.base, self.methods, self.objective, self.source, self.shown,
-                                   self.device, fingerprint)
+                                   self.device, origin)
+        self.artifacts.check()
         for method in self.methods:
             method.look(self.source.captions())
         told = (line for method in self.methods for line in method.remarks())
@@ -222,7 +226,7 @@ class Trainer:
             for parameter in method.resting(step):
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip or float("inf"))
-        self.scaler.step(self.optimizer)
+        self.steps.take(step, self.scaler)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for method in self.methods:

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from impasto.diffusion.process import RectifiedFlow
 from impasto.families import unet_targets
 from impasto.families.base import Base, Caption, Geometry, TextStates
+from impasto.families.parts import Places
 
 TOKENS, VOCABULARY, WIDTH = 8, 100, 16
+WORDS = {"attention": r"^transformer\.attn\.to_", "feed-forward": r"^transformer\.ff\.",
+         "text-encoder": r"^text_encoder(_\d)?\.layer$", "all": r"^transformer\."}
 
 
 class Encoder(nn.Module):
@@ -136,7 +139,9 @@ class FlowStub(Base):
         return self.denoiser(latents, time * 1000, *condition)
 
     def targets(self, word: str) -> list[str]:
-        words = {"attention": r"^transformer\.attn\.to_", "feed-forward": r"^transformer\.ff\.",
-                 "text-encoder": r"^text_encoder(_\d)?\.layer$", "all": r"^transformer\."}
         names = (self.denoiser_name, *self.text_encoder_names)
-        return unet_targets.matches(unet_targets.paths(self.components, names), word, words)
+        return unet_targets.matches(unet_targets.paths(self.components, names), word, WORDS)
+
+    def parts(self, word: str) -> list[str]:
+        return Places(self.components, self.denoiser_name, self.text_encoder_names, {}, list(WORDS),
+                      self.targets).find(word)

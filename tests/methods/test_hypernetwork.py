@@ -22,7 +22,7 @@ from impasto.families.load import load_base
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.methods.base import Method
 from impasto.methods.hypernetwork import Hypernetwork
-from impasto.methods.weights import LoRA
+from impasto.methods.lora import LoRA
 from tests.checkpoints import write_checkpoint
 from tests.heard import Heard
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.families.sd1 import SD1
 from impasto.formats.adapters import save_adapter
+from impasto.methods.lora import LoRA
 from impasto.methods.textual_inversion import TextualInversion
 from impasto.methods.token_values import spread
-from impasto.methods.weights import LoRA
 from impasto.training.recipe import make_recipe
 from tests.families.conftest import random_sd1
 

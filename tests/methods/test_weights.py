@@ -19,7 +19,7 @@ from impasto.deltas.attach import attach
 from impasto.deltas.lowrank import LowRank
 from impasto.families.base import Base
 from impasto.methods import METHODS
-from impasto.methods.weights import LoRA
+from impasto.methods.lora import LoRA
 
 WORDS = {"attention": r"^unet\..*to_[qv]$", "text-encoder": r"^text_encoder\..*proj$", "all": r"^unet\."}
 

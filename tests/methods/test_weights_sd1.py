@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from impasto.deltas.attach import attach
 from impasto.families.apply import apply
 from impasto.families.base import Base
 from impasto.families.load import load_base
+from impasto.families.merged import merge_into
 from impasto.formats.adapters import load_adapter, save_adapter
-from impasto.methods.weights import LoRA
+from impasto.methods.lora import LoRA
 from tests.checkpoints import write_checkpoint
 
 
@@ -58,7 +58,7 @@ def test_from_training_to_another_base_and_into_its_weights(mini: Path, tmp_path
     attachment.enabled = False
     assert torch.equal(predict(other), before)
     attachment.detach()
-    attach(other.components, load_adapter(tmp_path / "dog.safetensors")).merge()
+    merge_into(other, [str(tmp_path / "dog.safetensors")])
     assert_close(predict(other), trained, **tolerance)
 
 

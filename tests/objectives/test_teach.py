@@ -18,7 +18,7 @@ from impasto.diffusion.densities import Uniform
 from impasto.families.sd1 import SD1
 from impasto.methods import METHODS
 from impasto.methods.base import all_off
-from impasto.methods.weights import LoRA
+from impasto.methods.lora import LoRA
 from impasto.objectives.batch import Batch
 from impasto.objectives.denoise import Denoise, DenoiseOptions
 from impasto.objectives.teach import Teach, TeachOptions

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent.parent
 MINUTE = 60.0
 
 #: imported once, by the process that all sittings are forked from; `impasto` itself imports them when it needs them
-LATE = ["impasto.families.sd1", "impasto.formats.kohya", "impasto.methods.weights", "impasto.objectives.denoise",
+LATE = ["impasto.families.sd1", "impasto.formats.kohya", "impasto.methods.lora", "impasto.objectives.denoise",
         "impasto.families.sampling", "impasto.families.schedulers", "impasto.mini.lessons",
         "impasto.formats.configs.sd1", "torch._dynamo", "impasto.training.board"]
 

@@ -10,7 +10,7 @@ import transformers
 
 from impasto.core.errors import UserError
 from impasto.methods.full import Full
-from impasto.methods.weights import LoRA
+from impasto.methods.lora import LoRA
 from impasto.training.rates import rate_factor, split_by_path
 from impasto.training.recipe import TrainOptions
 from tests.families.conftest import random_sd1

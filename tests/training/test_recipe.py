@@ -117,7 +117,8 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
 
 def test_ready_recipes_ship_and_are_valid() -> None:
     names = [path.relative_to(READY).with_suffix("").as_posix() for path in READY.rglob("*.toml")]
-    assert {"lora", "dreambooth_lora", "textual_inversion", "pivotal"} <= set(names)
+    assert {"lora", "dreambooth_lora", "textual_inversion", "pivotal", "full", "dreambooth_full", "partial",
+            "vae_decoder"} <= set(names)
     for name in names:
         own = name.startswith("mini/")  # those bring base and pictures
         recipe = load_recipe(name, [] if own else ["base.path=x.safetensors", "data.folder=photos"])
@@ -143,7 +144,7 @@ def test_every_key_says_what_it_is() -> None:
 
 #: The list of options is an interface: a new one is added here on purpose, and none goes by accident.
 OPTIONS = {
-    "base": "clip_skip download family init path vae",
+    "base": "adapters clip_skip download family init path vae",
     "data": "background bad_samples brightness bucket_max bucket_min bucket_step buckets cache caption caption_dropout "
             "caption_loss_weights caption_source caption_template caption_weights contrast doodles flip folder hue "
             "keep_tags keep_tags_separator loss_weight mask mask_floor mask_normalised masks max_tokens "

@@ -99,6 +99,15 @@ ROWS: dict[str, Row] = {
     "network_dropout": Row("method.dropout", number, "kohya drops between the two factors, Impasto before the first"),
     "network_args.dropout": Row("method.dropout", number, "likewise"),
     "network_args.rs_lora": Row("method.rslora", flag),
+    "network_args.dora_wd": Row("method.dora", flag),
+    "network_args.wd_on_output": Row("method.dora_axis", lambda value: "output" if flag(value) else "input"),
+    "network_args.loraplus_lr_ratio": Row("method.loraplus_ratio", number),
+    "network_args.loraplus_unet_lr_ratio": Row("method.loraplus_ratio", number),
+    "network_args.loraplus_text_encoder_lr_ratio": Row("method.text_encoder_loraplus_ratio", number),
+    "network_weights": Row("method.warm_start", text),
+    "scale_weight_norms": Row("method.max_norm", number, neutral=(0,)),
+    "base_weights": Row("base.adapters", text),
+    "base_weights_multiplier": Row("base.adapters", several),
     "network_train_unet_only": Row("method.targets", flag),
     "network_train_text_encoder_only": Row("method.targets", flag),
     "train_text_encoder": Row("method.parts", flag),
@@ -184,16 +193,12 @@ ROWS: dict[str, Row] = {
     **rows("it is a variable of the shell's, and the file does not set it", "variables.*"),
     **rows("the file cannot be seen from here: give it as a second one", "config_file dataset_config"),
     **rows("each class picture is used as often as it comes", "reg.num_repeats=1"),
-    **rows("a LoRA begins anew", "network_weights dim_from_weights"),
-    **rows("merge them into the base first, and train on that", "base_weights base_weights_multiplier"),
-    **rows("weights have no largest norm", "scale_weight_norms"),
-    **rows("a LoRA has no such key here", "network_args.rank_dropout network_args.module_dropout network_args.dora_wd "
+    **rows("say the rank of that file", "dim_from_weights", here="method.rank"),
+    **rows("a LoRA has no such key here", "network_args.rank_dropout network_args.module_dropout "
            "network_args.use_tucker network_args.use_conv_cp network_args.use_cp network_args.disable_conv_cp=True "
            "network_args.use_scalar network_args.train_norm network_args.factor=-1 network_args.decompose_both "
            "network_args.full_matrix network_args.block_size=4 network_args.constraint network_args.rescaled "
-           "network_args.wd_on_output network_args.bypass_mode network_args.unbalanced_factorization "
-           "network_args.loraplus_lr_ratio network_args.loraplus_unet_lr_ratio "
-           "network_args.loraplus_text_encoder_lr_ratio network_args.unit"),
+           "network_args.bypass_mode network_args.unbalanced_factorization network_args.unit"),
     **rows("blocks are told apart by patterns: method.ranks and method.alphas", "network_args.block_dims "
            "network_args.block_alphas network_args.conv_block_dims network_args.conv_block_alphas",
            here="method.ranks"),

@@ -24,6 +24,7 @@ def lora(work: Work) -> set[str]:
     """A LoRA's size and layers; returns which of "unet" and "text-encoder" train."""
     module = str(work.get("network_module", "networks.lora"))
     _method(work, module)
+    _merged(work)
     rank, alpha = work.read("network_dim", whole, 4), work.read("network_alpha", number, 1.0)
     put(work, "method.rank", rank, "network_dim")
     put(work, "method.alpha", alpha, "network_alpha")
@@ -44,7 +45,35 @@ def lora(work: Work) -> set[str]:
         put(work, "method.alphas", {CONVOLUTIONS: conv_alpha}, "network_args.conv_alpha")
     work.spare("network_args.conv_dim", "network_args.conv_alpha", why="it is that of the other layers"
                if in_unet == ["all"] else "no convolution is trained")
+    _lora_plus(work, trains)
     return trains
+
+
+def _merged(work: Work) -> None:
+    """LoRAs that are merged into the base before training, each with its multiplier, 1 where there are too few."""
+    files = work.get("base_weights", [])
+    files = [str(each) for each in files] if isinstance(files, list) else [str(files)]
+    keys = ("base_weights", "base_weights_multiplier")
+    factors = work.read(keys[1], several, [])
+    if files:
+        factors += [1.0] * (len(files) - len(factors))
+        put(work, "base.adapters", [file if factor == 1 else f"{file}:{factor:g}"
+                                    for file, factor in zip(files, factors, strict=False)], *keys)
+    work.spare(keys[1], why="no weights are merged into the base")
+
+
+def _lora_plus(work: Work, trains: set[str]) -> None:
+    """LoRA+: a ratio for all, or one for each part, which counts first; a part without any has plain rates."""
+    unet_key, text_key, both = (f"network_args.loraplus_{part}lr_ratio" for part in ("unet_", "text_encoder_", ""))
+    ratios = {key: work.read(key, number, 0.0) for key in (unet_key, text_key, both)}
+    if not any(ratios.values()):
+        return
+    unet, text = (ratios[key] or ratios[both] or 1.0 for key in (unet_key, text_key))
+    put(work, "method.loraplus_ratio", unet if UNET in trains else text,
+        (unet_key if ratios[unet_key] else both) if UNET in trains else (text_key if ratios[text_key] else both))
+    if trains == {UNET, TEXT} and text != unet:
+        put(work, "method.text_encoder_loraplus_ratio", text, *([text_key] if ratios[text_key] else []))
+    work.spare(*ratios, why="each part that is trained has a ratio of its own, or this one")
 
 
 def _method(work: Work, module: str) -> None:
