@@ -41,12 +41,13 @@ BUILT: dict[str, Callable[[], nn.Module]] = {
 }
 SIDES = {3: (7,), 4: (7, 6)}
 
-#: rank; alpha is three quarters of twice that, so that no scale is 1 and each is exact in any float
+#: rank; alpha is one and a half times that, so that no scale is 1 and each is exact in any float
 PLAIN: dict[str, tuple[int, dict[str, Any]]] = {"thin": (2, {}), "thick": (6, {})}
 TUCKER: dict[str, tuple[int, dict[str, Any]]] = {"tucker": (2, {"tucker": True})}
 SPLITS: dict[str, tuple[int, dict[str, Any]]] = {
     "low rank": (2, {}), "whole at this rank": (3, {}), "full": (2, {"full": True}),
-    "both": (1, {"decompose_both": True}), "both, of which one is whole": (2, {"decompose_both": True, "factor": 2}),
+    "both": (1, {"decompose_both": True}), "both, by the larger side": (2, {"decompose_both": True}),
+    "both, of which one is whole": (2, {"decompose_both": True, "factor": 2}),
     "factor 2": (5, {"factor": 2}), "factor that does not divide": (2, {"factor": 5}),
     "factor above the root": (1, {"factor": 12}), "full of a factor": (9, {"factor": 2, "full": True}),
 }
