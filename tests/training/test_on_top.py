@@ -1,4 +1,4 @@
-"""Runs that begin with what others have left: adapters in the base, warm starts, text encoders that stop; each resumes."""
+"""Runs that begin with what others have left: adapters in the base, warm starts; encoders that stop; each resumes."""
 
 from __future__ import annotations
 
