@@ -1,4 +1,4 @@
-"""Runs that begin with what others have left: adapters in the base, warm starts, text encoders that stop; each resumes."""
+"""Runs that begin with what others have left, adapters in the base and warm starts; text encoders that stop."""
 
 from __future__ import annotations
 
