@@ -1,13 +1,17 @@
-"""One LoRA training step beside diffusers + peft, and beside the floor.
+"""One training step of an adapter beside diffusers + peft, beside LyCORIS, and beside the floor.
 
-    python -m benchmarks.step                                     SD 1.5 at 256² and 512², fp32
+    python -m benchmarks.step                                     LoRA on SD 1.5 at 256² and 512², fp32
     python -m benchmarks.step --sizes 256 --threads 1 --repeats 7
+    python -m benchmarks.step --kinds loha lokr --layers linear convolutions --by ours peft lycoris --sizes 256
     python -m benchmarks.step --quick                             a small UNet: does the benchmark run?
 
 The UNet is SD 1.5's own (860 million weights, drawn at random: speed does not depend on their values) as
-diffusers builds it. A step is: predict, mean squared error, backward, AdamW. It trains rank 16 on
-  attention   to_q, to_k, to_v, to_out.0 of self- and cross-attention: 128 layers
-  linear      those, the two of each feed-forward, proj_in and proj_out: 192 layers (kohya's default set)
+diffusers builds it. A step is: predict, mean squared error, backward, AdamW. What it trains, each in turn:
+  kinds       lora (rank 16), loha (rank 8), lokr (rank 8, factor -1), lokr whole (factor 6): see `wrapped`
+  layers      attention      to_q, to_k, to_v, to_out.0 of self- and cross-attention: 128 layers
+              feed-forward   those and the two of each feed-forward: 160
+              linear         those, proj_in and proj_out: 192 (kohya's default set)
+              convolutions   those and the 3x3 convolutions of ResNet blocks and samplers: 242
 The *floor* is the plain frozen UNet forward and backward to its latents: no adapter, no optimizer. *Ours* is
 as a base is loaded: `families.lean` and `deltas.attach`; `floor, lean` tells the two apart.
 
@@ -31,9 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import MIB, Timing, interleave, paired, peak_allocated, print_table
-from impasto.deltas.attach import attach
-from impasto.deltas.layers import shape_of
-from impasto.deltas.lowrank import LowRank
+from benchmarks.wrapped import KINDS, LAYERS, WHO, wrap
 from impasto.families.lean import lean
 from impasto.training.environment import peak_resident
 
@@ -41,9 +43,6 @@ SD15 = dict(sample_size=64, layers_per_block=2, block_out_channels=(320, 640, 12
             cross_attention_dim=768, attention_head_dim=8)
 SMALL = dict(sample_size=64, layers_per_block=1, block_out_channels=(32, 64, 128, 128),
              cross_attention_dim=64, attention_head_dim=4)
-RANK = 16
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-LINEAR = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 
 
 # --- the UNet ------------------------------------------------------------------------------------------
@@ -114,36 +113,15 @@ def training(unet: nn.Module, parameters: list[nn.Parameter]) -> Step:
     return step
 
 
-def with_peft(unet: nn.Module, targets: list[str]) -> Step:
-    from peft import LoraConfig
-
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))  # pyright: ignore
-    return training(unet, [p for p in unet.parameters() if p.requires_grad])
-
-
-def with_ours(unet: nn.Module, targets: list[str]) -> Step:
-    lean(unet)
-    deltas = {}
-    for path, layer in unet.named_modules():
-        if any(path.endswith(f".{target}") for target in targets):
-            deltas[path] = LowRank(shape_of(layer), RANK).to(layer.weight.device)
-            deltas[path].initialise(torch.Generator().manual_seed(0))
-    attach(unet, deltas)
-    return training(unet, [p for delta in deltas.values() for p in delta.parameters()])
-
-
 def lean_floor(unet: nn.Module) -> Step:
     lean(unet)
     return floor(unet)
 
 
-VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
-    "floor": floor,
-    "floor, lean": lean_floor,
-    "peft, attention": lambda unet: with_peft(unet, ATTENTION),
-    "ours, attention": lambda unet: with_ours(unet, ATTENTION),
-    "peft, linear": lambda unet: with_peft(unet, LINEAR),
-    "ours, linear": lambda unet: with_ours(unet, LINEAR),
+VARIANTS: dict[str, Callable[[nn.Module], Step]] = {"floor": floor, "floor, lean": lean_floor} | {
+    f"{who} {kind}, {layers}": lambda unet, who=who, kind=kind, layers=layers: training(
+        unet, wrap(unet, who, kind, layers))
+    for layers in LAYERS for kind in KINDS for who in WHO
 }
 
 
@@ -201,8 +179,11 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="sides in pixels")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="rounds counted, after one to warm up")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
-                        help=f"of: {', '.join(map(repr, VARIANTS))}; the floor always runs")
+    parser.add_argument("--by", nargs="+", choices=WHO, default=["ours", "peft"], help="who makes the adapter")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora"])
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["attention", "linear"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME",
+                        help="these instead of all combinations, as \"ours lora, linear\"; the floor always runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a small UNet")
     parser.add_argument("--no-memory", action="store_true", help="time only")
@@ -211,7 +192,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.child:
         return child(options)
-    options.variants = ["floor", *(name for name in options.variants if name != "floor")]
+    chosen = options.variants or ["floor, lean", *(f"{who} {kind}, {layers}" for layers in options.layers
+                                                   for kind in options.kinds for who in options.by)]
+    options.variants = ["floor", *(name for name in chosen if name != "floor")]
     # Memory first, while this process holds no weights of its own.
     measured = [] if options.no_memory else options.variants
     memory = {size: {name: measure_memory(name, size, options) for name in measured} for size in options.sizes}

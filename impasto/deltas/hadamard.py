@@ -76,7 +76,8 @@ class Hadamard(Delta):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Cores and w1_a normal with σ = 0.1, w1_b and w2_b with σ = 1, w2_a zero (LyCORIS' LohaModule, peft)."""
+        """Cores and w1_a normal with σ = 0.1, w1_b and w2_b with σ = 1, w2_a zero (LyCORIS' LohaModule; peft
+        draws all by Kaiming's uniform, with w2_b zero)."""
         for name, std in (("t1", 0.1), ("t2", 0.1), ("w1_b", 1.0), ("w1_a", 0.1), ("w2_b", 1.0)):
             if (factor := getattr(self, name)) is not None:
                 factor.copy_(torch.randn(factor.shape, generator=generator, device=generator.device).mul_(std))

@@ -39,6 +39,9 @@ class LoKr(LayerMethod):
 
     options: Options
 
+    def uses_rank(self) -> bool:
+        return not self.options.full
+
     def make(self, choice: Choice, generator: torch.Generator) -> Kronecker:
         from impasto.deltas.kronecker import Kronecker
         from impasto.deltas.layers import shape_of

@@ -107,6 +107,10 @@ class LayerMethod(Method):
     def make(self, choice: Choice, generator: torch.Generator) -> Delta:
         """A new delta of a layer: initial values, drawn from `generator` (on the CPU), leave the base as it is."""
 
+    def uses_rank(self) -> bool:
+        """Whether a rank says anything beside 0, which leaves a layer out: then it can be too large for a layer."""
+        return True
+
     def choose(self, base: Base) -> dict[str, Choice]:
         """The layers to train, by path. Raises `UserError` for a pattern without effect, or a rank that cannot be."""
         from impasto.deltas.layers import check_layer, shape_of
@@ -124,7 +128,7 @@ class LayerMethod(Method):
             check_layer(layer, path)
             shape = shape_of(layer)
             largest = min(shape[0], math.prod(shape[1:]))
-            if rank > largest:
+            if rank > largest and self.uses_rank():
                 raise UserError(f"rank {rank} is more than this layer can use, its smaller side being {largest}",
                                 where=path, fix=f"lower the rank, or give the layer its own: ranks = "
                                 f"{{ '{path.replace('.', '[.]')}$' = {largest} }}; 0 leaves it out")
