@@ -83,6 +83,8 @@ class Window:
 
 def applied(x: Tensor, window: Window, build: Build, factors: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
     """build(*factors) · x, and `out` on top of it; for the backward pass x and the factors are kept, no more."""
+    if window.stride and x.ndim == len(window.stride) + 1:  # one input, not a batch of them
+        return applied(x[None], window, build, factors, None if out is None else out[None])[0]
     result = _Applied.apply(x, out, window, build, *factors)
     assert isinstance(result, Tensor)
     return result

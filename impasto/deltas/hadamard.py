@@ -172,7 +172,7 @@ FACTOR_PASSES, DENSE_PASSES = 8, 8
 
 def _tokens(x: Tensor, shape: tuple[int, ...], window: Window) -> int:
     """Columns that the weight is multiplied with: of a convolution, its positions (with a stride, fewer)."""
-    return x.numel() // (x.shape[1] * math.prod(window.stride)) if window.stride else x.numel() // shape[1]
+    return x.numel() // (shape[1] * math.prod(window.stride))
 
 
 def _core(t: Tensor, b: Tensor) -> Tensor:

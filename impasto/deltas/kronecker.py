@@ -206,14 +206,14 @@ class Kronecker(Delta):
             one = one.expand(h.shape[0], *one.shape)
             if out is None:
                 return torch.bmm(one, h).view(*x.shape[:-1], self.shape[0])
-            return torch.baddbmm(out.reshape(h.shape[0], one.shape[1], -1), one, h).view(out.shape)
+            return torch.baddbmm(out.reshape(h.shape[0], one.shape[1], h.shape[2]), one, h).view(out.shape)
 
     def _convolved(self, x: Tensor, one: Tensor, layer: nn.Module, out: Tensor | None) -> Tensor:
         """x (n, i1 · i2, …): w2 passes over the groups as over a batch n · i1, then w1 mixes them."""
         batched = x if x.ndim == len(self.shape) else x[None]
-        n = batched.shape[0]
-        h = self._grouped(batched.reshape(n * one.shape[1], -1, *batched.shape[2:]), layer)
-        y = torch.matmul(one, h.reshape(n, one.shape[1], -1)).view(n, self.shape[0], *h.shape[2:])
+        n, i1 = batched.shape[0], one.shape[1]
+        h = self._grouped(batched.reshape(n * i1, batched.shape[1] // i1, *batched.shape[2:]), layer)
+        y = torch.matmul(one, h.reshape(n, i1, math.prod(h.shape[1:]))).view(n, self.shape[0], *h.shape[2:])
         y = y if x.ndim == len(self.shape) else y[0]
         return y if out is None else out + y
 

@@ -49,6 +49,26 @@ def test_weight_and_forward_are_the_definition(case: str, kind: str) -> None:
 
 
 @pairs
+def test_inputs_may_have_no_batch_or_an_empty_one_and_any_strides(case: str, kind: str) -> None:
+    layer, x, delta = carried(case, kind)
+    delta.requires_grad_(True)
+    changed = with_weight(layer, definition(delta, weight_of(layer)).detach())
+    inputs = [x[0], x[:0]]
+    if kind != "gpt2":  # which itself views its input
+        inputs.append(x.transpose(0, 1).contiguous().transpose(0, 1))
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        inputs.append(x[0, 0])
+    if isinstance(layer, nn.Conv2d):
+        inputs.append(x.to(memory_format=torch.channels_last))
+    for y in inputs:
+        out = layer(y)
+        total = delta.add_to(out, y, layer, out)
+        assert_close(total, changed(y))
+        assert_close(delta(y, layer), changed(y) - out)
+        total.sum().backward()
+
+
+@pairs
 def test_strengths_tensors_and_snapshots_say_the_same(case: str, kind: str) -> None:
     layer, x, delta = carried(case, kind)
     W = weight_of(layer)

@@ -194,7 +194,7 @@ def test_from_training_to_another_base_and_into_its_weights(mini: Path, tmp_path
     # every factor has moved, those that begin at zero too
     assert all(parameter.any() for delta in method.deltas.values() for parameter in delta.parameters())
     trained = predict(base).detach()
-    tolerance = dict(rtol=1e-4, atol=1e-5 * float(trained.abs().max()))
+    tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5 * float(trained.abs().max())}
     assert float((trained - before).norm() / before.norm()) > 0.01
 
     adapter = method.adapter()
