@@ -17,7 +17,7 @@ from impasto.deltas.attach import attach
 from impasto.deltas.delta import Delta
 from impasto.deltas.hadamard import Hadamard
 from impasto.deltas.kronecker import Kronecker
-from impasto.deltas.layers import shape_of
+from impasto.deltas.layers import shape_of, weight_of
 from impasto.deltas.lowrank import LowRank
 from impasto.families.lean import lean
 
@@ -54,7 +54,7 @@ def ours(unet: nn.Module, kind: str, layers: str) -> list[nn.Parameter]:
     lean(unet)
     deltas: dict[str, Delta] = {}
     for path, layer in targets(unet, layers).items():
-        deltas[path] = KINDS[kind](shape_of(layer)).to(layer.weight.device)
+        deltas[path] = KINDS[kind](shape_of(layer)).to(weight_of(layer).device)
         deltas[path].initialise(torch.Generator().manual_seed(0))  # pyright: ignore[reportCallIssue]
     attach(unet, deltas)
     return [parameter for delta in deltas.values() for parameter in delta.parameters()]

@@ -7,6 +7,7 @@ layer. Here the products are made again when they are needed.
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impasto.deltas.layers import CONVOLUTIONS
+from impasto.deltas.layers import CONVOLUTIONS, weight_of
 
 
 class Build(abc.ABC):
@@ -57,14 +58,14 @@ class Window:
         n = len(layer.kernel_size)
         return Window((1,) * n, (0,) * n, (1,) * n)
 
-    def forward(self, x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        """weight · x, and out on top of it where it is given."""
+    def forward(self, x: Tensor, weight: Tensor, out: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """weight · x, and out, or a bias, on top of it where it is given."""
         if self.stride:
-            y = torch.ops.aten.convolution(x, weight, None, self.stride, self.padding, self.dilation, False,
+            y = torch.ops.aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False,
                                            [0] * len(self.stride), self.groups)
             return y if out is None else y.add_(out)
         if out is None:
-            return F.linear(x, weight)
+            return F.linear(x, weight, bias)
         return torch.addmm(out.reshape(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), weight.T).view(out.shape)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, x_needs: bool, weight_needs: bool,
@@ -79,6 +80,11 @@ class Window:
         dx = grad @ weight if x_needs else None
         dw = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if weight_needs else None
         return dx, dw
+
+
+def tokens_of(x: Tensor, shape: tuple[int, ...], window: Window) -> int:
+    """Columns that the weight is multiplied with: of a convolution, its positions (with a stride, fewer)."""
+    return x.numel() // (shape[1] * math.prod(window.stride))
 
 
 def applied(x: Tensor, window: Window, build: Build, factors: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
@@ -107,3 +113,34 @@ class _Applied(torch.autograd.Function):
             dx, dw = ctx.window.backward(grad, x, weight, ctx.needs_input_grad[0], wanted)
         into = ctx.build.backward(dw, *factors) if wanted else (None,) * len(factors)
         return (dx, grad if ctx.needs_input_grad[1] else None, None, None, *into)
+
+
+def instead(x: Tensor, layer: nn.Module, window: Window, build: Build, factors: tuple[Tensor, ...]) -> Tensor:
+    """(W + build(*factors)) · x + bias of a frozen layer, in one product; for the backward pass x is kept, no more.
+
+    Beside the layer's own product, dW · x takes three products in a training step. In its place it takes one, that of
+    the gradient to dW.
+    """
+    result = _Instead.apply(x, weight_of(layer), layer.bias, window, build, *factors)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _Instead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plain: Tensor, bias: Tensor | None, window: Window, build: Build,
+                *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, plain, *factors)
+        ctx.window, ctx.build = window, build
+        return window.forward(x, build.forward(*factors).add_(plain), None, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, plain, *factors = ctx.saved_tensors
+        x_needs, wanted = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
+        # without a gradient to x only the shape of the weight is asked for
+        weight = ctx.build.forward(*factors).add_(plain) if x_needs else plain
+        dx, dw = ctx.window.backward(grad, x, weight, x_needs, wanted)
+        del weight
+        into = ctx.build.backward(dw, *factors) if wanted else (None,) * len(factors)
+        return (dx, None, None, None, None, *into)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from impasto.core.errors import UserError
-from impasto.deltas.layers import apply_weight, check_layer, shape_of, weight_of
+from impasto.deltas.layers import apply_weight, check_layer, is_plain, shape_of, weight_of
 
 
 class Delta(nn.Module, abc.ABC):
@@ -57,6 +57,13 @@ class Delta(nn.Module, abc.ABC):
         """
         return out + self(x, layer).to(out.dtype)
 
+    def instead(self, x: Tensor, layer: nn.Module) -> Tensor | None:
+        """(W + dW) · x + bias where that costs less than dW · x beside the layer's own product, else None.
+
+        Asked only where this is the one delta on a layer.
+        """
+        return None
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(up, down), (out, r) and (r, in / groups, *kernel), with dW = up · down exactly, in fp32 or wider.
 
@@ -87,6 +94,18 @@ def check_shape(change: tuple[int, ...], weight: tuple[int, ...], path: str) -> 
     if change != weight:
         raise UserError(f"the layer's weight is {weight}, the adapter's change is {change}", where=path,
                         fix="the adapter was made for another base")
+
+
+def takes_sums(x: Tensor, layer: nn.Module) -> bool:
+    """Whether W + dW may be made and multiplied with x instead of W: the layer is plain, frozen, and at least in fp32,
+    so that the sum rounds no change away."""
+    if not is_plain(layer):
+        return False
+    weight, bias = layer.weight, layer.bias
+    if weight.requires_grad or bias is not None and bias.requires_grad:
+        return False
+    wide = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    return wide and x.device == weight.device and not torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor, layer: nn.Module) -> torch.dtype:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from impasto.core.errors import UserError
-from impasto.deltas.applied import Build, Window, applied
-from impasto.deltas.delta import Delta, at_least_fp32, compute_dtype
+from impasto.deltas.applied import Build, Window, applied, instead, tokens_of
+from impasto.deltas.delta import Delta, at_least_fp32, compute_dtype, takes_sums
 from impasto.deltas.layers import apply_weight
 
 NAMES = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
@@ -134,6 +134,16 @@ class Hadamard(Delta):
         """out + dW · x, the sum made inside the product: no other tensor of out's size."""
         return self._onto(x, layer, out.dtype, out)
 
+    def instead(self, x: Tensor, layer: nn.Module) -> Tensor | None:
+        """(W + dW) · x + bias in one product, where the factors of rank r² cost more than that of dW's gradient."""
+        if not takes_sums(x, layer):
+            return None
+        window, x = Window.of(layer, x)
+        if window.groups == 1 and by_factors(self.rank, tokens_of(x, self.shape, window), self.shape, products=1):
+            return None
+        a1, b1, a2, b2 = (half.to(x) for half in self._halves())
+        return instead(x, layer, window, Product(self.shape), (a1 * self.scale, b1, a2, b2))
+
     def _onto(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # dtypes are settled here
             a1, b1, a2, b2 = (half.to(x.device, dtype) for half in self._halves())
@@ -141,7 +151,7 @@ class Hadamard(Delta):
                 h1, h2 = apply_weight(x, b1, layer) @ a1.T, apply_weight(x, b2, layer) @ a2.T
                 return h1 * h2 * self.scale if out is None else out + h1 * h2 * self.scale
             window, x = Window.of(layer, x.to(dtype))
-            if window.groups == 1 and by_factors(self.rank, _tokens(x, self.shape, window), self.shape):
+            if window.groups == 1 and by_factors(self.rank, tokens_of(x, self.shape, window), self.shape):
                 h = applied(x, window, KhatriRao(self.shape[1:]), (b1, b2))
                 up = KhatriRaoUp((1,) * len(self.shape[2:]))
                 return applied(h, Window.point(layer), up, (a1 * self.scale, a2), out)
@@ -151,28 +161,25 @@ class Hadamard(Delta):
         return f"{self.shape}, rank={self.rank}, alpha={self.alpha:g}" + (", tucker" if self.tucker else "")
 
 
-def by_factors(rank: int, tokens: int, shape: tuple[int, ...]) -> bool:
-    """Whether two products of rank r² take less time than one with the dense matrix, in a training step.
+def by_factors(rank: int, tokens: int, shape: tuple[int, ...], products: int = 3) -> bool:
+    """Whether two products of rank r² take less time than with the dense matrix, in a training step.
 
-    Forward and backward are three products of `tokens` columns each. To build the dense matrix takes eight products of
-    rank r (two forward, the same again backward, and one for each factor's gradient), and passes over memory; to build
-    the factors, passes only. The costs are in multiply-adds; a pass over one number counts as PASS of them.
+    Forward and backward are three products of `tokens` columns each; with the dense matrix, `products`: three, or one
+    where it is added to the layer's own. To build the dense matrix takes eight products of rank r (two forward, the
+    same again backward, and one for each factor's gradient) and passes over it; to build the factors, passes; and they
+    pass over the layer's inputs and outputs once more. Costs are in multiply-adds.
     """
     out, into = shape[0], math.prod(shape[1:])
-    thin = (out + into) * rank**2 * (3 * tokens + FACTOR_PASSES * PASS)
-    dense = out * into * (3 * tokens + 8 * rank + DENSE_PASSES * PASS)
+    thin = (out + into) * (tokens * (3 * rank**2 + THIN_PASSES) + rank**2 * FACTOR_PASSES)
+    dense = out * into * (products * tokens + 8 * rank + DENSE_PASSES)
     return thin < dense
 
 
-#: multiply-adds in the time of one pass over a number, measured on one core of a Xeon (AVX-512): 20 to 40
-PASS = 30
-#: passes over what is built, forward and backward together
-FACTOR_PASSES, DENSE_PASSES = 8, 8
-
-
-def _tokens(x: Tensor, shape: tuple[int, ...], window: Window) -> int:
-    """Columns that the weight is multiplied with: of a convolution, its positions (with a stride, fewer)."""
-    return x.numel() // (shape[1] * math.prod(window.stride))
+#: Multiply-adds in the time of all passes over one number: of inputs and outputs, of the factors of rank r², of the
+#: dense matrix. Fitted to `python -m benchmarks.routes` on one core of a Xeon with AVX-512, fp32, at 256² with
+#: ranks 8 and 16. A dense matrix of more than 32 MB costs three times DENSE_PASSES, as glibc fetches its
+#: memory from the system each time; at such sizes the factors win anyway.
+THIN_PASSES, FACTOR_PASSES, DENSE_PASSES = 80, 240, 300
 
 
 def _core(t: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from impasto.core.errors import UserError
-from impasto.deltas.delta import Delta, at_least_fp32, compute_dtype
+from impasto.deltas.applied import Build, Window, instead, tokens_of
+from impasto.deltas.delta import Delta, at_least_fp32, compute_dtype, takes_sums
 from impasto.deltas.layers import CONVOLUTIONS, apply_weight
 
 NAMES = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
@@ -192,6 +194,23 @@ class Kronecker(Delta):
     def add_to(self, out: Tensor, x: Tensor, layer: nn.Module, plain: Tensor) -> Tensor:
         return self._onto(x, layer, out.dtype, out)
 
+    def instead(self, x: Tensor, layer: nn.Module) -> Tensor | None:
+        """(W + dW) · x + bias in one product, where two small ones beside it cost more."""
+        if not takes_sums(x, layer):
+            return None
+        window, x = Window.of(layer, x)
+        one, two = self._first(x) * self.scale, self._second(x)
+        if window.groups == 1 and by_factors(one.shape, two.shape, self._inner(), tokens_of(x, self.shape, window)):
+            return None
+        return instead(x, layer, window, Product(tuple(one.shape), tuple(two.shape)), (one, two))
+
+    def _inner(self) -> int:
+        """The rank of w2's product where `_grouped` takes its factors, else 0."""
+        if self.w2_b is None:
+            return 0
+        a, b = self._thin()
+        return self.rank if a.shape[0] * b[0].numel() > self.rank * (a.shape[0] + b[0].numel()) else 0
+
     def _onto(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # dtypes are settled here
             if isinstance(layer, nn.Embedding) or isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
@@ -222,7 +241,7 @@ class Kronecker(Delta):
         if self.w2 is not None:
             return apply_weight(x, self._second(x), layer)
         a, b = self._thin(x)
-        if a.shape[0] * b[0].numel() <= self.rank * (a.shape[0] + b[0].numel()):
+        if not self._inner():
             return apply_weight(x, self._second(x), layer)
         h = apply_weight(x, b, layer)
         return {2: F.linear, 3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[len(self.shape)](
@@ -232,6 +251,41 @@ class Kronecker(Delta):
         held = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in NAMES
                          if getattr(self, name) is not None)
         return f"{self.shape}, {held}, alpha={self.alpha:g}"
+
+
+def by_factors(first: tuple[int, ...], second: tuple[int, ...], inner: int, tokens: int) -> bool:
+    """Whether w2 on each group and w1 across them take less time than w1 ⊗ w2 in the layer's own product.
+
+    first and second are the shapes of w1 and w2, inner w2's rank or 0. Three small products of `tokens` columns forward
+    and backward, which pass over inputs and outputs, against one large one for the gradient to w1 ⊗ w2 and passes over
+    that. Costs are in multiply-adds.
+    """
+    (o1, i1), (o2, i2) = first, (second[0], math.prod(second[1:]))
+    small = i1 * (inner * (o2 + i2) if inner else o2 * i2) + o1 * i1 * o2
+    thin = tokens * (3 * small + THIN_PASSES * (o1 * o2 + i1 * i2))
+    return thin < o1 * o2 * i1 * i2 * (tokens + DENSE_PASSES)
+
+
+#: Multiply-adds in the time of all passes over one number: of inputs and outputs, of w1 ⊗ w2. Fitted to
+#: `python -m benchmarks.routes --kinds lokr` on one core of a Xeon with AVX-512, fp32.
+THIN_PASSES, DENSE_PASSES = 160, 240
+
+
+@dataclass(frozen=True)
+class Product(Build):
+    """w1 ⊗ w2, of matrices of these shapes."""
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+
+    def forward(self, *factors: Tensor) -> Tensor:
+        return _kron(*factors)
+
+    def backward(self, grad: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        one, two = factors
+        (o1, i1), (o2, i2, *kernel) = self.first, self.second
+        blocks = grad.reshape(o1, o2, i1, i2 * math.prod(kernel)).transpose(1, 2).reshape(o1 * i1, -1)
+        return (blocks @ two.flatten()).view(o1, i1), (one.flatten() @ blocks).view(self.second)
 
 
 def _kron(one: Tensor, two: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ def check_layer(layer: nn.Module, path: str) -> None:
                         fix="Linear, Conv1d, Conv2d, Conv3d and Embedding layers can")
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether what this layer computes is its weight times its input and its bias, in its input's dtype, and nothing
+    else: a class of PyTorch's own, or one that says so of itself by `is_plain = True`."""
+    return type(layer) in (nn.Linear, *CONVOLUTIONS) or getattr(type(layer), "is_plain", False) is True
+
+
 def weight_of(layer: nn.Module) -> Tensor:
     """The layer's linear map W, (out, in / groups, *kernel): a view of its weight, never a copy."""
     weight = layer.weight

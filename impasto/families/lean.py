@@ -166,4 +166,8 @@ _LEAN = {"Conv2d": _convolution, "ResnetBlock2D": _resnet, "GEGLU": _geglu}
 
 
 def _subclass(own: type[nn.Module], forward: Callable[..., Tensor]) -> type[nn.Module]:
-    return type(f"Lean{own.__name__}", (own,), {"forward": forward})
+    # a delta may take the place of the layer's product (`deltas.layers.is_plain`)
+    lean_class = type(f"Lean{own.__name__}", (own,), {"forward": forward})
+    if own is nn.Conv2d:
+        setattr(lean_class, "is_plain", True)  # noqa: B010 (no attribute that the class declares)
+    return lean_class

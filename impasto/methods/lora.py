@@ -26,6 +26,8 @@ class LoRA(LayerMethod):
                              "factor √rank (Kalajdzievski 2023; peft's use_rslora).")
         dropout: float = Field(0.0, ge=0, lt=1, description="Probability of leaving out each input of a delta, in "
                                "training (the paper's code, peft's lora_dropout).")
+        tucker: bool = Field(False, description="Write the kernel of a convolution as a Tucker core between the "
+                             "factors: smaller, with kernels larger than 1 only (LyCORIS' use_tucker).")
         init: Literal["kaiming", "gaussian", "pissa"] = Field(
             "kaiming", description="How the factor that is not zero begins: kaiming (the paper's code, kohya, peft), "
             "or gaussian, of deviation 1 / rank (diffusers' scripts). pissa: both factors begin as the principal "
@@ -35,7 +37,7 @@ class LoRA(LayerMethod):
         @pydantic.model_validator(mode="after")
         def _pissa_alone(self) -> LoRA.Options:
             if self.init == "pissa":
-                for key in ("dora", "warm_start", "max_norm"):
+                for key in ("dora", "warm_start", "max_norm", "tucker"):
                     if getattr(self, key):
                         raise ValueError(f'{key} does not go with init = "pissa", whose factors are not the change')
             return self
@@ -48,8 +50,10 @@ class LoRA(LayerMethod):
         from impasto.deltas.layers import shape_of
         from impasto.deltas.lowrank import LowRank
 
-        delta = LowRank(shape_of(choice.layer), choice.rank, choice.alpha, rslora=self.options.rslora,
-                        dropout=self.options.dropout)
+        shape = shape_of(choice.layer)
+        tucker = self.options.tucker and any(side != 1 for side in shape[2:])
+        delta = LowRank(shape, choice.rank, choice.alpha, rslora=self.options.rslora, dropout=self.options.dropout,
+                        tucker=tucker)
         if self.options.init == "pissa":
             _to_principal(delta, choice, generator)
             return Departure(delta)

@@ -83,8 +83,9 @@ class Artifacts:
                 adapters.append(self._delta())
             if not adapters:
                 if best or not path.exists():  # else it was saved before a kill, or the run is complete
+                    changed = None if self.base.merged else self.base.trained()  # the file does not hold what is merged
                     save_folder(self.base, path, dtype=DTYPES[output.dtype], metadata=self._metadata(step),
-                                replace=best, changed=self.base.trained())
+                                replace=best, changed=changed)
                 return
         adapter = functools.reduce(operator.add, adapters)
         adapter = dataclasses.replace(adapter, family=self.base.family, base=self.fingerprint)
@@ -94,7 +95,7 @@ class Artifacts:
     def _delta(self) -> Adapter:
         """What has changed in the base's own weights, by a look at its file."""
         names = {path.partition(".")[0] for path in self.base.trained()}
-        if self.base.fingerprint(names) != {name: self.fingerprint[name] for name in names}:
+        if self.base.origin(names) != {name: self.fingerprint[name] for name in names}:
             raise UserError("is not what it was when this run began: what has been learned cannot be told from it",
                             where=self.base.source or "", fix="put the base back, or say output.format=diffusers")
         return difference(self.base)

@@ -249,6 +249,9 @@ class Recipe(Section):
         if self.output.format == "delta" and self.base.init == "random":
             raise ValueError("random weights come from no file that a delta could be told from: output.format is "
                              "diffusers")
+        if self.output.format == "delta" and self.base.adapters:
+            raise ValueError("a delta is told from the base's file, which does not hold base.adapters: output.format "
+                             "is diffusers")
         unfit = [method.kind for method in self.method
                  if not whole and self.output.format not in ("auto", *METHODS.get(method.kind).formats)]
         if unfit:

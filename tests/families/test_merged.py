@@ -31,7 +31,8 @@ def adapter(base: Base, path: Path, layers: tuple[str, ...], seed: int = 0, fami
     for layer in layers:
         out, inner = base.layer(layer).weight.shape
         draw = torch.Generator().manual_seed(seed)
-        made[layer] = (LowRank.from_factors(torch.randn(out, 2, generator=draw), torch.randn(2, inner, generator=draw)),)
+        up, down = torch.randn(out, 2, generator=draw), torch.randn(2, inner, generator=draw)
+        made[layer] = (LowRank.from_factors(up, down),)
     made = Adapter(made, family=family)
     save_adapter(made, path, dtype=torch.float32)
     return made

@@ -167,7 +167,8 @@ def test_the_fast_decomposition_is_near_the_exact_one() -> None:
 def test_gaussian_is_of_deviation_one_over_rank() -> None:
     base, made = random_sd1(), method(init="gaussian", rank=4)
     made.prepare(base, 0)
-    drawn = torch.cat([p.detach().flatten() for d in made.deltas.values() for n, p in d.named_parameters() if n == "down"])
+    drawn = torch.cat([parameter.detach().flatten() for delta in made.deltas.values()
+                       for name, parameter in delta.named_parameters() if name == "down"])
     assert abs(float(drawn.std()) - 0.25) < 0.02 and abs(float(drawn.mean())) < 0.02
 
 

@@ -1,4 +1,4 @@
-"""Runs that begin with what others have left: adapters in the base, warm starts, text encoders that stop; each resumes."""
+"""Runs that begin with what others have left: adapters in the base, warm starts; encoders that stop; each resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from impasto.core.errors import UserError
 from impasto.families.load import load_base
 from impasto.formats.adapters import load_adapter
 from impasto.formats.header import read_header
-from impasto.training.recipe import Recipe
+from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.reproduce import reproduce
 from impasto.training.trainer import train
 
@@ -91,3 +91,26 @@ def test_a_warm_start_goes_on_from_a_run(recipe: Make) -> None:
         torch.testing.assert_close(after.dense(layer), before.dense(layer), rtol=0, atol=1e-4)
         assert float(before.dense(layer).abs().max()) > 1e-3
     assert json.loads(read_header(second).metadata["impasto.recipe"])["method"][0]["warm_start"] == first.name
+
+
+def test_a_whole_base_that_is_left_holds_what_was_merged_into_it(recipe: Make) -> None:
+    """Also in half precision, where weights that did not train are else written as the base's file has them."""
+    first = train(recipe("first")).artifact
+    assert first is not None
+    path = recipe("x").base.path
+    merged = load_base(path, adapters=[f"{first}:1"], dtype=torch.bfloat16).denoiser.state_dict()
+    plain = load_base(path, dtype=torch.bfloat16).denoiser.state_dict()
+    tree = recipe("whole", base={"adapters": [str(first)]}, train={"precision": "bf16"},
+                  output={"dtype": "fp32"}).plain()
+    whole = train(make_recipe({**tree, "method": [{"kind": "full", "parts": ["norms"]}]})).artifact
+    assert whole is not None
+    left = load_base(whole, dtype=torch.bfloat16).denoiser.state_dict()
+    changed = [key for key in plain if not torch.equal(plain[key], merged[key])]
+    assert changed and all(torch.equal(left[key], merged[key]) for key in changed)
+
+
+def test_a_delta_is_not_told_from_a_file_without_the_merged_adapters(recipe: Make) -> None:
+    tree = recipe("delta", base={"adapters": ["a.safetensors"]}).plain()
+    tree["output"]["format"] = "delta"
+    with pytest.raises(UserError, match=r"does not hold base\.adapters"):
+        make_recipe({**tree, "method": [{"kind": "full"}]})

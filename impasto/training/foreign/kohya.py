@@ -104,6 +104,11 @@ ROWS: dict[str, Row] = {
     "network_args.loraplus_lr_ratio": Row("method.loraplus_ratio", number),
     "network_args.loraplus_unet_lr_ratio": Row("method.loraplus_ratio", number),
     "network_args.loraplus_text_encoder_lr_ratio": Row("method.text_encoder_loraplus_ratio", number),
+    **dict.fromkeys(("network_args.use_tucker", "network_args.use_conv_cp", "network_args.use_cp"),
+                    Row("method.tucker", flag)),
+    "network_args.factor": Row("method.factor", whole, neutral=(-1,)),
+    "network_args.decompose_both": Row("method.decompose_both", flag),
+    "network_args.full_matrix": Row("method.full", flag),
     "network_weights": Row("method.warm_start", text),
     "scale_weight_norms": Row("method.max_norm", number, neutral=(0,)),
     "base_weights": Row("base.adapters", text),
@@ -195,10 +200,9 @@ ROWS: dict[str, Row] = {
     **rows("each class picture is used as often as it comes", "reg.num_repeats=1"),
     **rows("say the rank of that file", "dim_from_weights", here="method.rank"),
     **rows("a LoRA has no such key here", "network_args.rank_dropout network_args.module_dropout "
-           "network_args.use_tucker network_args.use_conv_cp network_args.use_cp network_args.disable_conv_cp=True "
-           "network_args.use_scalar network_args.train_norm network_args.factor=-1 network_args.decompose_both "
-           "network_args.full_matrix network_args.block_size=4 network_args.constraint network_args.rescaled "
-           "network_args.bypass_mode network_args.unbalanced_factorization network_args.unit"),
+           "network_args.disable_conv_cp=True network_args.use_scalar network_args.train_norm "
+           "network_args.block_size=4 network_args.constraint network_args.rescaled network_args.bypass_mode "
+           "network_args.unbalanced_factorization network_args.unit"),
     **rows("blocks are told apart by patterns: method.ranks and method.alphas", "network_args.block_dims "
            "network_args.block_alphas network_args.conv_block_dims network_args.conv_block_alphas",
            here="method.ranks"),

@@ -317,3 +317,37 @@ def test_the_method_is_told_by_the_keys(keys: str, kind: str, tmp_path: Path) ->
 def test_textual_inversion_without_a_script(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c\.toml: is for textual inversion"):
         imported(tmp_path, 'pretrained_model_name_or_path = "a"\ntoken_string = "sks"\n', "c.toml")
+
+
+# --- beyond plain LoRA ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "keys"), [
+    ("--network_args loraplus_lr_ratio=16", {"method.0.loraplus_ratio": 16}),
+    ("--network_args loraplus_unet_lr_ratio=16",
+     {"method.0.loraplus_ratio": 16, "method.0.text_encoder_loraplus_ratio": 1}),
+    ("--network_args loraplus_lr_ratio=16 loraplus_text_encoder_lr_ratio=4",
+     {"method.0.loraplus_ratio": 16, "method.0.text_encoder_loraplus_ratio": 4}),
+    ("--network_train_unet_only --network_args loraplus_unet_lr_ratio=8 loraplus_text_encoder_lr_ratio=4",
+     {"method.0.loraplus_ratio": 8}),
+    ("--scale_weight_norms=1.0", {"method.0.max_norm": 1.0}),
+    ("--network_weights=old.safetensors", {"method.0.warm_start": "old.safetensors"}),
+    ("--base_weights a.safetensors b.safetensors --base_weights_multiplier 0.5",
+     {"base.adapters": ["a.safetensors:0.5", "b.safetensors"]}),
+    ("--network_module=lycoris.kohya --network_args algo=loha dora_wd=True wd_on_output=False use_tucker=True",
+     {"method.0.kind": "loha", "method.0.dora": True, "method.0.dora_axis": "input", "method.0.tucker": True}),
+    ("--network_module=lycoris.kohya --network_args algo=lokr factor=6 full_matrix=True decompose_both=True",
+     {"method.0.kind": "lokr", "method.0.factor": 6, "method.0.full": True, "method.0.decompose_both": True}),
+])
+def test_what_lora_like_methods_can_do_beside(tmp_path: Path, arguments: str, keys: dict[str, Any]) -> None:
+    found = became(line(tmp_path, arguments))
+    found = {key.replace("method.", "method.0.") if not key.startswith("method.0.") else key: value
+             for key, value in found.items()}
+    assert {key: found.get(key) for key in keys} == keys
+    assert ("method.0.text_encoder_loraplus_ratio" in found) == ("method.0.text_encoder_loraplus_ratio" in keys)
+
+
+def test_what_has_no_meaning_for_the_kind_is_told(tmp_path: Path) -> None:
+    found = line(tmp_path, "--network_args factor=6 rank_dropout=0.1 module_dropout=0.1 --dim_from_weights")
+    assert {fate(found, f"network_args.{key}") for key in ("factor", "rank_dropout", "module_dropout")} == {"lost"}
+    assert fate(found, "dim_from_weights") == "lost" and "rank" in reason(found, "dim_from_weights")
