@@ -89,6 +89,9 @@ class FakeBase(Base):
     def targets(self, word: str) -> list[str]:
         raise NotImplementedError
 
+    def parts(self, word: str) -> list[str]:
+        raise NotImplementedError
+
     def fingerprint(self) -> dict[str, str]:
         return self.names
 
