@@ -32,7 +32,7 @@ METHODS = ("lora", "loha", "lokr", "dora", "full", "partial", "dreambooth", "tex
 #: lesson -> what its captions call what is taught
 NAMES = {"mascot": lessons.MASCOT_NAME, "style": lessons.STYLE_NAME, "familiar": lessons.FAMILIAR_NAME}
 #: method -> the key of the token that it teaches
-TOKENS = {"textual_inversion": "method.token", "pivotal": "method.1.token"}
+TOKENS = {"textual_inversion": "method.token", "pivotal": "method.0.token"}
 
 
 def main() -> None:
