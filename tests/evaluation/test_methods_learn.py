@@ -40,6 +40,6 @@ def test_what_is_taught_is_learned_and_little_is_forgotten(recipe: str, tmp_path
 
 @pytest.mark.slow
 def test_no_word_teaches_what_the_base_cannot_draw(tmp_path: Path) -> None:
-    found = scores("textual_inversion", "mascot", tmp_path / "demo", "method.token=sks mascot", "method.initial=",
+    found = scores("textual_inversion", "mascot", tmp_path / "demo", "method.token=sks mascot",
                    "data.folder=mini:mascot")
     assert found.recognised_after.share <= 0.1
