@@ -61,13 +61,18 @@ class Picture:
 
     def read(self, background: str = "white") -> Image.Image:
         """Decode it, and make sure that it is still the file that was surveyed. Raises `UserError`."""
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot be read any more ({error.strerror})", where=self.path) from error
-        if hashlib.blake2b(data, digest_size=16).hexdigest() != self.digest:
-            raise UserError("has changed since this command started", where=self.path, fix="start it again")
-        return decode(data, background)
+        return decode(read_unchanged(self.path, self.digest), background)
+
+
+def read_unchanged(path: Path, digest: str) -> bytes:
+    """The bytes of a file that was surveyed. Raises `UserError` where it is not that file any more."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read any more ({error.strerror})", where=path) from error
+    if hashlib.blake2b(data, digest_size=16).hexdigest() != digest:
+        raise UserError("has changed since this command started", where=path, fix="start it again")
+    return data
 
 
 @dataclass(frozen=True)

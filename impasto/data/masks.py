@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from impasto.core.errors import UserError
 from impasto.core.files import Remembered
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.dataset import (
@@ -37,6 +36,7 @@ from impasto.data.dataset import (
     memory_of,
     normal,
     opened,
+    read_unchanged,
 )
 from impasto.data.options import DataOptions
 
@@ -56,13 +56,7 @@ class Mask:
 
     def read(self) -> Image.Image:
         """Its greys, 8 bits, upright. Raises `UserError` where it is not the file any more that was surveyed."""
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot be read any more ({error.strerror})", where=self.path) from error
-        if hashlib.blake2b(data, digest_size=16).hexdigest() != self.digest:
-            raise UserError("has changed since this command started", where=self.path, fix="start it again")
-        grey = greys(data, self.alpha)
+        grey = greys(read_unchanged(self.path, self.digest), self.alpha)
         assert grey is not None, "what has no transparency is no mask"
         return grey
 

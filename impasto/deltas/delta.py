@@ -89,6 +89,20 @@ class Delta(nn.Module, abc.ABC):
         return copy.deepcopy(self).requires_grad_(False).cpu().eval()
 
 
+class Onto(Delta, abc.ABC):
+    """A delta that makes its product and the sum with what is there in one go."""
+
+    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return self.onto(x, layer, compute_dtype(x, layer), None)
+
+    def add_to(self, out: Tensor, x: Tensor, layer: nn.Module, plain: Tensor) -> Tensor:
+        return self.onto(x, layer, out.dtype, out)
+
+    @abc.abstractmethod
+    def onto(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """dW · x, computed in `dtype` by the cheapest route, on top of `out` where it is given."""
+
+
 def check_shape(change: tuple[int, ...], weight: tuple[int, ...], path: str) -> None:
     """Raise a `UserError` if a change is not of the shape of what it changes."""
     if change != weight:

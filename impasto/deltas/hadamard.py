@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from impasto.core.errors import UserError
 from impasto.deltas.applied import Build, Window, applied, instead, tokens_of
-from impasto.deltas.delta import Delta, at_least_fp32, compute_dtype, takes_sums
+from impasto.deltas.delta import Onto, at_least_fp32, takes_sums
 from impasto.deltas.layers import apply_weight
 
 NAMES = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
 
 
-class Hadamard(Delta):
+class Hadamard(Onto):
     """dW = alpha / r · (w1_a · w1_b) ∘ (w2_a · w2_b), of a rank up to r².
 
     w_a (out, r) and w_b (r, in · kernel). With Tucker cores t1, t2 (r, r, *kernel), w_a is (r, out), w_b (r, in) and
@@ -126,14 +126,6 @@ class Hadamard(Delta):
                                 tensors["w2_b"], float(tensors["alpha"]), t1=tensors.get("t1"),
                                 t2=tensors.get("t2"))
 
-    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """dW · x, by the factors of rank r² or by the dense matrix, whichever costs less."""
-        return self._onto(x, layer, compute_dtype(x, layer), None)
-
-    def add_to(self, out: Tensor, x: Tensor, layer: nn.Module, plain: Tensor) -> Tensor:
-        """out + dW · x, the sum made inside the product: no other tensor of out's size."""
-        return self._onto(x, layer, out.dtype, out)
-
     def instead(self, x: Tensor, layer: nn.Module) -> Tensor | None:
         """(W + dW) · x + bias in one product, where the factors of rank r² cost more than that of dW's gradient."""
         if not takes_sums(x, layer):
@@ -144,7 +136,8 @@ class Hadamard(Delta):
         a1, b1, a2, b2 = (half.to(x) for half in self._halves())
         return instead(x, layer, window, Product(self.shape), (a1 * self.scale, b1, a2, b2))
 
-    def _onto(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    def onto(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """By the factors of rank r² or by the dense matrix, whichever costs less; the sum is part of the product."""
         with torch.autocast(x.device.type, enabled=False):  # dtypes are settled here
             a1, b1, a2, b2 = (half.to(x.device, dtype) for half in self._halves())
             if isinstance(layer, nn.Embedding):  # a lookup of columns of both halves

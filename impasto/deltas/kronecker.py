@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from impasto.core.errors import UserError
 from impasto.deltas.applied import Build, Window, instead, tokens_of
-from impasto.deltas.delta import Delta, at_least_fp32, compute_dtype, takes_sums
+from impasto.deltas.delta import Delta, Onto, at_least_fp32, takes_sums
 from impasto.deltas.layers import CONVOLUTIONS, apply_weight
 
 NAMES = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
@@ -29,7 +29,7 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
     return m, size // m
 
 
-class Kronecker(Delta):
+class Kronecker(Onto):
     """dW = scale · w1 ⊗ w2, with w1 (o1, i1), w2 (o2, i2, *kernel), out = o1 · o2 and in = i1 · i2.
 
     Either may be a product: w1 = w1_a (o1, r) · w1_b (r, i1); w2 = w2_a (o2, r) · w2_b (r, i2 · kernel), or with a
@@ -187,13 +187,6 @@ class Kronecker(Delta):
         held = {name: tensors.get(name) for name in NAMES}
         return cls.from_factors(tuple(tensors["shape"].tolist()), **held, alpha=float(tensors["alpha"]))
 
-    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """dW · x without dW: w2 on each of i1 groups of inputs, then the groups mixed by w1."""
-        return self._onto(x, layer, compute_dtype(x, layer), None)
-
-    def add_to(self, out: Tensor, x: Tensor, layer: nn.Module, plain: Tensor) -> Tensor:
-        return self._onto(x, layer, out.dtype, out)
-
     def instead(self, x: Tensor, layer: nn.Module) -> Tensor | None:
         """(W + dW) · x + bias in one product, where two small ones beside it cost more."""
         if not takes_sums(x, layer):
@@ -211,7 +204,8 @@ class Kronecker(Delta):
         a, b = self._thin()
         return self.rank if a.shape[0] * b[0].numel() > self.rank * (a.shape[0] + b[0].numel()) else 0
 
-    def _onto(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    def onto(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """Without dW: w2 on each of i1 groups of inputs, then the groups mixed by w1."""
         with torch.autocast(x.device.type, enabled=False):  # dtypes are settled here
             if isinstance(layer, nn.Embedding) or isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
                 y = apply_weight(x if isinstance(layer, nn.Embedding) else x.to(dtype),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -49,13 +49,15 @@ class Lesson:
 
 
 def mascot_asked(count: int, seed: int) -> list[Asked]:
-    """The mascot on each background that no training picture has, over and over with other seeds."""
-    found = []
-    for i in range(count):
-        ground = lessons.ASKED_ON[i % len(lessons.ASKED_ON)]
-        found.append(Asked(f"{lessons.MASCOT_NAME} on {world.an(f'{ground} background')}",
-                           1000 * seed + i // len(lessons.ASKED_ON), {"background": ground}))
-    return found
+    """The mascot on each background that no training picture has."""
+    return _on_each(lessons.ASKED_ON, lessons.MASCOT_NAME, count, seed)
+
+
+def _on_each(grounds: Sequence[str], name: str, count: int, seed: int) -> list[Asked]:
+    """A thing on each of the backgrounds, over and over with other seeds."""
+    return [Asked(f"{name} on {world.an(f'{ground} background')}", 1000 * seed + i // len(grounds),
+                  {"background": ground})
+            for i in range(count) for ground in (grounds[i % len(grounds)],)]
 
 
 def style_asked(count: int, seed: int) -> list[Asked]:
@@ -77,12 +79,7 @@ def style_asked(count: int, seed: int) -> list[Asked]:
 
 def familiar_asked(count: int, seed: int) -> list[Asked]:
     """The familiar thing by its new name, on backgrounds that no training picture has."""
-    found = []
-    for i in range(count):
-        ground = lessons.FAMILIAR_ASKED_ON[i % len(lessons.FAMILIAR_ASKED_ON)]
-        found.append(Asked(f"{lessons.FAMILIAR_NAME} on {world.an(f'{ground} background')}",
-                           1000 * seed + i // len(lessons.FAMILIAR_ASKED_ON), {"background": ground}))
-    return found
+    return _on_each(lessons.FAMILIAR_ASKED_ON, lessons.FAMILIAR_NAME, count, seed)
 
 
 def familiar_renders(count: int, side: int) -> list[Image.Image]:

@@ -90,7 +90,7 @@ def _take_factors(delta: LowRank, terms: Terms, path: str) -> None:
     up, down = torch.cat([up for up, _ in known], 1), torch.cat([down for _, down in known], 0)
     if (rank := down.shape[0]) > delta.rank:
         raise UserError(f"the warm start has rank {rank} there, this method {delta.rank}", where=path,
-                        fix=f"rank={rank} fits, or less by impasto resize")
+                        fix=f"rank={rank} fits")
     delta.up[:, :rank] = up.view(*up.shape[:2], *delta.up.shape[2:])
     delta.up[:, rank:] = 0
     delta.down[:rank] = down

@@ -227,10 +227,13 @@ class LayerMethod(Method):
         if self.options.text_encoder_stop is not None:
             self.stop = steps_of(self.options.text_encoder_stop, total)
 
+    def _text_rests(self, step: int) -> bool:
+        return self.stop is not None and step >= self.stop
+
     def resting(self, step: int) -> Iterable[nn.Parameter]:
         """The text encoders' deltas, from `text_encoder_stop` on."""
-        rests = self.stop is not None and step >= self.stop
-        return [parameter for delta in self.text.values() for parameter in delta.parameters()] if rests else []
+        resting = self.text if self._text_rests(step) else {}
+        return [parameter for delta in resting.values() for parameter in delta.parameters()]
 
     def after_step(self, step: int) -> None:
         """Keep to the largest norm: of a DoRA, that of the delta inside it, as LyCORIS has it."""
@@ -238,7 +241,7 @@ class LayerMethod(Method):
 
         if self.options.max_norm is None:
             return
-        rests = self.stop is not None and step >= self.stop
+        rests = self._text_rests(step)
         for path, delta in self.deltas.items():
             if not (rests and path in self.text):
                 limit(delta.inner if isinstance(delta, Dora) else delta, self.options.max_norm)

@@ -106,10 +106,13 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_bit_equal(kind: str, recipe: Callable[..., Recipe]) -> None:
     """Weights, averages, the objective's own weights and the optimizer's state all come back."""
-    straight, broken = recipe("straight", **KINDS[kind]), recipe("broken", **KINDS[kind])
+    killed_and_straight(recipe("straight", **KINDS[kind]), recipe("broken", **KINDS[kind]))
+
+
+def killed_and_straight(straight: Recipe, broken: Recipe) -> None:
+    """One run as it is, the same killed in its fourth step and started again: they leave equal weights."""
     expected = train(straight).artifact
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=killed, args=(broken.plain(),))
+    process = multiprocessing.get_context("forkserver").Process(target=killed, args=(broken.plain(),))
     process.start()
     process.join()
     assert process.exitcode == -9

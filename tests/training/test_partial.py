@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from impasto.training import artifacts
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.trainer import train
 from tests.checkpoints import write_checkpoint
-from tests.training.test_full import entries, killed, weights
+from tests.training.test_full import entries, killed_and_straight
 
 WORLD: dict[str, Any] = {"source": "world", "pictures": 8, "resolution": 64, "buckets": False}
 
@@ -76,15 +75,7 @@ def test_a_killed_run_ends_bit_equal(kind: str, recipe: Callable[..., Recipe]) -
         "method": {"parts": ["keys-values", "norms", "text-encoder"], "weights": kind},
         "train": {"precision": "bf16", "ema": 0.9}, "data": {"caption_dropout": 0.5}}
     straight, broken = recipe("straight", **sections), recipe("broken", **sections)
-    expected = train(straight).artifact
-    process = multiprocessing.get_context("forkserver").Process(target=killed, args=(broken.plain(),))
-    process.start()
-    process.join()
-    assert process.exitcode == -9
-    outcome = train(broken)
-    assert outcome.resumed_from == 2 and outcome.artifact is not None and expected is not None
-    found, wanted = weights(outcome.artifact), weights(expected)
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    killed_and_straight(straight, broken)
     states = [load_file(Path(each.output.dir) / "checkpoints/000004/state.safetensors") for each in (straight, broken)]
     assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     trained = {tensor.dtype for key, tensor in states[0].items() if key.startswith("method.")}
