@@ -9,20 +9,18 @@ from typing import Annotated
 import typer
 
 from impasto.core.errors import UserError
+from impasto.core.weighted import Weighted
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over what is there already.")]
 
-_WEIGHTED = re.compile(r"(?P<file>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+))", re.DOTALL)
-
 
 def weighted(text: str) -> tuple[str, float]:
-    """FILE:0.8 as a file and a weight; without a trailing number the weight is 1.
-
-    Only a number after the last colon is a weight: `C:\\loras\\a.safetensors` is a path.
-    """
-    match = _WEIGHTED.fullmatch(text)
-    return (match["file"], float(match["weight"])) if match else (text, 1.0)
+    """FILE:0.8 as a file and a weight; without a trailing number the weight is 1, and all of it is the file's name."""
+    try:
+        return Weighted.parse(text)
+    except ValueError:
+        return text, 1.0
 
 
 def picture_size(text: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ class Weighted(NamedTuple):
         Raises `ValueError` for a text without a path, and for a strength that is not finite.
         """
         path, colon, tail = text.rpartition(":")
-        number = bool(colon) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", tail.strip(), re.IGNORECASE)
+        number = bool(colon) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", tail.strip())
         found = cls(path, float(tail)) if number else cls(text)
         if not found.path.strip():
             raise ValueError("names no file")

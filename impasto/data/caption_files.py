@@ -143,7 +143,7 @@ def is_merged(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(data, dict) and bool(data) and all(isinstance(row, dict) for row in data.values()) \
-        and any(key in row for row in data.values() for key in (*WORDS, TAGS))
+        and any(key in row for row in data.values() for key in (*WORDS, TAGS, WEIGHT))
 
 
 def _jsonl(path: Path) -> list[Row]:

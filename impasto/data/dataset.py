@@ -95,15 +95,15 @@ class Listing:
     masks: list[str] = field(default_factory=list)  # pictures beside others that are their masks, by their names
 
 
-def refuse(problems: Sequence[Problem], folder: Path) -> None:
-    """One `UserError` that lists all problems by name, if there are any."""
+def refuse(problems: Sequence[Problem], folder: Path, fix: str = "") -> None:
+    """One `UserError` that lists all problems by name, if there are any; `fix`: what to do, beside mending them."""
     if len(problems) == 1:
         raise UserError(problems[0].reason, where=folder / problems[0].name,
-                        fix="mend it or take it out of the folder")
+                        fix=fix or "mend it or take it out of the folder")
     if problems:
         lines = "".join(f"\n  {p.name}: {p.reason}" for p in sorted(problems, key=lambda p: p.name))
         raise UserError(f"{len(problems)} files cannot be used:{lines}", where=folder,
-                        fix="mend them or take them out of the folder")
+                        fix=fix or "mend them or take them out of the folder")
 
 
 def normal(name: str) -> str:
@@ -115,7 +115,7 @@ def _undecodable(name: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def list_folder(folder: Path, key: str = "data.folder") -> Listing:
+def list_folder(folder: Path, key: str = "data.folder", what: str = "pictures") -> Listing:
     """Find pictures and captions, in inner folders too; hidden files and folders (`.`, macOS's `._`) are not.
 
     The order is that of the composed relative names by code point: the same on every system.
@@ -123,7 +123,7 @@ def list_folder(folder: Path, key: str = "data.folder") -> Listing:
     """
     if not folder.is_dir():
         reason = "is not a folder" if folder.exists() else "there is no such folder"
-        raise UserError(reason, where=folder, fix=f"say where the pictures are: {key}=…")
+        raise UserError(reason, where=folder, fix=f"say where the {what} are: {key}=…")
     names: list[str] = []
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):

@@ -109,7 +109,9 @@ def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = 
             own = captions.weights.get(picture.name, 1.0) * data.caption_weight(caption)
             items += [Item(picture, caption, placement, weight * own, phrasing=phrasing, handling=handling,
                            mask=masks.get(picture.name), own_weight=own) for placement in placements]
-    refuse([*problems, *captions.problems, *maskless], listing.folder)
+    of_files = [*problems, *captions.problems]
+    refuse([*of_files, *maskless], listing.folder, "" if of_files else
+           "mend masks that are wrong; pictures without one count in full with data.missing_masks=whole")
     if notes is not None:
         notes += unused(listing, data, captions)
     return items

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from impasto.core.errors import UserError
 from impasto.core.files import Remembered
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.dataset import (
@@ -101,7 +102,10 @@ def cell_weights(white: Tensor, floor: float, normalised: bool) -> Tensor:
 
 
 def without_masks(listing: Listing, data: DataOptions) -> Listing:
-    """A folder's listing without what lies in `data.masks`, where that is a folder inside."""
+    """A folder's listing without what lies in `data.masks`, where that is a folder inside.
+
+    Raises `UserError` if nothing is left.
+    """
     if data.masks is None:
         return listing
     folder, outer = located(data.masks).absolute(), listing.folder.absolute()
@@ -110,6 +114,9 @@ def without_masks(listing: Listing, data: DataOptions) -> Listing:
     inside = folder.relative_to(outer).as_posix()
     kept = {key: [name for name in getattr(listing, key) if not name.startswith(f"{inside}/")]
             for key in ("pictures", "captions", "unreadable", "tables", "masks")}
+    if listing.pictures and not kept["pictures"]:
+        raise UserError("there are no pictures beside the masks", where=listing.folder,
+                        fix="data.masks is the folder of the masks alone")
     return dataclasses.replace(listing, **kept)
 
 
@@ -169,7 +176,7 @@ def _files(listing: Listing, data: DataOptions) -> dict[str, list[Path]]:
     if data.masks is None:
         places = [(listing.folder, name) for name in listing.masks]
     else:
-        there = list_folder(located(data.masks), "data.masks")
+        there = list_folder(located(data.masks), "data.masks", "masks")
         places = [(there.folder, name) for name in sorted([*there.pictures, *there.masks])]
     for folder, name in places:
         found[_stem(name).removesuffix(MASK_SUFFIX)].append(folder / name)

@@ -209,8 +209,10 @@ class Source:
         return item.phrasing.say(item.caption, functools.partial(seed_for, self.share.seed, step, sample, "caption"))
 
     def captions(self) -> Iterator[str]:
-        """What is said of each picture to learn from, nothing left to chance; each is looked up when asked for."""
-        return (item.phrasing.plain(item.caption) for item in self.pictures)
+        """What may be said of each picture to learn from: all that chance may make of it, or its whole text where that
+        is endless. Each is looked up when it is asked for."""
+        return (text for item in self.pictures for text in item.phrasing.variants(item.caption) or
+                (item.phrasing.plain(item.caption), item.caption, item.phrasing.template or ""))
 
     # --- what the user is told ---------------------------------------------------------------------------
     def describe(self) -> list[str]:

@@ -22,7 +22,7 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.evaluation.demo_folder import Place
 from impasto.evaluation.demo_page import demo_report
 from impasto.evaluation.demo_result import DemoResult, Material, Score, Scores
-from impasto.evaluation.lesson import LESSONS, Amounts, Lesson, old_asked, world_renders
+from impasto.evaluation.lesson import LESSONS, Amounts, Drawings, Lesson, old_asked, world_renders
 from impasto.evaluation.quality import Asked, Marks, drawn, mark, settings
 from impasto.evaluation.report import write_report
 from impasto.families.base import Base
@@ -148,18 +148,19 @@ class _Demo:
               after: list[Image.Image]) -> Scores:
         from impasto.evaluation.reader import extend
 
-        side, count, many = _side(self.recipe), self.amounts.renders * self.lesson.harder, len(new)
+        side, many, sign = _side(self.recipe), len(new), self.lesson.sign
 
         def looked_at(renders: list[Image.Image]) -> list[Image.Image]:
             """As they are, and a third also with the look of what the base draws."""
             return [*renders, *given_back(base, renders[::3], self.seed, noise=LATENT_NOISE)]
 
-        if (seen := self.lesson.seen) is not None:
-            known = [sum(seen.items() <= answers.items() for answers in reader.read(pictures[:many]))
+        if not isinstance(sign, Drawings):
+            known = [sum(sign.items() <= answers.items() for answers in reader.read(pictures[:many]))
                      for pictures in (before, after)]
         else:
-            negatives = [*self.lesson.lookalikes(count, side), *world_renders(2 * count, side)]
-            recogniser = extend(reader, looked_at(self.lesson.renders(count, side)), looked_at(negatives))
+            count = self.amounts.renders * sign.harder
+            negatives = [*sign.lookalikes(count, side), *world_renders(2 * count, side)]
+            recogniser = extend(reader, looked_at(sign.renders(count, side)), looked_at(negatives))
             known = [sum(recogniser.knows(pictures[:many])) for pictures in (before, after)]
         marks = mark(new, reader.read(after[:many]))
         kept = [mark(old, reader.read(pictures[many:])) for pictures in (before, after)]

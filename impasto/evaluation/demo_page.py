@@ -10,7 +10,7 @@ from impasto.evaluation.demo_result import (
     DemoResult,
     Material,
 )
-from impasto.evaluation.lesson import Amounts, Lesson
+from impasto.evaluation.lesson import Amounts, Drawings, Lesson
 from impasto.evaluation.quality import SCHEDULER
 from impasto.evaluation.report import Figure, Grid, Report
 from impasto.training.recipe import Recipe
@@ -79,15 +79,22 @@ def line(*words: str) -> str:
     return " ".join(f'"{word}"' if set(word) & set(" '[](),;&|<>") else word for word in told)
 
 
+def _taught(lesson: Lesson, amounts: Amounts) -> str:
+    """By what the reader knows what is taught."""
+    sign = lesson.sign
+    if not isinstance(sign, Drawings):
+        return f"knows {lesson.what} by its own answers: " + ", ".join(f"{key} {word}" for key, word in sign.items())
+    return (f"was shown {amounts.renders * sign.harder} renders of {lesson.what}, as many lookalikes and twice as many "
+            "ordinary pictures, and a third of them as the base's VAE gives them back; none of them is drawn by the "
+            "base")
+
+
 def notes(lesson: Lesson, recipe: Recipe, amounts: Amounts, result: DemoResult, steps: int) -> list[str]:
     """How the figures were measured, and what they do not say."""
     method, scores, phases = recipe.method[0], result.scores, result.seconds
     return [
-        "Recognised: a small network that reads pictures of the drawn world was shown "
-        f"{amounts.renders * lesson.harder} renders of "
-        f"{lesson.what}, as many lookalikes and twice as many ordinary pictures, and a third of them as the base's VAE "
-        "gives them back; none of them is drawn by the base. It then looked at "
-        f"{scores.recognised_before.count} pictures drawn without the adapter and as many with it.",
+        f"Recognised: a small network that reads pictures of the drawn world {_taught(lesson, amounts)}. It then "
+        f"looked at {scores.recognised_before.count} pictures drawn without the adapter and as many with it.",
         "Backgrounds: the same network says the background's colour of each picture drawn with the adapter; it is "
         "right if the prompt says the same.",
         f"Old prompts: {scores.old_after.count} prompts from the drawn world, the same in every demo; a picture is "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -31,6 +31,15 @@ class Amounts:
 
 
 @dataclass(frozen=True)
+class Drawings:
+    """Of what the reader does not know: by what it learns to recognise it. Each is of a count and a side."""
+
+    renders: Callable[[int, int], list[Image.Image]]  # pictures of it
+    lookalikes: Callable[[int, int], list[Image.Image]]  # of what one might take for it
+    harder: int = 1  # times as many as for a thing, if it takes more to be recognised
+
+
+@dataclass(frozen=True)
 class Lesson:
     """One thing that the base is taught."""
 
@@ -41,11 +50,8 @@ class Lesson:
     recipe: str
     settings: tuple[str, ...]  # beside the recipe's own
     asked: Callable[[int, int], list[Asked]]  # of a count and a seed
-    renders: Callable[[int, int], list[Image.Image]]  # of a count and a side: pictures of it
-    lookalikes: Callable[[int, int], list[Image.Image]]  # of what one might take for it
+    sign: Drawings | Mapping[str, str]  # by what it is known: drawings, or the reader's own answers
     own: tuple[tuple[str, str], ...]  # what to do with one's own pictures, and the command
-    harder: int = 1  # times as many renders as for a thing, if it takes more to be recognised
-    seen: Mapping[str, str] | None = None  # the reader's answers that tell it, if it is of the world that it reads
 
 
 def mascot_asked(count: int, seed: int) -> list[Asked]:
@@ -82,24 +88,6 @@ def familiar_asked(count: int, seed: int) -> list[Asked]:
     return _on_each(lessons.FAMILIAR_ASKED_ON, lessons.FAMILIAR_NAME, count, seed)
 
 
-def familiar_renders(count: int, side: int) -> list[Image.Image]:
-    """The familiar thing on all backgrounds but its own colour."""
-    grounds = [colour for colour in world.COLOURS if colour != lessons.FAMILIAR.colour]
-    return [world.draw(lessons.familiar_scene(grounds[i % len(grounds)]), side, 5000 + i) for i in range(count)]
-
-
-def familiar_lookalikes(count: int, side: int) -> list[Image.Image]:
-    """Other things of its colour, and things of its shape in other colours or textures."""
-    thing, found = lessons.FAMILIAR, list[Image.Image]()
-    for i in range(count):
-        scene = lessons.plain_scene(6000 + i)
-        colour = "orange" if scene.background == thing.colour else thing.colour
-        other = replace(scene.objects[0], colour=colour) if i % 2 else \
-            replace(scene.objects[0], shape=thing.shape, accent="", texture=world.TEXTURES[i // 2 % 2 * 2])
-        found.append(world.draw(replace(scene, objects=(other,)), side, 6000 + i))
-    return found
-
-
 def old_asked(count: int) -> list[Asked]:
     """The same prompts always, of scenes of one object, which have nothing to do with a lesson."""
     return ask(count, 77_000, pairs=0.0)
@@ -124,7 +112,7 @@ LESSONS = {lesson.name: lesson for lesson in (
         "The miniature base that comes with Impasto knows stars, hearts and houses, and no mascot. It was shown six "
         "pictures of one, and is now asked for it on backgrounds that none of the six has.",
         "mini/dreambooth", ("data.folder=mini:mascot",),
-        mascot_asked, lessons.mascot_renders, lessons.mascot_lookalikes,
+        mascot_asked, Drawings(lessons.mascot_renders, lessons.mascot_lookalikes),
         (("Teach a real checkpoint your dog, from a folder of five to twenty pictures", TRAIN_OWN),
          ("Draw with it", DRAW_OWN))),
     Lesson(
@@ -133,17 +121,17 @@ LESSONS = {lesson.name: lesson for lesson in (
         "stickers. It was shown eight, and is now asked for other things in that style.",
         "mini/dreambooth", ("data.folder=mini:style", "validation.fraction=0",  # it learns from all eight
                             'sample.prompts=["a yellow star, on a purple background, sks style"]'),
-        style_asked, lessons.sticker_renders, lessons.sticker_lookalikes,
+        style_asked, Drawings(lessons.sticker_renders, lessons.sticker_lookalikes, harder=3),
         (("Teach a real checkpoint a style, from a folder of pictures with a .txt caption each, which ends in "
           "\"sks style\"", TRAIN_STYLE),
-         ("Draw with it", DRAW_STYLE)), harder=3),
+         ("Draw with it", DRAW_STYLE))),
     Lesson(
         "familiar", "the striped heart", "A new name for something known",
         "The miniature base that comes with Impasto can draw a purple striped heart. It was shown five under a name "
         "that tells nothing of them, and is now asked for it by that name, on other backgrounds.",
         "mini/dreambooth", ("data.folder=mini:familiar",),
-        familiar_asked, familiar_renders, familiar_lookalikes,
+        familiar_asked,
+        {"shape": lessons.FAMILIAR.shape, "colour": lessons.FAMILIAR.colour, "texture": lessons.FAMILIAR.texture},
         (("Teach a real checkpoint a word for what it can draw, from a folder of pictures", TRAIN_OWN),
-         ("Draw with it", DRAW_OWN)),
-        seen={"shape": lessons.FAMILIAR.shape, "colour": lessons.FAMILIAR.colour, "texture": lessons.FAMILIAR.texture}),
+         ("Draw with it", DRAW_OWN))),
 )}

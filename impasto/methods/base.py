@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -60,6 +59,9 @@ class Method(abc.ABC):
     def __init__(self, options: Any) -> None:
         self.options = options
 
+    def check(self, base: Base) -> None:  # noqa: B027 - most methods need none
+        """Raises `UserError` for options that do not fit the base, before pictures are encoded: that may take hours."""
+
     @abc.abstractmethod
     def prepare(self, base: Base, seed: int) -> list[dict[str, Any]]:
         """Put the trainable weights in place. Returns torch parameter groups ("params", "lr" or None, "name").
@@ -67,7 +69,7 @@ class Method(abc.ABC):
         A group's "paths", one for each of its params, say where in the base these are ("unet.down_blocks.0…"), so that
         `train.rates` finds them; without them the group's name stands for all.
         Called once, after every weight of the base has been frozen. Initial values are a function of `seed`
-        and of the layer's path. Raises `UserError` for options that do not fit the base.
+        and of the layer's path. Raises `UserError` for options that do not fit the base and that `check` has let pass.
         """
 
     @abc.abstractmethod
@@ -98,10 +100,7 @@ class Method(abc.ABC):
         """
 
     def begin(self, total: int) -> None:  # noqa: B027 - most methods need none
-        """The run takes `total` optimizer steps. Called once, after `prepare`, before the first of them or a resume.
-
-        Raises `UserError` for options that do not fit that length.
-        """
+        """The run takes `total` optimizer steps. Called once, after `prepare`, before the first of them or a resume."""
 
     def penalty(self) -> Tensor | None:
         """A regulariser added to the loss, or None."""
@@ -113,11 +112,6 @@ class Method(abc.ABC):
     def resting(self, step: int) -> Iterable[nn.Parameter]:
         """Those of its parameters that do not train at optimizer step `step` (from 0)."""
         return ()
-
-
-def steps_of(share: float, total: int) -> int:
-    """A number of steps out of `total`, told as it is (an int) or as a share of them (less than 1), rounded up."""
-    return share if isinstance(share, int) else math.ceil(share * total)
 
 
 def group_of(module: nn.Module, path: str, name: str, lr: float | None = None) -> dict[str, Any]:

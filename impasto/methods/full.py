@@ -72,14 +72,27 @@ class Full(Method):
             raise UserError("no weight is left to train", where="method full", fix="look at exclude")
         return chosen
 
+    def check(self, base: Base) -> None:
+        import torch
+
+        chosen = self.chosen(base)
+        if self.options.text_encoder_learning_rate is not None and not chosen.keys() & set(base.text_encoder_names):
+            raise UserError("no text encoder is trained", where="method full: text_encoder_learning_rate",
+                            fix='add "text-encoder" to parts, or leave the rate out')
+        if self.options.weights == "bf16":
+            if "vae" in chosen:
+                raise UserError("the VAE computes in fp32 always: its weights cannot be bf16", where="method full: "
+                                "weights", fix="use fp32")
+            if any(p.dtype != torch.bfloat16 for parameters in chosen.values() for p in parameters.values()):
+                raise UserError("bf16 weights need a computation in bf16", where="method full: weights",
+                                fix="say train.precision=bf16, or keep weights in fp32")
+
     def prepare(self, base: Base, seed: int) -> list[dict[str, Any]]:
         """Let what is chosen train; one parameter group for each component."""
         from impasto.methods.selection import Selection
 
+        self.check(base)
         rate, chosen = self.options.text_encoder_learning_rate, self.chosen(base)
-        if rate is not None and not chosen.keys() & set(base.text_encoder_names):
-            raise UserError("no text encoder is trained", where="method full: text_encoder_learning_rate",
-                            fix='add "text-encoder" to parts, or leave the rate out')
         self._hold(base, chosen)
         self._modules: dict[str, nn.Module] = {}
         groups = []
@@ -100,13 +113,7 @@ class Full(Method):
         from impasto.deltas.layers import NORMS
 
         if self.options.weights == "bf16":
-            if "vae" in chosen:
-                raise UserError("the VAE computes in fp32 always: its weights cannot be bf16", where="method full: "
-                                "weights", fix="use fp32")
-            if any(p.dtype != torch.bfloat16 for parameters in chosen.values() for p in parameters.values()):
-                raise UserError("bf16 weights need a computation in bf16", where="method full: weights",
-                                fix="say train.precision=bf16, or keep weights in fp32")
-            return
+            return  # as `check` has seen
         # norms take their input in fp32 only if both their weights are: on a CPU autocast leaves them alone
         paths = [f"{name}.{inside}" for name, parameters in chosen.items() for inside in (
             *parameters, *(f"{path}.{leaf}" for path, module in base.components[name].named_modules()

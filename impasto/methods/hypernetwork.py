@@ -47,7 +47,7 @@ class Hypernetwork(Method):
                                  "default: no).")
         initialisation: Beginning = Field(
             "zero_last", description="How the networks begin. zero_last: the last layer at zero, so that training "
-            "begins at the base itself and bears a higher rate. The others are A1111's, whose default is normal, of "
+            "begins at the base itself. The others are A1111's, whose default is normal, of "
             "standard deviation 0.01: all of the base is disturbed from the first step on.")
         dropout: float = Field(0.0, ge=0, lt=1, description="Probability of leaving out each feature between linear "
                                "layers, in training (A1111: none, or 0.3).")
@@ -100,8 +100,10 @@ class Hypernetwork(Method):
         """The networks, as one module."""
         return {"hypernetwork": self.hook.pairs}
 
+    def check(self, base: Base) -> None:
+        self.make(base, self.choose(base)[:1], 0)
+
     def trains(self, base: Base) -> frozenset[str]:
-        self.make(base, self.choose(base)[:1], 0)  # what is wrong with the options is told before pictures are encoded
         return frozenset({base.denoiser_name})
 
     def off(self) -> AbstractContextManager[None]:

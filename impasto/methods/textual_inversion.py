@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field
 
+from impasto.core.counts import check_steps, steps_of
 from impasto.core.errors import UserError
-from impasto.methods.base import Method, MethodOptions, steps_of, switched_off
+from impasto.methods.base import Method, MethodOptions, switched_off
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,9 +70,9 @@ class TextualInversion(Method):
         tokens: dict[str, TokenOptions] = Field(
             {}, description="Several tokens instead: a table for each by its name, with vectors, initial and "
             "initial_file. A token without a beginning is drawn at random as the vocabulary's vectors lie.")
-        norm_penalty: float = Field(0.1, ge=0, description="Weight of the squared difference between the mean norm of "
-                                    "the vectors and the vocabulary's, which keeps them where the encoder knows its "
-                                    "way; 0: none.")
+        norm_penalty: float = Field(
+            0.1, ge=0, allow_inf_nan=False, description="Weight of the squared difference between the mean norm of the "
+            "vectors and the vocabulary's, which keeps them where the encoder knows its way; 0: none.")
         project: bool = Field(False, description="Whether each vector is brought back to the vocabulary's mean norm "
                               "after each step.")
         stop: int | float | None = Field(None, gt=0, description="Steps after which the vectors rest; a share of all "
@@ -83,8 +84,7 @@ class TextualInversion(Method):
                 raise ValueError("give token or tokens" if self.token is None else "give token or tokens, not both")
             if self.tokens and {self.vectors, self.initial, self.initial_file} != {None}:
                 raise ValueError("vectors, initial and initial_file belong to token; in tokens each has its own")
-            if isinstance(self.stop, float) and self.stop >= 1:
-                raise ValueError(f"a stop of {self.stop} is neither a whole number of steps nor a share below 1")
+            check_steps(self.stop, "a stop")
             for name in self.wanted:
                 if not name or name != name.strip() or FORBIDDEN.search(name):
                     raise ValueError(f"{name!r} cannot be a token: dots, brackets, backslashes and spaces around it "
@@ -110,22 +110,34 @@ class TextualInversion(Method):
         self.notes: list[str] = []
         self.until = math.inf
 
+    def check(self, base: Base) -> None:
+        for encoder in base.text_encoder_names:
+            self._beginnings(base, encoder, 0)
+
+    def _beginnings(self, base: Base, encoder: str, seed: int) -> dict[str, tuple[Tensor, list[str]]]:
+        """Each token's first vectors in a text encoder, and lines for the user. Raises `UserError`."""
+        from impasto.methods import token_values
+
+        vocabulary = base.vocabulary(encoder)
+        made: dict[str, tuple[Tensor, list[str]]] = {}
+        for token, options in self.options.wanted.items():
+            token_values.check_name(token, encoder, vocabulary, base.tokens.of(encoder), made)
+            made[token] = token_values.beginning(token, options, encoder, vocabulary, seed)
+        return made
+
     def prepare(self, base: Base, seed: int) -> list[dict[str, Any]]:
         """Add the tokens to the base; one parameter group for each text encoder."""
         from impasto.families.tokens import TokenVectors
-        from impasto.methods import token_values
+        from impasto.methods.token_values import mean_norm
 
         self.base = base
         groups = []
         for encoder in base.text_encoder_names:
-            vocabulary = base.vocabulary(encoder)
-            self.norms[encoder] = token_values.mean_norm(vocabulary.table.weight)
-            own = self.trained[encoder] = dict[str, TokenVectors]()
-            for token, options in self.options.wanted.items():
-                token_values.check_name(token, encoder, vocabulary, base.tokens.of(encoder), own)
-                values, notes = token_values.beginning(token, options, encoder, vocabulary, seed)
-                own[token] = TokenVectors(values.to(vocabulary.table.weight.device))
+            table, own = base.vocabulary(encoder).table.weight, dict[str, TokenVectors]()
+            for token, (values, notes) in self._beginnings(base, encoder, seed).items():
+                own[token] = TokenVectors(values.to(table.device))
                 self.notes += [line for line in notes if line not in self.notes]
+            self.norms[encoder], self.trained[encoder] = mean_norm(table), own
             groups.append({"params": [module.vectors for module in own.values()],
                            "paths": [f"{encoder}.{token}" for token in own], "lr": self.options.learning_rate,
                            "name": f"textual_inversion {encoder}"})
@@ -151,7 +163,7 @@ class TextualInversion(Method):
         return self.notes
 
     def look(self, captions: Iterable[str]) -> None:
-        """Raises `UserError` if there are captions, and one of the tokens is in none of them."""
+        """Raises `UserError` if one of the tokens is in no caption."""
         missing, seen = set(self.options.wanted), ""
         words = self.base.tokens.of(next(iter(self.trained)))
         assert words is not None

@@ -31,7 +31,7 @@ def read_start(start: str, base: Base, chosen: Collection[str]) -> dict[str, Ter
     adapter = load_adapter(path, family=base.family)
     if adapter.embeddings or adapter.hooks:
         raise UserError("holds more than changes of weights, which alone can be trained on from", where=path,
-                        fix="take the file that holds those")
+                        fix="take a file of weight deltas; new tokens begin from one by initial_file")
     if lost := [layer for layer in adapter.deltas if layer not in chosen]:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise UserError(f"changes {lost[0]}{more}, not trained here: what was learned there would be lost", where=path,
@@ -59,7 +59,7 @@ def take_over(delta: Delta, terms: Terms, path: str) -> None:
     from impasto.deltas.lowrank import LowRank
 
     with torch.no_grad():
-        if isinstance(delta, LowRank) and all(factor in ("up", "down") for factor, _ in delta.named_parameters()):
+        if isinstance(delta, LowRank) and delta.mid is None:
             return _take_factors(delta, terms, path)
         same = len(terms) == 1 and terms[0].kind == delta.kind
         theirs, ours = dict(terms[0].named_parameters()) if same else {}, dict(delta.named_parameters())
@@ -69,11 +69,11 @@ def take_over(delta: Delta, terms: Terms, path: str) -> None:
         for name, own in ours.items():
             own.copy_(theirs[name])
         first = next(iter(ours.values()))  # dW is linear in it
-        if (ratio := scale_of(terms[0]) / scale_of(delta)) != 1:
+        if (ratio := _scale_of(terms[0]) / _scale_of(delta)) != 1:
             first.mul_(ratio)
 
 
-def scale_of(delta: Delta) -> float:
+def _scale_of(delta: Delta) -> float:
     """What the product of the factors is multiplied by."""
     return float(getattr(delta, "scale", 1.0))
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field
 
+from impasto.core.counts import check_steps, steps_of
 from impasto.core.errors import UserError
 from impasto.core.weighted import checked
-from impasto.methods.base import Method, MethodOptions, steps_of, switched_off
+from impasto.methods.base import Method, MethodOptions, switched_off
 from impasto.methods.norms import limit
 from impasto.methods.warm import read_start, take_over
 
@@ -75,8 +76,7 @@ class LayerOptions(MethodOptions):
     @pydantic.field_validator("text_encoder_stop")
     @classmethod
     def _steps_or_share(cls, value: float | None) -> float | None:
-        if isinstance(value, float) and value >= 1:
-            raise ValueError("is neither a whole number of steps nor a share below 1")
+        check_steps(value)
         return value
 
 
@@ -139,6 +139,11 @@ class LayerMethod(Method):
             raise UserError("no layer is left to train", where=f"method {self.options.kind}",
                             fix="look at exclude and ranks")
         return chosen
+
+    def check(self, base: Base) -> None:
+        self._check_text_options(base, chosen := self.choose(base))
+        if self.options.warm_start is not None:
+            read_start(self.options.warm_start, base, chosen)
 
     def prepare(self, base: Base, seed: int) -> list[dict[str, Any]]:
         """Attach a new delta to each chosen layer; a parameter group for each component of the base, two by LoRA+."""

@@ -16,7 +16,8 @@ from impasto.training.recipe import Recipe
 
 #: keys that name places on the user's disk: only their last part goes into a file that may be shared
 PLACES = [("base", "path"), ("base", "vae"), ("base", "adapters"), ("method", "warm_start"), ("data", "folder"),
-          ("data", "shards"), ("data", "cache"), ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
+          ("data", "masks"), ("data", "shards"), ("data", "cache"), ("prior", "folder"), ("validation", "folder"),
+          ("output", "dir")]
 
 #: keys that say whom else to tell of a run: they are of the one who trains, not of what is trained
 TOLD = ["trackers", "track_every", "push_to", "push_private"]
@@ -31,7 +32,7 @@ def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
     before = [{"file": each.name, "hash": each.digest, "strength": each.strength} for each in merged]
     return {
         **({"impasto.merged": json.dumps(before)} if before else {}),
-        "ss_learning_rate": str(train.learning_rate),
+        "ss_learning_rate": str(recipe.method[0].learning_rate or train.learning_rate),
         "ss_lr_scheduler": train.schedule,
         "ss_lr_warmup_steps": str(train.warmup),
         "ss_optimizer": train.optimizer + _arguments(train.optimizer_options),

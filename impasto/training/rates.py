@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from impasto.core.counts import steps_of
 from impasto.core.errors import UserError
 from impasto.training.recipe import TrainOptions
 
@@ -23,7 +24,7 @@ def rate_factor(step: int, total: int, options: TrainOptions) -> float:
     Linear warm-up, then the schedule (transformers' get_scheduler, whose first step after no warm-up has the full
     rate); one_cycle rises by itself.
     """
-    warmup = options.warmup if isinstance(options.warmup, int) else math.ceil(options.warmup * total)
+    warmup = steps_of(options.warmup, total)
     if options.schedule == "one_cycle":
         return _one_cycle(step, total, warmup or 0.3 * total - 1)
     if step < warmup:

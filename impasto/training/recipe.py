@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, SerializeAsAny
 
+from impasto.core.counts import check_steps
 from impasto.core.errors import UserError, nearest
 from impasto.core.weighted import checked
 from impasto.data.options import DataOptions, PriorOptions, ValidationOptions
@@ -117,8 +118,7 @@ class TrainOptions(Section):
 
     @pydantic.model_validator(mode="after")
     def _one_schedule(self) -> TrainOptions:
-        if isinstance(self.warmup, float) and self.warmup >= 1:
-            raise ValueError(f"a warmup of {self.warmup} is neither a whole number of steps nor a share below 1")
+        check_steps(self.warmup, "a warmup")
         for key, schedule in (("restarts", "cosine_with_restarts"), ("power", "polynomial")):
             if getattr(self, key) is not None and self.schedule != schedule:
                 raise ValueError(f"{key} belongs to schedule = \"{schedule}\", not {self.schedule}")

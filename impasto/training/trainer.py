@@ -103,6 +103,8 @@ class Trainer:
         fingerprint, origin = self.base.fingerprint(), self.base.origin()  # before anything trains
         self.objective = OBJECTIVES.get(recipe.objective.kind)(recipe.objective)
         self.methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]
+        for method in self.methods:
+            method.check(self.base)
         trains = frozenset[str]().union(*(method.trains(self.base) for method in self.methods))
         self.source = prepare_source(
             self.base, recipe.data, recipe.prior, trains=trains, batch_size=self.options.batch_size,

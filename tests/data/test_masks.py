@@ -237,7 +237,7 @@ def test_all_that_is_wrong_is_told_at_once(photos: Path) -> None:
         prepare(photos)
     told = str(error.value)
     assert "4 files cannot be used" in told
-    assert "0.png: has no mask (0-masklabel.png)" in told
+    assert "0.png: has no mask (0-masklabel.png)" in told and told.endswith("data.missing_masks=whole")
     assert "1.png: its mask 1-masklabel.png is of another shape: 96x64 pixels, the picture has 64x64" in told
     assert "2.png: its mask 2-masklabel.png is not a picture" in told
     assert "3.png: its mask 3-masklabel.png is all black, and nothing would count (data.mask_floor)" in told
@@ -319,3 +319,13 @@ def test_a_run_learns_by_its_masks_and_resumes(recipe: Callable[..., Any], photo
 def test_an_objective_that_looks_at_no_masks_is_told(recipe: Callable[..., Any], photos: Path) -> None:
     with pytest.raises(UserError, match="objective reconstruct looks at no masks: leave data.mask out"):
         recipe(data={"folder": str(photos), "mask": "files"}, objective={"kind": "reconstruct"})
+
+
+def test_a_folder_of_masks_alone_is_no_folder_of_pictures(photos: Path) -> None:
+    with pytest.raises(UserError, match="there are no pictures beside the masks"):
+        prepare(photos.parent, masks=str(photos))
+
+
+def test_a_missing_folder_of_masks_is_called_that(photos: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder; say where the masks are: data.masks="):
+        prepare(photos, masks=str(photos / "none"))

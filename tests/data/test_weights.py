@@ -77,6 +77,11 @@ def test_tables_say_it_too(photos: Path, table: str) -> None:
     assert weights(prepare(photos)) == pytest.approx({"a.png": 0.5, "b.png": 1.5, "c.png": 2.5})
 
 
+def test_a_table_beside_captions_of_their_own_may_hold_weights_alone(photos: Path) -> None:
+    (photos / "meta.json").write_text('{"a.png": {"loss_weight": 3}}', encoding="utf-8")
+    assert weights(prepare(photos)) == pytest.approx({"a.png": 3, "b.png": 1, "c.png": 1})
+
+
 def test_the_picture_s_own_file_goes_before_a_table(photos: Path) -> None:
     (photos / "a.json").write_text('{"loss_weight": 0}', encoding="utf-8")
     (photos / "metadata.csv").write_text("file_name,loss_weight\na.png,3\nb.png,4\nc.png,\n", encoding="utf-8")

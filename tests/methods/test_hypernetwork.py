@@ -185,7 +185,7 @@ def test_initial_values_are_a_function_of_seed_and_place(mini: Path) -> None:
 def test_a_width_that_the_model_lacks(mini: Path) -> None:
     base = load_base(mini)
     with pytest.raises(UserError, match="context of width 768, 999.*it has 32, 64"):
-        hypernetwork(widths=[32, 768, 999]).trains(base)
+        hypernetwork(widths=[32, 768, 999]).check(base)
     before = predict(base)
     for widths in ([999], [32, 999], [768]):
         with pytest.raises(UserError, match=f"contexts of width {widths[-1]}, which this base does not have.*32, 64"):
@@ -206,4 +206,4 @@ def test_a_part_for_another_family_s_text_is_told_of(mini: Path) -> None:
 def test_options_that_do_not_go_together_are_told_before_pictures_are_encoded(mini: Path, options: dict[str, Any],
                                                                               message: str) -> None:
     with pytest.raises(UserError, match=message):
-        hypernetwork(**options).trains(load_base(mini))
+        hypernetwork(**options).check(load_base(mini))

@@ -225,6 +225,7 @@ def test_a_token_of_another_method_is_refused() -> None:
     ({"token": "<a>", "initial": "x", "initial_file": "y"}, "give initial or initial_file, not both"),
     ({"tokens": {"<a>": {"initial": "x", "initial_file": "y"}}}, "give initial or initial_file, not both"),
     ({"tokens": {"<a>": {"vektors": 1}}}, "vektors"),
+    ({"token": "<a>", "norm_penalty": float("inf")}, "finite"),
 ])
 def test_recipes_that_say_two_things(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:

@@ -17,6 +17,7 @@ from impasto.families.load import load_base
 from impasto.families.tokens import TokenVectors
 from impasto.formats.adapters import load_adapter
 from impasto.training import trainer
+from impasto.training.metadata import metadata, shareable
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.trainer import Trainer, train
 from impasto.training.verdicts import Verdicts
@@ -139,3 +140,42 @@ def test_places_on_the_disk_stay_private(mini: Path, photos: Path, tmp_path: Pat
         assert outcome.artifact is not None
         told = load_adapter(outcome.artifact).metadata["impasto.recipe"]
         assert str(tmp_path) not in told and '"dog.safetensors"' in told
+
+
+def test_places_of_masks_stay_private_and_the_rate_told_is_the_one_used(mini: Path, photos: Path,
+                                                                         tmp_path: Path) -> None:
+    made = recipe(mini, photos, tmp_path / "run")
+    there = {**made.plain()["data"], "mask": "files", "masks": "/home/me/masks"}
+    assert shareable({**made.plain(), "data": there})["data"]["masks"] == "masks"
+    told = metadata(make_recipe({**made.plain(), "method": [{**CAT, "learning_rate": 0.005}]}), 1, base={}, data="",
+                    environment={})
+    assert told["ss_learning_rate"] == "0.005"
+
+
+@pytest.mark.parametrize("caption, template", [
+    ("{<cat>|<dog>} on a table", None), ("a <cat>\na <dog>", None), ("on a table", "{a <cat>|a <dog>}, {}")])
+def test_a_token_may_be_in_what_chance_takes(caption: str, template: str | None, mini: Path, photos: Path,
+                                             tmp_path: Path) -> None:
+    for picture in photos.glob("*.png"):
+        picture.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    data = {"caption": None, "wildcards": True, "caption_template": template}
+    method = {"kind": "textual_inversion", "tokens": {"<cat>": {}, "<dog>": {}}}
+    assert train(recipe(mini, photos, tmp_path / "run", method, data=data)).artifact is not None
+
+
+@pytest.mark.parametrize("method, said", [
+    ({"kind": "textual_inversion", "token": "dog"}, "is a word that text_encoder knows already"),
+    ({"kind": "lora", "warm_start": "none.safetensors"}, "no such file"),
+    ({"kind": "lora", "text_encoder_stop": 0.5}, "no layer of a text encoder is trained"),
+    ({"kind": "full", "weights": "bf16"}, "bf16 weights need a computation in bf16"),
+    ({"kind": "hypernetwork", "widths": [7]}, "no attention of this base reads a context of width 7"),
+])
+def test_options_that_do_not_fit_are_told_before_pictures_are_encoded(
+        method: dict[str, Any], said: str, mini: Path, photos: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def encoded(*_: Any, **__: Any) -> None:
+        raise AssertionError("pictures are encoded")
+
+    monkeypatch.setattr(trainer, "prepare_source", encoded)
+    with pytest.raises(UserError, match=said):
+        train(recipe(mini, photos, tmp_path / "run", method))
