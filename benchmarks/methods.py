@@ -6,9 +6,9 @@
 
 Each cell is a method's miniature recipe (`impasto train mini/lora`) on one lesson (a new object, a new style, a new
 name for what the base can draw), run as `impasto demo` runs its own, in a process of its own. *Concept*: pictures in
-which a reader sees what was taught, on backgrounds and in scenes that no training picture has; before the training it
-is 0 to 2 of 16. *Prompt*: those whose background is the one that was asked for. *Old*: prompts of what the base knew
-before that are still drawn right, beside the base's own; *lost*: points that the fine-tune cost. Time is that of the
+which a reader sees what was taught, before and after, on backgrounds and in scenes that no training picture has.
+*Prompt*: those whose background is the one that was asked for. *Old*: prompts of what the base knew before that are
+still drawn right, beside the base's own; *lost*: points that the fine-tune cost. Time is that of the
 training alone; memory is the most that the whole process ever held. Means over the seeds, concept with its range.
 """
 
@@ -52,14 +52,15 @@ def main() -> None:
         rows = [row(method, [cell(method, lesson, seed, chosen) for seed in range(chosen.seeds)])
                 for method in chosen.methods]
         print(f"\n{lesson}, {chosen.seeds} seed(s)\n")
-        print_table(["method", "trainable", "file, KiB", "peak, MiB", "s, training", "concept, %", "prompt, %",
-                     "old before, %", "old after, %", "lost, points"], rows)
+        print_table(["method", "trainable", "file, KiB", "peak, MiB", "s, training", "concept before, %", "after, %",
+                     "prompt, %", "old before, %", "old after, %", "lost, points"], rows)
 
 
 def cell(method: str, lesson: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
     """One run's figures: those that lie there, or new ones from a process of its own."""
     told = place(chosen.folder, method, lesson, seed) / "figures.json"
-    if not told.exists():
+    known = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
+    if known.get("overrides") != chosen.set:
         print(f"{method} {lesson} {seed}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "benchmarks.methods", "--child", method, lesson, str(seed), "--folder",
                         str(chosen.folder), "--set", *chosen.set], check=True, stdout=subprocess.DEVNULL)
@@ -79,7 +80,8 @@ def child(method: str, lesson: str, seed: int, folder: Path, overrides: list[str
     token = [f"{TOKENS[method]}={NAMES[lesson]}"] if method in TOKENS else []
     result = run_demo(lesson, own / "run", seed, recipe_name=f"mini/{method}", force=True,
                       overrides=["sample.every=0", "train.device=cpu", *token, *overrides])
-    write_json(own / "figures.json", {**result.plain(), "trainable": trainable(own / "run" / "recipe.toml")})
+    write_json(own / "figures.json", {**result.plain(), "overrides": overrides,
+                                      "trainable": trainable(own / "run" / "recipe.toml")})
     shutil.rmtree(own / "run" / "checkpoints", ignore_errors=True)
 
 
@@ -104,7 +106,8 @@ def row(method: str, cells: list[dict[str, Any]]) -> list[str]:
     spread = f" ({min(concept):.0f}-{max(concept):.0f})" if len(cells) > 1 else ""
     seconds = statistics.fmean(each["seconds_by_phase"]["training"] for each in cells)
     return [method, f"{cells[0]['trainable']:,}", f"{mean('size') / 1024:,.0f}", f"{mean('memory') / MIB:,.0f}",
-            f"{seconds:.0f}", f"{statistics.fmean(concept):.0f}{spread}", f"{mean('backgrounds', 100):.0f}",
+            f"{seconds:.0f}", f"{mean('recognised_before', 100):.0f}", f"{statistics.fmean(concept):.0f}{spread}",
+            f"{mean('backgrounds', 100):.0f}",
             f"{mean('old_before', 100):.0f}", f"{mean('old_after', 100):.0f}", f"{mean('lost', 100):.1f}"]
 
 

@@ -99,12 +99,13 @@ def test_it_can_be_shared(hyper: RecipeMaker) -> None:
     assert parcel.artifact.name == "dog.pt" and "A hypernetwork" in card and "<hypernet:dog:1>" in card
 
 
-def test_ours_learns_where_the_naive_one_does_not(tmp_path: Path) -> None:
-    """The same draws on the embedded base: the naive set-up is A1111's beginning, at its rate, in so few steps."""
+def test_it_learns_at_a_rate_far_above_a1111_s(tmp_path: Path) -> None:
+    """The same draws and beginning on the embedded base, in so few steps; both beginnings at one rate are compared in
+    `benchmarks.setups`."""
 
-    def run(name: str, rate: float, beginning: str) -> float:
+    def run(name: str, rate: float) -> float:
         made = load_recipe("mini/lora").plain()
-        made["method"] = [{"kind": "hypernetwork", "initialisation": beginning, "activation": "swish"}]
+        made["method"] = [{"kind": "hypernetwork", "initialisation": "zero_last", "activation": "swish"}]
         made["train"] |= {"steps": 12, "learning_rate": rate, "batch_size": 2, "device": "cpu", "schedule": "constant",
                           "warmup": 2}
         made["sample"]["every"] = 0
@@ -113,4 +114,4 @@ def test_ours_learns_where_the_naive_one_does_not(tmp_path: Path) -> None:
         train(make_recipe(made))
         return sum(losses(make_recipe(made))[-6:]) / 6
 
-    assert run("ours", 2e-3, "zero_last") < 0.9 * run("naive", 1e-5, "normal")
+    assert run("ours", 2e-3) < 0.9 * run("naive", 1e-5)
