@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,10 +14,17 @@ if TYPE_CHECKING:
     from impasto.training.recipe import Recipe
 
 
+def _ready(pattern: str) -> str:
+    """The recipes that come with the package, by name."""
+    folder = Path(__file__).parent.parent / "recipes"
+    return ", ".join(sorted(path.relative_to(folder).with_suffix("").as_posix() for path in
+                            folder.glob(f"{pattern}.toml") if not path.stem.startswith("pretrain")))
+
+
 def train(
     recipe: Annotated[str, typer.Argument(
-        metavar="RECIPE", help="A TOML file, or a ready recipe's name: lora, dreambooth_lora; and on the "
-        "embedded base mini/lora, mini/dreambooth.")],
+        metavar="RECIPE", help=f"A TOML file, or a ready recipe's name: {_ready('*')}; and on the embedded base "
+        f"{_ready('mini/*')}.")],
     settings: Annotated[list[str] | None, typer.Argument(
         metavar="SECTION.KEY=VALUE", help="Settings that the recipe leaves out or has otherwise: "
         "base.path=v1-5.safetensors data.folder=photos train.steps=800")] = None,

@@ -167,11 +167,11 @@ class OutputOptions(Section):
     name: str | None = Field(None, description="Of the artifact; default: the directory's name.")
     format: Literal["auto", "kohya", "diffusers", "peft", "webui-embedding", "diffusers-embedding",
                     "hypernetwork", "delta"] = Field(
-        "auto", description="auto is kohya for a LoRA: A1111, Forge, ComfyUI, kohya and diffusers all load it, and for "
-        "new tokens beside one (A1111 finds them there); for a token by itself A1111's and ComfyUI's .safetensors; "
-        "for a hypernetwork A1111's .pt; for full it is diffusers, a folder with the whole base. delta is for full "
-        "too: what training has changed and no more, as LyCORIS' full differences (.diff) in one file, which those "
-        "programs load as they do a LoRA.")
+        "auto", description="auto is kohya for changes of layers: A1111, Forge, ComfyUI, kohya and diffusers all load "
+        "a LoRA of it, all but diffusers LoHa and LoKr; and for new tokens beside one (A1111 finds them there, "
+        "diffusers refuses the file); for a token by itself A1111's and ComfyUI's .safetensors; for a hypernetwork "
+        "A1111's .pt; for full it is diffusers, a folder with the whole base. delta is for full too: what training has "
+        "changed and no more, as LyCORIS' full differences (.diff) in one file, for A1111, Forge and ComfyUI.")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Of the artifact (kohya: fp16).")
     save_every: int = Field(0, ge=0, description="Steps between artifacts that other programs can use at once; "
                             "0: only at the end.")

@@ -7,6 +7,7 @@ import pytest
 
 from impasto.cli import app
 from impasto.cli.explanation import shown
+from impasto.training.recipe import READY
 from tests.cli.running import impasto, one_line
 
 
@@ -56,3 +57,11 @@ def test_nothing_is_trained_and_bad_recipes_are_one_line(recipe: Path, tmp_path:
 def test_values_look_as_in_a_recipe() -> None:
     assert [shown(value) for value in (None, True, "a", [1, "b"], {"k": 0.5}, 1e-8)] == [
         "-", "true", '"a"', '[1, "b"]', "{k = 0.5}", "1e-08"]
+
+
+def test_its_help_names_every_ready_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app.main(["train", "--help"])
+    told = capsys.readouterr().out
+    for path in READY.rglob("*.toml"):
+        assert path.stem.startswith("pretrain") or path.stem in told
