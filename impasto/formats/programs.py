@@ -115,7 +115,7 @@ def verdicts(keys: Iterable[str], alphas: Iterable[float] = ()) -> list[Verdict]
     keys, alphas = sorted(keys), set(alphas)
     layers = {key: _layer(key) for key in keys}
     total = len(set(layers.values()))
-    extended = any(re.search(_LYCORIS + "$", key) for key in keys)
+    extended = lycoris(keys)
     found = []
     for program in PROGRAMS:
         ignored = _ignored(program, keys, extended)
