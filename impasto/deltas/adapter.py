@@ -75,7 +75,7 @@ class Adapter:
         for token in self.embeddings.keys() & other.embeddings.keys():
             if not _equal(self.embeddings[token], other.embeddings[token]):
                 raise UserError("is another thing in each of the two adapters", where=token,
-                                fix="rename one: the name of an embedding's file is its token")
+                                fix="save one of them under another token, or leave it out")
         return Adapter(deltas, agreed(self.metadata, other.metadata), self.family or other.family,
                        agreed(self.base, other.base), {**self.embeddings, **other.embeddings},
                        (*self.hooks, *other.hooks))
@@ -88,9 +88,8 @@ def _sum(layer: str, terms: tuple[Delta, ...], others: tuple[Delta, ...]) -> tup
         if not (other.linear and all(term.linear for term in total)):
             raise UserError("holds a delta that depends on the base's weight, which has no sum without the base",
                             where=layer, fix="merge them into the base one after the other")
-        if other.shape and total[0].shape and other.shape != total[0].shape:  # () changes a bias alone
-            raise UserError(f"has the shape {total[0].shape} in one adapter and {other.shape} in the other",
-                            where=layer, fix="they were made for different bases")
+        for term in total:
+            _check_alike(layer, term, other)
         for i, term in enumerate(total):
             if (joined := term.joined(other)) is not None:
                 total[i] = joined
@@ -98,6 +97,21 @@ def _sum(layer: str, terms: tuple[Delta, ...], others: tuple[Delta, ...]) -> tup
         else:
             total.append(other)
     return tuple(total)
+
+
+def _check_alike(layer: str, one: Delta, other: Delta) -> None:
+    """Raise a `UserError` if two deltas cannot be of one layer; of a bias alone, which is of shape (), outputs tell."""
+    mine, theirs = one.shape, other.shape
+    if not (mine and theirs):
+        mine, theirs = (_outputs(term) for term in (one, other))
+    if mine != theirs:
+        raise UserError(f"has the shape {mine} in one adapter and {theirs} in the other", where=layer,
+                        fix="they were made for different bases")
+
+
+def _outputs(term: Delta) -> tuple[int, ...]:
+    bias = term.bias()
+    return term.shape[:1] if bias is None else tuple(bias.shape)
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

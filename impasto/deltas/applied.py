@@ -121,6 +121,8 @@ def instead(x: Tensor, layer: nn.Module, window: Window, build: Build, factors: 
     Beside the layer's own product, dW · x takes three products in a training step. In its place it takes one, that of
     the gradient to dW.
     """
+    if window.stride and x.ndim == len(window.stride) + 1:  # one input, not a batch of them
+        return instead(x[None], layer, window, build, factors)[0]
     result = _Instead.apply(x, weight_of(layer), layer.bias, window, build, *factors)
     assert isinstance(result, Tensor)
     return result

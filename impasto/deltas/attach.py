@@ -7,10 +7,11 @@ hooks). Attachments stack and come off in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from impasto.deltas.hook import InputHook
 from impasto.deltas.layers import weight_of
 
 Modules = Mapping[str, nn.Module] | nn.Module
+M = TypeVar("M", bound=nn.Module)
 Deltas = Adapter | Mapping[str, Delta] | Mapping[str, tuple[Delta, ...]]
 
 
@@ -42,7 +44,7 @@ def attach(modules: Modules, deltas: Deltas, strength: float = 1.0) -> Attachmen
             term = fitted(term, layer)
             term.check_fit(layer, path)
             placed.append((path, layer, term if strength == 1.0 else term.scaled(strength)))
-    return Attachment(modules, [_Placed(path, _Carrier.of(layer), term) for path, layer, term in placed])
+    return Attachment(modules, [_put(_Placed(path, _Carrier.of(layer), term)) for path, layer, term in placed])
 
 
 def attach_hooks(modules: Modules, hooks: Iterable[InputHook], layers: Iterable[tuple[str, str, int]],
@@ -55,12 +57,13 @@ def attach_hooks(modules: Modules, hooks: Iterable[InputHook], layers: Iterable[
     path that is not there.
     """
     found = [(find_layer(modules, key), find_layer(modules, value), width) for key, value, width in layers]
-    placed: list[_Hooked] = []
+    placed: list[Part] = []
     for hook in hooks:
         scaled = hook if strength == 1.0 else hook.scaled(strength)
         for key, value, width in found:
             if width in hook.widths:
-                placed += [_Hooked(_Carrier.of(key), scaled.keys), _Hooked(_Carrier.of(value), scaled.values)]
+                placed += [_put(_Hooked(_Carrier.of(key), scaled.keys)),
+                           _put(_Hooked(_Carrier.of(value), scaled.values))]
     return Attached(placed)
 
 
@@ -80,13 +83,49 @@ def find_layer(modules: Modules, path: str) -> nn.Module:
     return layer
 
 
-class Attached:
-    """Things on their layers, until `detach`. As a context manager it detaches at the end."""
+def beside_layers(modules: Modules, deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, tuple[Delta, ...]]:
+    """The deltas on the devices of the layers that they belong to: copies, where they are on another one.
 
-    def __init__(self, placed: Iterable[_Placed | _Hooked]) -> None:
-        self._placed, self._enabled = list(placed), True
-        for place in self._placed:
-            place.carrier.add(place)
+    Raises `UserError` for a path that is not there. Of a layer without weights, `attach` says what is wrong.
+    """
+    placed = {}
+    for path, terms in deltas.items():
+        weight = next(find_layer(modules, path).parameters(), None)
+        placed[path] = terms if weight is None else tuple(on_device(term, weight.device) for term in terms)
+    return placed
+
+
+def on_device(module: M, device: torch.device) -> M:
+    """The module on a device: a copy, where it is on another one."""
+    first = next(module.parameters(), None)
+    return module if first is None or first.device == device else copy.deepcopy(module).to(device)
+
+
+class Switched(Protocol):
+    """What can be put on a base and have no effect there: an attachment, a hook's handle."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it has effect."""
+        ...
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None: ...
+
+
+class Part(Switched, Protocol):
+    """One thing of what is put on a base."""
+
+    def detach(self) -> None:
+        """Take it off again."""
+        ...
+
+
+class Attached:
+    """Things on a base, until `detach`. As a context manager it detaches at the end."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts, self._enabled = list(parts), True
 
     @property
     def enabled(self) -> bool:
@@ -96,14 +135,14 @@ class Attached:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._enabled = value
-        for place in self._placed:
-            place.enabled = value
+        for part in self._parts:
+            part.enabled = value
 
     def detach(self) -> None:
         """Take them off. Doing it twice does no harm."""
-        for place in self._placed:
-            place.carrier.remove(place)
-        self._placed = []
+        for part in reversed(self._parts):
+            part.detach()
+        self._parts = []
 
     def __enter__(self) -> Self:
         return self
@@ -116,16 +155,19 @@ class Attached:
 class Attachment(Attached):
     """Deltas on their layers, until `detach` or `merge`."""
 
-    _placed: list[_Placed]  # type: ignore[reportIncompatibleVariableOverride]
-
     def __init__(self, modules: Modules, placed: list[_Placed]) -> None:
         super().__init__(placed)
-        self._modules = modules
+        self._modules, self._placed = modules, placed
+
+    def detach(self) -> None:
+        super().detach()
+        self._placed = []
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, only: Container[str] | None = None) -> None:
         """Add the deltas to the weights, in fp32, cast once; then detach.
 
+        `only`: paths of the parameters ("unet.conv_in.weight") that are to change; those not there stay as they are.
         The weight's own tensor is changed. Raises `UserError`, before anything is changed, if another layer
         shares it (GPT-2's output layer is its token embedding), since that one would change too, or if a change
         of a bias has no bias to go to.
@@ -135,17 +177,20 @@ class Attachment(Attached):
             if place.delta.bias() is not None and getattr(place.layer, "bias", None) is None:
                 raise UserError("has no bias that a change of it could be merged into", where=place.path,
                                 fix="keep the adapter apart")
-        by_layer: dict[nn.Module, list[Delta]] = {}
+        by_layer: dict[nn.Module, list[_Placed]] = {}
         for place in self._placed:
-            by_layer.setdefault(place.layer, []).append(place.delta)
-        for layer, deltas in by_layer.items():
-            weight = weight_of(layer)
-            wide = at_least_fp32(weight)
-            weight.copy_(sum((delta.weight(wide).to(wide) for delta in deltas), start=wide))
-            for change in filter(lambda bias: bias is not None, (delta.bias() for delta in deltas)):
-                bias = layer.bias
-                assert isinstance(bias, Tensor) and change is not None
-                bias.copy_(at_least_fp32(bias) + change.to(bias.device))
+            by_layer.setdefault(place.layer, []).append(place)
+        for layer, places in by_layer.items():
+            path, deltas = places[0].path, [place.delta for place in places]
+            if only is None or f"{path}.weight" in only:
+                weight = weight_of(layer)
+                wide = at_least_fp32(weight)
+                weight.copy_(sum((delta.weight(wide).to(wide) for delta in deltas), start=wide))
+            if only is None or f"{path}.bias" in only:
+                for change in filter(lambda bias: bias is not None, (delta.bias() for delta in deltas)):
+                    bias = layer.bias
+                    assert isinstance(bias, Tensor) and change is not None
+                    bias.copy_(at_least_fp32(bias) + change.to(bias.device))
         self.detach()
 
     def _check_unshared(self) -> None:
@@ -176,6 +221,10 @@ class _Placed:
     def layer(self) -> nn.Module:
         return self.carrier.layer
 
+    def detach(self) -> None:
+        """Off its layer."""
+        self.carrier.remove(self)
+
 
 @dataclass(eq=False)
 class _Hooked:
@@ -184,6 +233,19 @@ class _Hooked:
     carrier: _Carrier
     change: Callable[[Tensor], Tensor]
     enabled: bool = True
+
+    def detach(self) -> None:
+        """Off its layer."""
+        self.carrier.remove(self)
+
+
+P = TypeVar("P", _Placed, _Hooked)
+
+
+def _put(place: P) -> P:
+    """On its layer from now on."""
+    place.carrier.add(place)
+    return place
 
 
 class _Carrier:

@@ -61,8 +61,7 @@ class Dora(Delta):
         Of low-rank factors ‖W‖² + 2⟨W, dW⟩ + ‖dW‖², which needs no dense dW.
         """
         W = at_least_fp32(W)
-        axes = [axis for axis in range(W.ndim) if self.magnitude.shape[axis] == 1 and (axis > 1 or axis != (
-            0 if self.by_output else 1))]
+        axes = [axis for axis in range(W.ndim) if axis != (0 if self.by_output else 1)]
         if not isinstance(self.inner, LowRank) or W.ndim > 2 and not self.by_output:
             return torch.linalg.vector_norm(W + self.inner.weight().to(W), dim=axes, keepdim=True)
         up, down = (factor.to(W.device, torch.promote_types(factor.dtype, W.dtype)) for factor in self.inner.factors())

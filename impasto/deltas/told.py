@@ -17,6 +17,11 @@ def inner_of(delta: Delta) -> Delta:
     return inner
 
 
+def is_plain_lora(delta: Delta) -> bool:
+    """Whether it is up · down and nothing else: no core between them, no magnitude around them."""
+    return delta.kind == "lora" and "mid" not in delta.tensors()
+
+
 def rank_of(delta: Delta) -> int | None:
     """The rank of its factors; None where there are whole matrices alone."""
     return getattr(inner_of(delta), "rank", None) or None

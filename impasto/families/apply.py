@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Protocol, Self
-
-import torch
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.deltas.adapter import Adapter
-from impasto.deltas.attach import attach, attach_hooks, find_layer
-from impasto.deltas.delta import Delta
+from impasto.deltas.attach import Attached, Part, attach, attach_hooks, beside_layers, on_device
 from impasto.deltas.hook import InputHook
 from impasto.families.base import Base
 from impasto.formats.detect import CONTEXT_WIDTHS
 
 
-def apply(base: Base, adapter: Adapter, strength: float = 1.0, *, report: Reporter = SILENT) -> Applied:
+def apply(base: Base, adapter: Adapter, strength: float = 1.0, *, report: Reporter = SILENT) -> Attached:
     """Let the base compute with `adapter` from now on, until what is returned is detached.
 
     Its factors are copied to the device of the layers they belong to, where that is another one. New tokens are
@@ -29,64 +25,28 @@ def apply(base: Base, adapter: Adapter, strength: float = 1.0, *, report: Report
     """
     for line in notices(base, adapter):
         report.note(line)
-    deltas = {path: tuple(_placed(base, path, term) for term in terms) for path, terms in adapter.deltas.items()}
+    deltas = beside_layers(base.components, adapter.deltas)
     parts: list[Part] = []
     try:
         if adapter.embeddings:
             parts.append(base.tokens.add(adapter.embeddings))
         parts.append(attach(base.components, deltas, strength))
         if adapter.hooks:
-            parts.append(attach_hooks(base.components, [_moved(hook, base.device) for hook in adapter.hooks],
+            parts.append(attach_hooks(base.components, [on_device(hook, base.device) for hook in adapter.hooks],
                                       base.key_value_layers(), strength))
     except UserError:
-        Applied(parts).detach()
+        Attached(parts).detach()
         raise
-    return Applied(parts)
+    return Attached(parts)
 
 
-class Part(Protocol):
-    """One kind of what an adapter puts on a base."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it has effect."""
-        ...
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None: ...
-
-    def detach(self) -> None:
-        """Take it off again. Doing it twice does no harm."""
-        ...
-
-
-class Applied:
-    """An adapter on its base, until `detach`. As a context manager it detaches at the end."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it has effect; set it to False to have the base alone."""
-        return all(part.enabled for part in self._parts)
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        for part in self._parts:
-            part.enabled = value
-
-    def detach(self) -> None:
-        """Take all of it off. Doing it twice does no harm."""
-        for part in reversed(self._parts):
-            part.detach()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.detach()
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """A block whose errors name an adapter's file too."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.what, where=f"{path}: {error.where}" if error.where else path, fix=error.fix) from error
 
 
 def notices(base: Base, adapter: Adapter) -> list[str]:
@@ -124,16 +84,3 @@ def _unused(base: Base, hook: InputHook) -> list[str]:
 
 def _listed(widths: Sequence[int]) -> str:
     return ", ".join(map(str, widths))
-
-
-def _placed(base: Base, path: str, term: Delta) -> Delta:
-    """The term on its layer's device."""
-    wanted = next(find_layer(base.components, path).parameters()).device
-    first = next(term.parameters(), None)
-    return term if first is None or first.device == wanted else copy.deepcopy(term).to(wanted)
-
-
-def _moved(hook: InputHook, device: torch.device) -> InputHook:
-    """The hook on that device."""
-    first = next(hook.parameters(), None)
-    return hook if first is None or first.device == device else copy.deepcopy(hook).to(device)

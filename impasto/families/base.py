@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError
 from impasto.core.files import key_of
 from impasto.core.progress import SILENT, Reporter
+from impasto.deltas.attach import attach, beside_layers
+from impasto.deltas.delta import Delta
 from impasto.diffusion.process import Process
 from impasto.families.tokens import Tokens, Vocabulary
 
@@ -60,6 +62,7 @@ class Merged:
     digest: str  # of what it holds
     strength: float
     components: frozenset[str]  # that it changed
+    deltas: Mapping[str, tuple[Delta, ...]] = field(repr=False, compare=False)  # by layer, at full strength
 
 
 @dataclass
@@ -223,7 +226,8 @@ class Base(abc.ABC):
     def hold(self, paths: Iterable[str], dtype: torch.dtype) -> None:
         """Hold these parameters in `dtype` from now on, whatever precision the base was loaded in.
 
-        Their values are the checkpoint's own again: what loading has rounded comes back. Random ones are cast.
+        Their values are the checkpoint's own again: what loading has rounded comes back, and onto that, what was merged
+        into them since. Random ones are cast.
         """
         wanted: dict[str, dict[str, nn.Parameter]] = {}
         for path in paths:
@@ -238,6 +242,14 @@ class Base(abc.ABC):
             for name, tensor in self.stored(component):
                 if name in parameters:
                     parameters[name].data = tensor.to(parameters[name].device, dtype)
+            self._merge_again({f"{component}.{name}" for name in parameters})
+
+    def _merge_again(self, paths: set[str]) -> None:
+        """Put the merged adapters' changes onto these parameters, of the checkpoint's values, and onto no others."""
+        layers = {path.rpartition(".")[0] for path in paths}
+        for each in self.merged:
+            deltas = {layer: terms for layer, terms in each.deltas.items() if layer in layers}
+            attach(self.components, beside_layers(self.components, deltas), each.strength).merge(only=paths)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by path: all others are what the checkpoint has, up to the precision in use."""

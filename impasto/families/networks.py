@@ -52,7 +52,7 @@ class ClipText(nn.Module):
         if rows is None:
             hidden = model.embeddings(ids)
         else:
-            vectors = looked_up(model.embeddings.token_embedding, ids, rows, model.config.vocab_size)
+            vectors = looked_up(model.embeddings.token_embedding, ids, rows)
             hidden = model.embeddings(inputs_embeds=vectors)
         layers = model.encoder.layers
         for layer in layers[:len(layers) - skip]:

@@ -110,8 +110,13 @@ class Places:
         """Words, paths and parts of paths that are nearest."""
         plain = re.sub(r"\\(?=\.)|[\^$\[\]]", "", word)
         known = dict.fromkeys((*self.words, *(start for path in self._searched(word) for start in _starts(path))))
-        close = difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
-        return "did you mean " + " or ".join(map(repr, close)) + "?" if close else "words: " + ", ".join(self.words)
+        return hint(plain, known, self.words)
+
+
+def hint(word: str, known: Iterable[str], words: Iterable[str]) -> str:
+    """Those of `known` that are nearest to `word`; all `words` where none is."""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return "did you mean " + " or ".join(map(repr, close)) + "?" if close else "words: " + ", ".join(words)
 
 
 def _starts(path: str) -> Iterable[str]:

@@ -14,7 +14,7 @@ from impasto.core.errors import UserError, nearest
 from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.deltas.adapter import Adapter
 from impasto.families import prompts as language
-from impasto.families.apply import Applied, apply, notices
+from impasto.families.apply import apply, naming, notices
 from impasto.families.base import Base
 from impasto.families.sampling import SampleSettings, sample
 from impasto.formats.adapters import load_adapter
@@ -52,8 +52,11 @@ def find_adapter(name: str, folders: Sequence[Path]) -> Path:
     """
     tails = (f"{name}.safetensors", f"{name}.pt", name)
     for candidate in [Path(name), *(folder / tail for folder in folders for tail in tails)]:
-        if candidate.is_file() or (candidate / "adapter_config.json").is_file():
+        if candidate.is_file() or (candidate / "adapter_config.json").is_file() or any(
+                candidate.glob("*/adapter_config.json")):  # peft's, of one component or a folder for each
             return candidate
+    if Path(name).is_dir():  # whoever loads it says what it lacks
+        return Path(name)
     there = {path.stem for folder in folders if folder.is_dir() for ending in ("safetensors", "pt")
              for path in folder.glob(f"*.{ending}")}
     looked = ", ".join(f"{folder.absolute()}" for folder in folders)
@@ -80,7 +83,9 @@ def draw(base: Base, shots: Sequence[Shot], settings: SampleSettings, *, negativ
     loaded: dict[Path, Adapter] = {}
     for path in dict.fromkeys(path for shot in shots for path, _ in shot.adapters):
         loaded[path] = load_adapter(path, family=base.family)
-        for line in notices(base, loaded[path]):
+        with naming(path):
+            told = notices(base, loaded[path])
+        for line in told:
             report.note(f"{path.name}: {line}")
     steps = settings.steps if init is None else max(int(settings.steps * settings.strength), 1)
     unwanted = _without_adapters(negative)
@@ -88,7 +93,9 @@ def draw(base: Base, shots: Sequence[Shot], settings: SampleSettings, *, negativ
         for adapters, group in itertools.groupby(shots, key=lambda shot: shot.adapters):
             with contextlib.ExitStack() as attached:
                 for path, strength in adapters:
-                    attached.enter_context(_applied(base, loaded[path], strength, path))
+                    with naming(path):
+                        applied = apply(base, loaded[path], strength)
+                    attached.enter_context(applied)
                 waiting = list(group)
                 while waiting:
                     now, waiting = waiting[:batch], waiting[batch:]
@@ -105,14 +112,6 @@ def _without_adapters(negative: str) -> str:
         raise UserError("an adapter has no place in the negative prompt", where=f"<lora:{tags[0][0]}>",
                         fix="name it in the prompt")
     return text
-
-
-def _applied(base: Base, adapter: Adapter, strength: float, path: Path) -> Applied:
-    """`apply`, whose errors name the adapter's file too."""
-    try:
-        return apply(base, adapter, strength)
-    except UserError as error:
-        raise UserError(error.what, where=f"{path}: {error.where}" if error.where else path, fix=error.fix) from error
 
 
 def _counter(advance: Advance, pictures: int) -> Callable[[int, int], None]:

@@ -167,8 +167,9 @@ class AddedTokens:
         self._home.remove(self)
 
 
-def looked_up(table: nn.Module, ids: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Vectors (…, d) of ids (…): from the table below `size`, V, from `rows` (m, d) above; in the table's dtype."""
+def looked_up(table: nn.Embedding, ids: Tensor, rows: Tensor) -> Tensor:
+    """Vectors (…, d) of ids (…): from the table (V, d), from V on from `rows` (m, d); in the table's dtype."""
+    size = table.num_embeddings
     new = ids >= size
     plain = table(ids.masked_fill(new, 0))
     own = nn.functional.embedding((ids - size).clamp(min=0), rows.to(plain.dtype))

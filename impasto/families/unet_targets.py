@@ -14,13 +14,13 @@ convolution and embedding layers of UNet and text encoders. `$` at its end means
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from impasto.core.errors import UserError, nearest
+from impasto.families.parts import hint
 
 _BLOCKS = r"^unet\.(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
 _ATTENTION = r"\.to_(?:q|k|v|out\.0)$"
@@ -73,5 +73,4 @@ def matches(known: Sequence[str], word: str, words: Mapping[str, str]) -> list[s
 def _hint(word: str, known: Sequence[str], words: Mapping[str, str]) -> str:
     """The words, last parts of paths, and paths that are nearest to `word`."""
     candidates = [*words, *dict.fromkeys(path.rsplit(".", 1)[-1] for path in known), *known]
-    close = difflib.get_close_matches(word, candidates, n=3, cutoff=0.6)
-    return "did you mean " + " or ".join(map(repr, close)) + "?" if close else "words: " + ", ".join(words)
+    return hint(word, candidates, words)

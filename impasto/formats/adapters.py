@@ -191,7 +191,8 @@ def family_of(widths: Mapping[str, int], metadata: Mapping[str, str]) -> str:
 def _unclaimed(path: Path, header: Header | None) -> UserError:
     """The line for a file that no format knows."""
     if header is None and path.is_file():
-        read_header(path)  # says what is wrong with it
+        return UserError("is a pickle, and adapters of its kind are read from safetensors alone", where=path,
+                         fix="save it as safetensors with the program that made it")
     if header is None:
         return UserError("is a folder without an adapter in it", where=path,
                          fix="a peft folder holds adapter_config.json and adapter_model.safetensors")

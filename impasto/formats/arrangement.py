@@ -35,7 +35,8 @@ def arranged(adapter: Adapter, path: Path, format: str = "auto") -> list[Part]:
     asked for, several tokens are in files of it beside `path`, where they are bundled.
     """
     single = "webui-embedding" if format == "auto" else format
-    if format != "auto" and not (single in SINGLE and len(adapter.embeddings) > 1 and not adapter.hooks):
+    several = len(adapter.embeddings) > 1 and not (adapter.deltas or adapter.hooks)
+    if format != "auto" and not (single in SINGLE and several):
         return [Part(path, format, adapter)]
     rest = replace(adapter, hooks=())
     parts = [] if rest.empty and adapter.hooks else _without_hooks(rest, path, single)

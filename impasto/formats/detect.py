@@ -118,8 +118,9 @@ def _embedding(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str
         return Detected("embedding", "sdxl" if any(name.endswith(".clip_g") for name in names) else family, "kohya")
     if len(shapes) == 1:
         ((name, shape),) = shapes.items()
-        known = name.startswith("<") or "impasto.token" in metadata or width in CONTEXT_WIDTHS
-        if known and len(shape) in (1, 2) and "." not in name.strip("<>"):
+        told = name.startswith("<") or "impasto.token" in metadata
+        alike = width in CONTEXT_WIDTHS and len(shape) == 2  # any network may have a vector of that width
+        if (told and len(shape) in (1, 2) or alike) and "." not in name.strip("<>"):
             return Detected("embedding", family, "diffusers")
     return None
 

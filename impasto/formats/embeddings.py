@@ -213,5 +213,7 @@ def _old_entry(path: Path) -> Tensor:
         entries = table.parameters if isinstance(table, ParameterDict) else table
         found = [values for values in entries.values() if isinstance(values, Tensor)]
     if len(found) != 1:
-        raise UserError(f"holds {len(found)} embeddings where A1111's file has one", where=path)
+        fix = "save each by itself" if found else "take another one, or save it anew"
+        raise UserError(f"holds {len(found)} embeddings where A1111's file has one", where=path,
+                        fix=f"{fix}, as safetensors, with the program that made it")
     return found[0]

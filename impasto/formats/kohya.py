@@ -9,7 +9,6 @@ mix kinds, one for each layer.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -24,11 +23,11 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.kronecker import factorization
 from impasto.formats import names
 from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
-from impasto.formats.adapters import FileCodec, Layers, family_of
+from impasto.formats.adapters import FileCodec, Layers, assemble, family_of
 from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
 from impasto.formats.header import Header, header_bytes
 from impasto.formats.kronecker_split import factor_of, split_of
-from impasto.formats.parts import FORMS, deltas_of, held, parts_of, rank_in
+from impasto.formats.parts import FORMS, Parts, deltas_of, held, parts_of, rank_in
 
 #: what a layer's name begins with -> the components that it may be in
 PREFIXES = {
@@ -65,9 +64,6 @@ FAMILIES = {
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024"),
 }
 
-#: a layer's parts by name, see `formats.parts`
-Parts = dict[str, Tensor]
-
 
 class Kohya(FileCodec):
     """One safetensors file of `lora_unet_…` and `lora_te…` keys, and new tokens' `bundle_emb.…` beside them."""
@@ -79,12 +75,11 @@ class Kohya(FileCodec):
         return header is not None and any(key.startswith((*PREFIXES, BUNDLE)) for key in header.tensors)
 
     def load(self, path: Path, header: Header | None) -> Adapter:
-        adapter = super().load(path, header)
         assert header is not None
-        tokens = {name: info for name, info in header.tensors.items() if name.startswith(BUNDLE)}
-        if tokens:
-            adapter.embeddings = unbundled(read_tensors(path, dataclasses.replace(header, tensors=tokens)), path)
-            adapter.family = adapter.family or family_by_width(adapter.embeddings)
+        tensors = read_tensors(path, header)
+        adapter = assemble(self.decode(tensors, header.metadata, path), header.metadata)
+        adapter.embeddings = unbundled(tensors, path)
+        adapter.family = adapter.family or family_by_width(adapter.embeddings)
         return adapter
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path) -> Layers:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from impasto.deltas.delta import Delta
+from impasto.deltas.told import inner_of, is_plain_lora
 
 
 def check_meaning(meant: Mapping[str, Sequence[Delta]], saved: Mapping[str, Sequence[Delta]], dtype: torch.dtype
@@ -24,7 +25,7 @@ def check_meaning(meant: Mapping[str, Sequence[Delta]], saved: Mapping[str, Sequ
         if not terms:  # a bias alone: beside a norm's, zeros are written for its weight
             assert not any(bool(term.weight().count_nonzero()) for term in others), layer
             continue
-        if all(_is_low_rank(term) for term in (*terms, *others)):
+        if all(is_plain_lora(term) for term in (*terms, *others)):
             _check_products(layer, terms, others, dtype)
         elif not _same_tensors(terms, others, dtype):
             _check_dense(layer, terms, others, dtype)
@@ -32,10 +33,6 @@ def check_meaning(meant: Mapping[str, Sequence[Delta]], saved: Mapping[str, Sequ
 
 def _weights(terms: Sequence[Delta]) -> list[Delta]:
     return [term for term in terms if term.shape]  # () changes a bias alone
-
-
-def _is_low_rank(term: Delta) -> bool:
-    return term.kind == "lora" and "mid" not in term.tensors()
 
 
 def _check_biases(layer: str, terms: Sequence[Delta], others: Sequence[Delta], dtype: torch.dtype) -> None:
@@ -104,7 +101,7 @@ def _check_dense(layer: str, terms: Sequence[Delta], others: Sequence[Delta], dt
         (one,), (other,) = terms, others
         assert one.kind == other.kind == "dora", (one.kind, other.kind)
         assert _rounded("magnitude", one.tensors()["magnitude"], other.tensors()["magnitude"], dtype), layer
-        check_meaning({layer: [one.get_submodule("inner")]}, {layer: [other.get_submodule("inner")]}, dtype)  # pyright: ignore[reportArgumentType]
+        check_meaning({layer: [inner_of(one)]}, {layer: [inner_of(other)]}, dtype)
         return
     info = torch.finfo(dtype)
     gap, bound = torch.zeros((), dtype=torch.float64), torch.full((), 1e-30, dtype=torch.float64)

@@ -16,6 +16,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.deltas import DELTAS
 from impasto.deltas.delta import Delta
+from impasto.deltas.told import inner_of, is_plain_lora
 
 #: parts that only products of factors have, and that have to be there in one of the forms that are listed
 FORMS = {
@@ -31,6 +32,10 @@ TITLES = {"lora": "a LoRA", "loha": "a LoHa", "lokr": "a LoKr", "dense": "a full
 
 #: elements of a weight: twice those of T5-XXL's table, the largest of them all. Small factors may multiply to any size
 LARGEST = 2**28
+
+
+#: a layer's parts by name
+Parts = dict[str, Tensor]
 
 
 class Held(NamedTuple):
@@ -224,7 +229,7 @@ def _single(layer: str, terms: list[Delta], where: object) -> Delta | None:
     if not all(term.linear for term in terms):
         raise UserError(f"{layer} is changed by {' and '.join(kinds)}, whose sum depends on the base's weight",
                         where=where, fix="merge them into the base one after the other")
-    if all(term.kind == "lora" and "mid" not in term.tensors() for term in terms):
+    if all(map(is_plain_lora, terms)):
         return _side_by_side(terms)
     if any(term.kind == "dense" for term in terms):
         weights = [term.weight().detach().cpu() for term in terms]
@@ -262,29 +267,28 @@ def _by_factors(terms: Sequence[Delta]) -> Delta | None:
 
 def as_lora(change: Delta) -> Delta | None:
     """The same change as a LoRA of two factors, where it has them and they are not larger than the dense matrix."""
-    if change.kind == "lora" and "mid" not in change.tensors():
+    if is_plain_lora(change):
         return change
     return _by_factors([change]) if change.linear else None
 
 
-def parts_of(layer: str, content: Held, where: object) -> dict[str, Tensor]:
+def parts_of(layer: str, content: Held, where: object) -> Parts:
     """Named parts, in fp32 on the CPU, of what a file holds of a layer; alpha is there for all products.
 
     A change of no strength has a factor of zeros: some programs take alpha = 0 for "no alpha", that is, for full
     strength. Raises `UserError` for a DoRA of another strength than 1.
     """
-    parts: dict[str, Tensor] = {}
+    parts: Parts = {}
     if (change := content.change) is not None:
-        tensors, kind = change.tensors(), change.kind
-        if kind == "dora":
-            if float(tensors["strength"]) != 1.0:
-                strength = f"{float(tensors['strength']):g}"
+        if change.kind == "dora":
+            around = change.tensors()
+            if float(around["strength"]) != 1.0:
+                strength = f"{float(around['strength']):g}"
                 raise UserError(f"{layer} holds a DoRA at strength {strength}, and files hold it at 1", where=where,
                                 fix="give the strength where it is used, or merge it into a base")
-            parts["magnitude"] = tensors["magnitude"].detach().float().cpu()
-            kind = bytes(tensors["inner_kind"].tolist()).decode()
-            tensors = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()
-                       if name.startswith("inner.")}
+            parts["magnitude"] = around["magnitude"].detach().float().cpu()
+        inner = inner_of(change)
+        tensors, kind = inner.tensors(), inner.kind
         for name, tensor in tensors.items():
             if name not in ("shape", "alpha", "bias"):
                 parts[f"{kind}.{name}"] = tensor.detach().float().cpu()

@@ -27,13 +27,14 @@ from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
+from impasto.deltas.told import inner_of, is_plain_lora
 from impasto.formats import names
 from impasto.formats.adapter_bytes import read_back, read_tensors, stored, upcast, write_tensors
 from impasto.formats.adapters import Codec, FileCodec, Layers, assemble
 from impasto.formats.header import Header, read_header
 from impasto.formats.meaning import check_meaning
-from impasto.formats.parts import TITLES, Held, as_lora, deltas_of, held, parts_of
-from impasto.formats.peft_config import TYPES, Parts, config_of, fold, json_table, with_alpha
+from impasto.formats.parts import TITLES, Held, Parts, as_lora, deltas_of, held, parts_of
+from impasto.formats.peft_config import TYPES, config_of, fold, json_table, with_alpha
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -148,15 +149,14 @@ def _fitting(layer: str, content: Held, format: str, kinds: Collection[str], whe
     assert change is not None
     if change.kind in kinds and change.kind != "lora":
         return content
-    kind = change.kind
-    if kind == "dora":
-        kind = bytes(change.tensors()["inner_kind"].tolist()).decode()
-        plain = kind == "lora" and "inner.mid" not in change.tensors()
-        lora = change if plain else None
+    inner = inner_of(change)
+    if change.kind == "dora":
+        lora = change if is_plain_lora(inner) else None
     else:
-        lora = as_lora(change) if kind == "lora" else None
+        lora = as_lora(change) if change.kind == "lora" else None
     if lora is None:
-        what = TITLES[kind] + (" under DoRA" if change.kind == "dora" else "")
+        what = TITLES[inner.kind] + (" with a Tucker core" if inner.kind == "lora" else "") + (
+            " under DoRA" if change.kind == "dora" else "")
         others = "kohya or peft" if format == "diffusers" and change.kind in ("loha", "lokr") else "kohya"
         raise UserError(f"{layer} holds {what}, which a {format} file cannot hold", where=where,
                         fix=f"save it as {others}")

@@ -16,22 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.deltas.kronecker import factorization
 from impasto.formats.kronecker_split import factor_of, split_of
 from impasto.formats.names import kernel
-from impasto.formats.parts import rank_in
+from impasto.formats.parts import Parts, rank_in
 
 #: no one means more; a number from a file may have any size
 MAX_ALPHA = 1e9
 
 #: peft_type -> the kind of its parts, and the key of its alpha
 TYPES = {"LORA": ("lora", "lora_alpha"), "LOHA": ("loha", "alpha"), "LOKR": ("lokr", "alpha")}
-
-#: a layer's parts by name, see `formats.parts`
-Parts = dict[str, Tensor]
 
 
 # --- reading -----------------------------------------------------------------------------------------------

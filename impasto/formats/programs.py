@@ -13,6 +13,7 @@ from pathlib import Path
 
 from impasto.deltas.told import alpha_of
 from impasto.formats.adapters import load_adapter
+from impasto.formats.embeddings import BUNDLE
 from impasto.formats.header import read_header
 
 # pieces of the patterns, in diffusers' names; in kohya's, `.` is `_`
@@ -47,6 +48,10 @@ def _kohya(unet: str, text: str = _TEXT, endings: str = _KOHYA, prefix: str = "l
     return rf"(?:{prefix}(?:{flat[0]})|lora_te_(?:{flat[1]}))(?:{endings})"
 
 
+#: what becomes of new tokens in programs that do not know them
+IGNORES_TOKENS, REFUSES_TOKENS = "ignores the new tokens", "refuses a file with new tokens in it"
+
+
 @dataclass(frozen=True)
 class Program:
     """`loads`: a key is loaded if one of these patterns matches all of it. `source`: where that is seen."""
@@ -57,7 +62,7 @@ class Program:
     #: what is loaded in place of that if the file holds anything of LyCORIS', and what that takes
     extended: tuple[str, ...] = ()
     extension: str = ""
-    #: whether one unknown key among kohya's has it refuse the whole file
+    #: whether it refuses a whole file for one unknown key among kohya's, or one without the word "lora" in it
     strict: bool = False
 
 
@@ -91,7 +96,10 @@ PROGRAMS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `program` makes of a file: `loaded` of its `total` layers, the keys it ignores, a caution if any."""
+    """What `program` makes of a file: `loaded` of its `total` layers, the keys it ignores, a caution if any.
+
+    A new token is no layer; a program that does not know it says so in the caution.
+    """
 
     program: str
     loaded: int
@@ -113,14 +121,14 @@ def verdicts(keys: Iterable[str], alphas: Iterable[float] = ()) -> list[Verdict]
     `alphas`: those of the layers, if they are known; one program misreads files in which they differ.
     """
     keys, alphas = sorted(keys), set(alphas)
-    layers = {key: _layer(key) for key in keys}
+    layers = {key: _layer(key) for key in keys if not key.startswith(BUNDLE)}
     total = len(set(layers.values()))
-    extended = any(re.search(_LYCORIS + "$", key) for key in keys)
+    extended = lycoris(keys)
     found = []
     for program in PROGRAMS:
         ignored = _ignored(program, keys, extended)
-        loaded = total - len({layers[key] for key in ignored})
-        found.append(Verdict(program.name, loaded, total, ignored, _caution(program, keys, alphas, extended)))
+        loaded = total - len({layers[key] for key in ignored if key in layers})
+        found.append(Verdict(program.name, loaded, total, ignored, _caution(program, keys, ignored, alphas)))
     return found
 
 
@@ -135,9 +143,11 @@ def _ignored(program: Program, keys: list[str], extended: bool) -> tuple[str, ..
     known = set(keys)
     ignored = [key for key in keys if not pattern.fullmatch(key) or
                program.name in ALONE and _alone(key, known)]
-    if program.strict and ignored and all(re.match(r"lora_(?:unet|te\d?)_", key) for key in keys):
-        dropped = [key for key in ignored if not key.endswith(".dora_scale")]
-        return tuple(keys if dropped else ignored)
+    if program.strict:
+        read = [key for key in keys if not key.endswith(".dora_scale")]  # those it drops beforehand
+        kohyas = all(re.match(r"lora_(?:unet|te\d?)_", key) for key in read)
+        if any("lora" not in key for key in read) or kohyas and not set(read).isdisjoint(ignored):
+            return tuple(keys)
     return tuple(ignored)
 
 
@@ -155,8 +165,18 @@ def _layer(key: str) -> str:
     return re.sub(rf"(?:{_BOTH}|{_PEFT}|{_PEFT_DORA}|{_OLD}|_lora\.(?:up|down)\.weight)$", "", key)
 
 
-def _caution(program: Program, keys: list[str], alphas: set[float], extended: bool) -> str:
-    """What goes wrong with keys that a program does load, or what they take."""
+def _caution(program: Program, keys: list[str], ignored: Iterable[str], alphas: set[float]) -> str:
+    """What goes wrong with keys that a program does load, what they take, and what becomes of new tokens."""
+    own = _caution_of_layers(program, [key for key in keys if not key.startswith(BUNDLE)], alphas)
+    if not any(key.startswith(BUNDLE) for key in ignored):
+        return own
+    if program.strict:
+        return REFUSES_TOKENS
+    return IGNORES_TOKENS + (f" and {own}" if own else "")
+
+
+def _caution_of_layers(program: Program, keys: list[str], alphas: set[float]) -> str:
+    """What goes wrong with layers' keys that a program does load, or what they take."""
     dora = any(key.endswith(".dora_scale") for key in keys)
     match program.name:
         case "diffusers":
@@ -169,7 +189,7 @@ def _caution(program: Program, keys: list[str], alphas: set[float], extended: bo
             return "divides by the norm of the unchanged weight where DoRA's magnitudes are the outputs'"
         case "ComfyUI" | "Forge" if any(key.endswith(".lokr_t2") for key in keys):
             return "fails on a LoKr's Tucker core with torch 2.13, and leaves that layer as it was"
-        case "kohya" if extended:
+        case "kohya" if lycoris(keys):
             return program.extension
     return ""
 

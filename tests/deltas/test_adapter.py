@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
+from impasto.deltas.dense import Dense
 from tests.deltas.layers import dense_of, make_delta
 
 SHAPES = {"unet.a.to_q": (6, 5), "unet.conv": (4, 3, 3, 3), "text_encoder.up": (5, 7), "unet.line": (4, 3, 2)}
@@ -132,6 +133,13 @@ def test_other_families_and_shapes_cannot_be_added() -> None:
         a + Adapter({}, family="sdxl")
     with pytest.raises(UserError, match=r"unet.x.*\(6, 5\).*\(6, 7\)"):
         a + Adapter({"unet.x": (make_delta((6, 7)),)}, family="sd1")
+    bias = Adapter({"unet.x": (Dense.from_weight(None, torch.ones(6)),)})
+    for one, two in ((bias + a, make_delta((6, 7))), (a + bias, make_delta((6, 7))),
+                     (bias, make_delta((4, 5))), (bias, Dense.from_weight(None, torch.ones(4))),
+                     (bias + a, Dense.from_weight(None, torch.ones(4)))):
+        with pytest.raises(UserError, match=r"unet.x.*made for different bases"):
+            one + Adapter({"unet.x": (two,)})
+    assert_close((bias + a).dense("unet.x"), a.dense("unet.x"))
     assert (a + Adapter({})).family == (Adapter({}) + a).family == "sd1"
 
 
@@ -161,5 +169,5 @@ def test_tokens_are_carried_along_as_they_are() -> None:
 
 def test_a_token_that_is_two_things_is_refused() -> None:
     one, other = (Adapter({}, embeddings={"<cat>": {"text_encoder": torch.randn(1, 8)}}) for _ in range(2))
-    with pytest.raises(UserError, match="<cat>: is another thing in each"):
+    with pytest.raises(UserError, match="<cat>: is another thing in each.*under another token"):
         one + other

@@ -60,6 +60,25 @@ def test_output_and_gradients_are_those_of_the_summed_weight(case: str, kind: st
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("case", ["loha", "lokr"])
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind.startswith("conv")])
+def test_one_picture_is_as_good_as_a_batch(case: str, kind: str) -> None:
+    """A convolution takes (C, H, W) too."""
+    layer = make_layer(kind)
+    delta, x = make(case, layer).requires_grad_(True), make_input(layer)[0].requires_grad_()
+    want = with_weight(make_layer(kind), definition(delta, weight_of(layer)).detach())(x)
+    with attach(nn.ModuleDict({"layer": layer}), {"layer": delta}):
+        out = layer(x)
+    assert_close(out, want)
+    got = torch.autograd.grad(out.square().sum(), [x, *delta.parameters()])
+    dense = apply_weight(x, weight_of(layer) + delta.weight(), make_layer(kind))
+    if layer.bias is not None:
+        dense = dense + layer.bias.view(-1, *(1 for _ in layer.kernel_size))
+    for one, other in zip(got, torch.autograd.grad(dense.square().sum(), [x, *delta.parameters()]), strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("case", ["loha", "lokr"])
 def test_an_input_that_needs_no_gradient_gets_none(case: str) -> None:
     layer = make_layer("linear")
     delta = make(case, layer).requires_grad_(True)

@@ -57,6 +57,12 @@ def test_another_shape_names_the_layer_and_both(base: SD1) -> None:
         apply(base, wrong)
 
 
+def test_a_layer_without_weights(base: SD1) -> None:
+    wrong = Adapter({"unet.conv_act": (LowRank((5, 6), 2),)}, family="sd1")
+    with pytest.raises(UserError, match="unet.conv_act: is a .*, which cannot carry a delta"):
+        apply(base, wrong)
+
+
 def test_unknown_layers(base: SD1) -> None:
     with pytest.raises(UserError, match="unet.no_such_layer"):
         apply(base, Adapter({"unet.no_such_layer": (LowRank((5, 6), 2),)}))

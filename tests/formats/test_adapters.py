@@ -228,6 +228,15 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, tensors: dict, said: 
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.ckpt", "a"])
+def test_a_pickle_of_a_lora_says_what_to_do(tmp_path: Path, name: str) -> None:
+    torch.save(pair(), tmp_path / name)
+    with pytest.raises(UserError, match="is a pickle, and adapters of its kind are read from safetensors alone; "
+                                        "save it as safetensors") as caught:
+        load_adapter(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
 def test_truncated_text_missing_and_folders(tmp_path: Path) -> None:
     whole = kohya_file(tmp_path / "whole.safetensors", pair()).read_bytes()
     for length in (0, 7, 8, 20, len(whole) // 2, len(whole) - 1):

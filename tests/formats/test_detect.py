@@ -91,6 +91,15 @@ def test_kinds(tmp_path: Path, names, kind, layout) -> None:
     assert (found.kind, found.layout) == (kind, layout)
 
 
+@pytest.mark.parametrize(("name", "shape", "metadata", "kind"), [
+    ("cat", (2, 768), {}, "embedding"), ("cat", (1, 2048), {}, "embedding"), ("<cat>", (768,), {}, "embedding"),
+    ("cat", (768,), {"impasto.token": "cat"}, "embedding"), ("bias", (768,), {}, "unknown"),
+    ("mean", (1024,), {}, "unknown"), ("cat", (2, 2, 768), {}, "unknown"), ("cat", (2, 33), {}, "unknown"),
+])
+def test_a_vector_by_itself_is_an_embedding_if_it_says_so(tmp_path: Path, name, shape, metadata, kind) -> None:
+    assert detect(file(tmp_path / "a.safetensors", metadata=metadata, **{name: shape})).kind == kind
+
+
 def test_no_tensor_of_a_network_looks_like_an_adapter() -> None:
     for part in CONFIGS.get("sd1").parts.values():
         from impasto.formats.detect import detect_names

@@ -98,6 +98,15 @@ def test_which_files_there_will_be(tmp_path: Path) -> None:
     assert [part.format for part in arranged(embedding("a"), path, "diffusers-embedding")] == ["diffusers-embedding"]
 
 
+@pytest.mark.parametrize("tokens", [["<a>"], ["<a>", "<b>"]])
+@pytest.mark.parametrize("format", ["diffusers-embedding", "webui-embedding"])
+def test_a_format_of_tokens_is_not_exchanged_for_one_that_holds_more(tmp_path: Path, format: str, tokens: list[str]
+                                                                     ) -> None:
+    with pytest.raises(UserError, match=f"changes of layers, for which the format {format} has no place"):
+        save_arranged(random_adapter() + embedding(*tokens), tmp_path / "a.safetensors", format=format)
+    assert not list(tmp_path.iterdir())
+
+
 def test_keys_are_those_that_others_read(tmp_path: Path) -> None:
     def keys(adapter: Adapter, format: str) -> set[str]:
         save_adapter(adapter, tmp_path / "a.safetensors", format=format)
@@ -207,7 +216,7 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path: Path, content: Any, c
     {"string_to_param": {}}, {"string_to_param": {"*": vectors(), "+": vectors()}}, {"string_to_param": {"*": 3}}])
 def test_pickles_that_are_no_embedding(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="where A1111's file has one"):
+    with pytest.raises(UserError, match="where A1111's file has one; .* safetensors"):
         load_adapter(tmp_path / "a.pt")
 
 

@@ -14,6 +14,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from impasto.core.errors import UserError
+from impasto.deltas.adapter import Adapter
+from impasto.deltas.dora import Dora
+from impasto.deltas.lowrank import LowRank
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.programs import of_file
 from tests.formats.adapter_cases import (
@@ -119,6 +122,19 @@ def test_what_diffusers_writes_of_dora(tmp_path: Path) -> None:
     loaded = load_adapter(tmp_path / "pytorch_lora_weights.safetensors")
     assert {term.kind for terms in loaded.deltas.values() for term in terms} == {"dora"}
     torch.testing.assert_close(output_with(loaded, "unet", unet_output), unet_output(module), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("format", "dora", "said"), [
+    ("peft", True, "a LoRA with a Tucker core under DoRA, which a peft file"),
+    ("diffusers", True, "a LoRA with a Tucker core under DoRA, which a diffusers file"),
+    ("diffusers", False, "a LoRA with a Tucker core, which a diffusers file"),
+])
+def test_a_core_that_no_file_holds_is_named(tmp_path: Path, format: str, dora: bool, said: str) -> None:
+    core = LowRank((4, 4, 3, 3), 40, tucker=True)  # larger as two factors than the matrix
+    term = Dora(core, torch.ones(4, 1, 1, 1)) if dora else core
+    adapter = Adapter({"unet.conv_out": (term,)}, family="sd1")
+    with pytest.raises(UserError, match=f"unet.conv_out holds {said} cannot hold; save it as kohya"):
+        save_adapter(adapter, tmp_path / "a.safetensors", format=format)
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -106,6 +107,40 @@ def test_older_spellings_and_unknown_keys() -> None:
     counts = {v.program: v.loaded for v in programs.verdicts([*keys, "lora_unet_conv_inn.alpha"])}
     assert counts == {"A1111": 0, "Forge": 1, "ComfyUI": 1, "kohya": 0, "diffusers": 2}
     assert all("lora_unet_conv_inn.alpha" in v.ignored for v in programs.verdicts([*keys, "lora_unet_conv_inn.alpha"]))
+
+
+def test_new_tokens_beside_a_lora(tmp_path: Path) -> None:
+    """diffusers refuses the whole file, A1111 loads all of it, the others leave the tokens out; no token is a layer."""
+    tokens = {"<cat>": {"text_encoder": torch.ones(2, 768)}, "dog": {"text_encoder": torch.ones(1, 768)}}
+    save_adapter(replace(everything(), embeddings=tokens), tmp_path / "a.safetensors")
+    total = len(everything().deltas)
+    found = {verdict.program: verdict for verdict in programs.of_file(tmp_path / "a.safetensors")}
+    assert {verdict.total for verdict in found.values()} == {total}
+    assert {name: verdict.loaded for name, verdict in found.items()} == {
+        "A1111": total, "Forge": total, "ComfyUI": total, "kohya": total - 4, "diffusers": 0}
+    for program in ("Forge", "ComfyUI", "kohya"):
+        assert found[program].caution == "ignores the new tokens"
+        assert {key for key in found[program].ignored if "bundle_emb" in key} == {
+            f"bundle_emb.{token}.string_to_param.*" for token in tokens}
+    assert (found["A1111"].caution, found["A1111"].ignored) == ("", ())
+    assert "new tokens" in found["diffusers"].caution
+    assert set(found["diffusers"].ignored) == set(read_header(tmp_path / "a.safetensors").tensors)
+    pipe = pipeline()
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        pipe.load_lora_weights(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("strange", ["bundle_emb.a.string_to_param.*", "bundle_emb.a.clip_l", "conv_in.hada_w1_a"])
+def test_one_key_without_the_word_lora_has_diffusers_refuse_a_file(tmp_path: Path, strange: str) -> None:
+    """Whatever the spelling of the rest."""
+    for format in ("kohya", "diffusers"):
+        save_adapter(everything(), tmp_path / "a.safetensors", format=format)
+        tensors = safetensors.torch.load_file(tmp_path / "a.safetensors") | {strange: torch.ones(1, 4)}
+        (verdict,) = (v for v in programs.verdicts(tensors) if v.program == "diffusers")
+        assert verdict.loaded == 0 and set(verdict.ignored) == set(tensors)
+        safetensors.torch.save_file(tensors, tmp_path / "b.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+            pipeline().load_lora_weights(tmp_path / "b.safetensors")
 
 
 def test_a_peft_folder_is_for_peft(tmp_path: Path) -> None:
