@@ -20,8 +20,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.common import MIB, print_table
 from impasto.mini import lessons
@@ -31,6 +34,8 @@ METHODS = ("lora", "loha", "lokr", "dora", "full", "partial", "dreambooth", "tex
            "pivotal")
 #: lesson -> what its captions call what is taught
 NAMES = {"mascot": lessons.MASCOT_NAME, "style": lessons.STYLE_NAME, "familiar": lessons.FAMILIAR_NAME}
+#: pixels of a picture on the sheet
+SIDE = 96
 #: method -> the key of the token that it teaches
 TOKENS = {"textual_inversion": "method.token", "pivotal": "method.0.token"}
 
@@ -43,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of all runs; what is done is kept")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of every recipe")
+    parser.add_argument("--sheet", type=Path, help="a JPEG of each method's first pictures of the first lesson")
     parser.add_argument("--child", nargs=3, metavar=("METHOD", "LESSON", "SEED"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
@@ -51,9 +57,27 @@ def main() -> None:
     for lesson in chosen.lessons:
         rows = [row(method, [cell(method, lesson, seed, chosen) for seed in range(chosen.seeds)])
                 for method in chosen.methods]
+        if chosen.sheet and lesson == chosen.lessons[0]:
+            sheet(chosen.sheet, chosen.methods, lesson, chosen.folder)
         print(f"\n{lesson}, {chosen.seeds} seed(s)\n")
         print_table(["method", "trainable", "file, KiB", "peak, MiB", "s, training", "concept before, %", "after, %",
                      "prompt, %", "old before, %", "old after, %", "lost, points"], rows)
+
+
+def sheet(file: Path, methods: Sequence[str], lesson: str, folder: Path) -> None:
+    """A row a method: four pictures of what was taught, and two of what was known before."""
+    from impasto.evaluation.lesson import Amounts
+
+    shown, known, label = [0, 1, 2, 3], [Amounts().new, Amounts().new + 1], 150
+    made = Image.new("RGB", (label + 6 * SIDE, len(methods) * SIDE), "white")
+    font = ImageFont.load_default(15)
+    for row_, method in enumerate(methods):
+        found = sorted((place(folder, method, lesson, 0) / "run" / "pictures" / "after").glob("*.png"))
+        ImageDraw.Draw(made).text((8, row_ * SIDE + SIDE // 2), method, "black", font, anchor="lm")
+        for column, number in enumerate([*shown, *known]):
+            with Image.open(found[number]) as picture:
+                made.paste(picture.resize((SIDE - 4, SIDE - 4)), (label + column * SIDE, row_ * SIDE + 2))
+    made.save(file, quality=88)
 
 
 def cell(method: str, lesson: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
