@@ -7,16 +7,21 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from impasto.cli import app
 from impasto.core.errors import UserError
 from impasto.core.progress import Reporter
+from impasto.deltas.adapter import Adapter
+from impasto.formats.adapters import save_adapter
+from impasto.formats.arrangement import save_arranged
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.sharing import hub as sharing
 from impasto.training.sharing.after import announce, push_after
@@ -47,8 +52,9 @@ def trained(place: Path, name: str, **sections) -> Recipe:
             draw(photos / f"{key}.png", key, (64, 64))
     sections = {"train": {"steps": 2, "batch_size": 1}, "sample": {"every": 2, "steps": 1, "prompts": [PROMPT]},
                 **sections}
+    method = sections.pop("method", None)
     nested = tree(mini, photos, place / name, **sections)
-    nested["method"] = sections.get("method", nested["method"])
+    nested["method"] = method or nested["method"]
     made = make_recipe(nested)
     train(made)
     return made
@@ -179,7 +185,7 @@ def test_a_whole_checkpoint_is_a_folder_that_diffusers_opens(place: Path, hub: H
 
 
 def test_peft_folders_and_single_files_have_their_own_ways(run: Path, place: Path, tmp_path: Path) -> None:
-    from impasto.formats.adapters import load_adapter, save_adapter
+    from impasto.formats.adapters import load_adapter
 
     save_adapter(load_adapter(run / "dog.safetensors"), tmp_path / "dog", format="peft")
     card = write_card(pack(tmp_path / "dog"), "me/dog")
@@ -215,9 +221,56 @@ def test_embeddings_go_up_with_each_token_s_own_file(place: Path, tmp_path: Path
     assert "private-photos" not in card and place.name not in card
 
 
+def test_a_bundle_without_its_tokens_own_files_is_not_offered_as_one_token(tmp_path: Path) -> None:
+    embeddings = {token: {"text_encoder": torch.randn(1, 768)} for token in ("<cat>", "sks dog")}
+    files = save_arranged(Adapter({}, family="sd1", embeddings=embeddings), tmp_path / "pets.safetensors")
+    for path in files[1:]:
+        path.unlink()
+        card = write_card(pack(files[0]), "me/pets")
+        assert 'weight_name="pets.safetensors"' not in card and "put `pets.safetensors` into `embeddings`" not in card
+        assert "put `pets.safetensors` into `models/embeddings`" not in card
+        assert "`pets.safetensors` into `models/Lora`" in card and "--adapter pets.safetensors`" in card
+        assert ("load_textual_inversion" in card) == (path == files[1])  # of the token whose file is there
+        assert "`<cat>`" in card
+
+
+@pytest.mark.parametrize(("method", "own"), [
+    ([{"kind": "lora", "rank": 2}, {"kind": "hypernetwork", "structure": [1, 1]}], "dog.safetensors"),
+    ([{"kind": "textual_inversion", "tokens": {"<cat>": {}}}, {"kind": "hypernetwork", "structure": [1, 1]}],
+     "dog.safetensors")])
+def test_a_hypernetwork_goes_up_with_what_it_was_trained_beside(place: Path, hub: Hub, capsys, method: list[dict],
+                                                                own: str) -> None:
+    kind = method[0]["kind"]
+    made = trained(place, f"both-{kind}", method=method, data={"caption": "a <cat>"})
+    out, _ = push(capsys, made.output.dir, "me/dog")
+    files = hub.repos["me/dog"]["files"]
+    assert set(files) == {"README.md", own, "dog-hypernetwork.pt", "samples/0.png"} and "dog-hypernetwork.pt" in out
+    assert files["dog-hypernetwork.pt"] == (Path(made.output.dir) / "dog-hypernetwork.pt").read_bytes()
+    card = files["README.md"].decode()
+    assert {"hypernetwork", {"lora": "lora"}.get(kind, "textual_inversion")} <= set(front_of(card)["tags"])
+    assert {"lora": "A LoRA and a hypernetwork for"}.get(kind, "A textual inversion embedding and a hyper") in card
+    assert "put `dog-hypernetwork.pt` into `models/hypernetworks`" in card and "<hypernet:dog-hypernetwork:1>" in card
+    strength = ":0.8" if kind == "lora" else ""
+    assert f"--adapter {own}{strength} --adapter dog-hypernetwork.pt:0.8`" in card
+    push(capsys, Path(made.output.dir) / "dog-hypernetwork.pt", "me/alone")  # by itself it stays alone
+    assert set(hub.repos["me/alone"]["files"]) == {"README.md", "dog-hypernetwork.pt", "samples/0.png"}
+
+
+def test_what_diffusers_refuses_is_not_offered_to_it(tmp_path: Path) -> None:
+    """A LoRA beside a token: A1111 loads both, diffusers neither."""
+    from tests.formats.adapter_cases import random_adapter
+
+    for embeddings, offered in (({}, True), ({"<cat>": {"text_encoder": torch.randn(1, 768)}}, False)):
+        save_adapter(replace(random_adapter(alpha=1.0), embeddings=embeddings), tmp_path / "dog.safetensors")
+        card = write_card(pack(tmp_path / "dog.safetensors"), "me/dog")
+        assert ("load_lora_weights" in card) == offered
+        assert ("**diffusers** (refuses a file with new tokens in it)" in card) == (not offered)
+        assert ("choose it in a *Load LoRA* node (ignores the new tokens)." in card) == (not offered)
+        assert "write `<lora:dog:1>` in the prompt.\n" in card
+
+
 def test_a_card_of_other_kinds_of_change(tmp_path: Path) -> None:
     """It names the kinds and ranks, and the module that kohya's scripts want for them."""
-    from impasto.formats.adapters import save_adapter
     from tests.formats.kind_cases import adapter_of_kind
 
     for kind, title, tags in (("loha", "A LoHa for", {"loha"}), ("dora-lokr", "A DoRA/LoKr for", {"lokr", "dora"})):
@@ -225,6 +278,7 @@ def test_a_card_of_other_kinds_of_change(tmp_path: Path) -> None:
         card = write_card(pack(tmp_path / "dog.safetensors"), "me/dog")
         assert title in card and tags <= set(front_of(card)["tags"])
         assert "--network_module lycoris.kohya" in card and "it loads no layer" in card
+        assert "load_lora_weights" not in card
 
 
 def test_a_card_of_ones_own(run: Path, hub: Hub, capsys, tmp_path: Path) -> None:

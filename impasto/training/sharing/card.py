@@ -87,18 +87,19 @@ def _caption(recipe: Recipe | None) -> str:
 
 
 def _kinds(parcel: Parcel) -> list[str]:
-    """Kinds of delta in an adapter ("lora"), as the hub tags them; none for a whole checkpoint."""
+    """What is in an adapter ("lora", "hypernetwork"), as the hub tags it; nothing for a whole checkpoint."""
     if parcel.detected.kind == "hypernetwork":
         return [parcel.detected.kind]
+    beside = ["hypernetwork"] if parcel.hypernetworks else []
+    if parcel.detected.kind == "embedding":
+        return ["textual_inversion", *beside]
     if parcel.detected.kind != "adapter":
         return []
     return sorted({kind for terms in load_adapter(parcel.artifact).deltas.values() for term in terms
-                   for kind in kinds_of(term)})
+                   for kind in kinds_of(term)}) + beside
 
 
 def _front(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds: list[str]) -> ModelCardData:
-    if parcel.detected.kind == "embedding":
-        kinds = ["textual_inversion"]
     tags = ["stable-diffusion", "text-to-image", "diffusers", *kinds, "impasto"]
     if recipe is not None and recipe.prior is not None:
         tags.insert(3, "dreambooth")
@@ -112,9 +113,11 @@ def _front(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds:
 
 
 def _about(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds: list[str]) -> Iterator[str]:
-    titles = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "dense": "difference"}
-    whole = "textual inversion embedding" if parcel.detected.kind == "embedding" else "fine-tuned checkpoint"
-    what = "/".join(titles.get(kind, kind) for kind in kinds) or whole
+    titles = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "dense": "difference",
+              "textual_inversion": "textual inversion embedding"}
+    own = [titles.get(kind, kind) for kind in kinds if not (parcel.hypernetworks and kind == "hypernetwork")]
+    what = "/".join(own or kinds) or "fine-tuned checkpoint"
+    what += " and a hypernetwork" if own and parcel.hypernetworks else ""
     family = FAMILIES.get(parcel.detected.family, parcel.detected.family)
     on = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else \
         _code(PurePath(recipe.base.path).name) if recipe else ""

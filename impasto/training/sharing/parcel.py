@@ -45,6 +45,8 @@ class Parcel:
     told: Told | None  # None: the artifact keeps to itself how it was made
     files: dict[str, Path | bytes]
     samples: tuple[Sample, ...]
+    tokens: tuple[Path, ...] = ()  # of a bundle of tokens the files that have one each, as far as they lie beside it
+    hypernetworks: tuple[Path, ...] = ()  # that were trained beside it
 
     def with_card(self, card: str) -> dict[str, Path | bytes]:
         """Everything, with the card as README.md."""
@@ -69,26 +71,36 @@ def pack(source: Path) -> Parcel:
     except UserError:
         told = None
     files: dict[str, Path | bytes] = {}
+    tokens, hypernetworks = _tokens(artifact, detected), _hypernetworks(artifact)
     if artifact.is_dir():
         for file in sorted(artifact.rglob("*")):
             place = file.relative_to(artifact)
             if file.is_file() and place.name != "README.md" and not any(p.startswith(".") for p in place.parts):
                 files[place.as_posix()] = file
     else:
-        files |= {file.name: file for file in (artifact, *beside(artifact, detected))}
+        files |= {file.name: file for file in (artifact, *tokens, *hypernetworks)}
     samples = []
     for number, file in enumerate(previews(artifact, told)):
         place = f"samples/{number}.png"
         prompt, files[place] = _picture(file, silent=told is None)
         samples.append(Sample(place, prompt))
-    return Parcel(artifact, detected, told, files, tuple(samples))
+    return Parcel(artifact, detected, told, files, tuple(samples), tokens, hypernetworks)
 
 
-def beside(artifact: Path, detected: Detected) -> list[Path]:
+def _tokens(artifact: Path, detected: Detected) -> tuple[Path, ...]:
     """Of several tokens in one file the files that have one each, as far as they lie there."""
     if detected.kind != "embedding":
-        return []
-    return [part.path for part in arranged(load_adapter(artifact), artifact)[1:] if part.path.is_file()]
+        return ()
+    return tuple(part.path for part in arranged(load_adapter(artifact), artifact)[1:] if part.path.is_file())
+
+
+def _hypernetworks(artifact: Path) -> tuple[Path, ...]:
+    """The hypernetworks that `arranged` calls after an adapter's file, as far as they lie there."""
+    if artifact.is_dir():
+        return ()
+    called = re.compile(rf"{re.escape(artifact.stem)}-hypernetwork(?:-\d+)?\.pt")
+    found = (path for path in artifact.absolute().parent.iterdir() if called.fullmatch(path.name))
+    return tuple(sorted(path for path in found if detect(path).kind == "hypernetwork"))
 
 
 def run_artifact(folder: Path) -> Path:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 
 from impasto.core.errors import UserError
 from impasto.formats.adapters import load_adapter
 from impasto.formats.header import read_header
-from impasto.formats.programs import lycoris, of_file
-from impasto.training.sharing.parcel import Parcel, beside
+from impasto.formats.programs import REFUSES_TOKENS, Verdict, lycoris, of_file
+from impasto.training.sharing.parcel import Parcel
 
 #: how each program that `formats.programs` knows is told to use a LoRA file
 HINTS = {
@@ -40,57 +40,88 @@ def _adapter(parcel: Parcel, repo: str, base_model: str | None, prompt: str) -> 
     name = parcel.weights.replace("`", "'")
     base = base_model or "path/to/the/base"
     module = "lycoris.kohya" if lycoris(read_header(parcel.artifact).tensors) else "networks.lora"
-    yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
-                f'pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")',
-                f"pipe.load_lora_weights({json.dumps(repo)}, weight_name={json.dumps(name)})",
-                f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", ""]
-    for program, loads in _programs(parcel):
+    verdicts = _verdicts(parcel)
+    if "diffusers" not in verdicts or verdicts["diffusers"].loaded:
+        yield from _diffusers(base, [f"pipe.load_lora_weights({json.dumps(repo)}, weight_name={json.dumps(name)})"],
+                              prompt)
+    for program, loads in _programs(verdicts):
         if program in HINTS:
             hint = HINTS[program].format(file=name, stem=PurePath(name).stem, module=module)
             yield f"**{program}**: {hint}{loads}.\n"
         elif loads:
             yield f"**{program}**{loads}.\n"
-    yield from [f"**Impasto**: `impasto generate {base} {_quoted(prompt)} --adapter {name}:0.8`", ""]
+    yield from _with_hypernetworks(parcel, base, prompt, f"{name}:0.8")
+
+
+def _diffusers(base: str, loads: Iterable[str], prompt: str) -> Iterator[str]:
+    """A pipeline on the base, which loads something, and a picture."""
+    yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
+                f'pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")',
+                *loads, f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", ""]
 
 
 def _embedding(parcel: Parcel, repo: str, base_model: str | None, prompt: str) -> Iterator[str]:
     """Each token by its own file: A1111, Forge and ComfyUI call it after that, diffusers by any name."""
     base, whole = base_model or "path/to/the/base", parcel.weights.replace("`", "'")
-    parts = beside(parcel.artifact, parcel.detected) or [parcel.artifact]
+    within = list(load_adapter(parcel.artifact).embeddings)
+    parts = parcel.tokens if len(within) > 1 else (parcel.artifact,)
     tokens = {part.name.replace("`", "'"): next(iter(load_adapter(part).embeddings)) for part in parts}
-    yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
-                f'pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")',
-                *(f"pipe.load_textual_inversion({json.dumps(repo)}, weight_name={json.dumps(name)}, "
-                  f"token={json.dumps(token, ensure_ascii=False)})" for name, token in tokens.items()),
-                f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", ""]
+    if tokens:
+        yield from _diffusers(base, [
+            f"pipe.load_textual_inversion({json.dumps(repo)}, weight_name={json.dumps(name)}, "
+            f"token={json.dumps(token, ensure_ascii=False)})" for name, token in tokens.items()], prompt)
     for name, token in tokens.items():
         stem, word = PurePath(name).stem, token.replace("`", "'")
         yield from [f"**A1111**, **Forge**: put `{name}` into `embeddings` and write `{stem}` for `{word}`.\n",
                     f"**ComfyUI**: put `{name}` into `models/embeddings` and write `embedding:{stem}` for `{word}`.\n"]
-    yield from [f"**Impasto**: `impasto generate {base} {_quoted(prompt)} --adapter {whole}`", ""]
+    if alone := ["`" + token.replace("`", "'") + "`" for token in within if token not in tokens.values()]:
+        yield from [f"**A1111**: for {', '.join(alone)}, put `{whole}` into `models/Lora` and write "
+                    f"`<lora:{PurePath(whole).stem}:1>` beside the token.\n",
+                    f"**diffusers**, **Forge**, **ComfyUI**: they take a file for each token, and `{whole}` holds "
+                    f"several; for {', '.join(alone)} there is none here.\n"]
+    yield from _with_hypernetworks(parcel, base, prompt, whole)
 
 
 def _hypernetwork(parcel: Parcel, base_model: str | None, prompt: str) -> Iterator[str]:
     name = parcel.weights.replace("`", "'")
+    yield from _of_hypernetwork(name)
+    yield from _with_hypernetworks(parcel, base_model or "path/to/the/base", prompt, f"{name}:0.8")
+
+
+def _of_hypernetwork(name: str) -> Iterator[str]:
+    """What other programs do with a hypernetwork's file."""
     yield from [f"**A1111**, **Forge**: put `{name}` into `models/hypernetworks` and write "
                 f"`<hypernet:{PurePath(name).stem}:1>` in the prompt.\n",
                 f"**ComfyUI**: put `{name}` into `models/hypernetworks` and choose it in a *HypernetworkLoader* "
-                "node.\n",
-                f"**Impasto**: `impasto generate {base_model or 'path/to/the/base'} {_quoted(prompt)} "
-                f"--adapter {name}:0.8`", ""]
+                "node.\n"]
 
 
-def _programs(parcel: Parcel) -> Iterator[tuple[str, str]]:
-    """Each program with what it leaves out of this file, if that is known."""
+def _with_hypernetworks(parcel: Parcel, base: str, prompt: str, own: str) -> Iterator[str]:
+    """What was trained beside an adapter, and the command that draws with all of it. `own`: the adapter's argument."""
+    names = [path.name.replace("`", "'") for path in parcel.hypernetworks]
+    for name in names:
+        yield from _of_hypernetwork(name)
+    adapters = " ".join(f"--adapter {each}" for each in (own, *(f"{name}:0.8" for name in names)))
+    yield from [f"**Impasto**: `impasto generate {base} {_quoted(prompt)} {adapters}`", ""]
+
+
+def _verdicts(parcel: Parcel) -> dict[str, Verdict]:
+    """What each program makes of this file, if that is known."""
     try:
-        verdicts = of_file(parcel.artifact) if parcel.detected.family in ("", "sd1") else []
+        found = of_file(parcel.artifact) if parcel.detected.family in ("", "sd1") else []
     except UserError:
-        verdicts = []
-    found = {verdict.program: verdict for verdict in verdicts}
+        found = []
+    return {verdict.program: verdict for verdict in found}
+
+
+def _programs(found: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
+    """Each program with what it leaves out of a file, if that is known."""
     for program in ("diffusers", *HINTS):
         verdict = found.get(program)
         if verdict is None or (verdict.loaded == verdict.total and not verdict.caution):
             yield program, ""
+        elif verdict.caution == REFUSES_TOKENS:
+            yield program, f" ({verdict.caution})"
         elif verdict.loaded == 0:
             yield program, " (it loads no layer of this file's format)"
         elif verdict.loaded < verdict.total:
