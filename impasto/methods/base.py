@@ -9,7 +9,7 @@ import abc
 import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # a recipe is checked without torch: what options need is imp
     from torch import Tensor, nn
 
     from impasto.deltas.adapter import Adapter
+    from impasto.deltas.attach import Switched
     from impasto.families.base import Base
 
 
@@ -31,18 +32,6 @@ class MethodOptions(pydantic.BaseModel):
     kind: str
     learning_rate: float | None = pydantic.Field(
         None, gt=0, description="Rate of this method's weights; default: train.learning_rate.")
-
-
-class Switched(Protocol):
-    """What can be put on a base and have no effect there: an attachment, a hook's handle."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it has effect."""
-        ...
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None: ...
 
 
 class Method(abc.ABC):
