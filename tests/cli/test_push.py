@@ -266,6 +266,7 @@ def test_what_diffusers_refuses_is_not_offered_to_it(tmp_path: Path) -> None:
         assert ("load_lora_weights" in card) == offered
         assert ("**diffusers** (refuses a file with new tokens in it)" in card) == (not offered)
         assert ("choose it in a *Load LoRA* node (ignores the new tokens)." in card) == (not offered)
+        assert ("(it loads 18 of 21 layers, and ignores the new tokens)" in card) == (not offered)
         assert "write `<lora:dog:1>` in the prompt.\n" in card
 
 

@@ -125,7 +125,8 @@ def _programs(found: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
         elif verdict.loaded == 0:
             yield program, " (it loads no layer of this file's format)"
         elif verdict.loaded < verdict.total:
-            yield program, f" (it loads {verdict.loaded} of {verdict.total} layers)"
+            more = f", and {verdict.caution}" if verdict.caution else ""
+            yield program, f" (it loads {verdict.loaded} of {verdict.total} layers{more})"
         else:
             yield program, f" ({verdict.caution})"
 
