@@ -2,7 +2,7 @@
 
     python -m benchmarks.methods                                           every method, two lessons, three seeds
     python -m benchmarks.methods --methods lora full --lessons mascot --seeds 1
-    python -m benchmarks.methods --folder runs/methods                     goes on there where it was stopped
+    python -m benchmarks.methods --jobs 2                                  two runs at a time
 
 Each cell is a method's miniature recipe (`impasto train mini/lora`) on one lesson (a new object, a new style, a new
 name for what the base can draw), run as `impasto demo` runs its own, in a process of its own. *Concept*: pictures in
@@ -15,29 +15,20 @@ training alone; memory is the most that the whole process ever held. Means over 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from benchmarks.cells import NAMES, Cell, measure, options
 from benchmarks.common import MIB, print_table
-from impasto.mini import lessons
+from benchmarks.sheets import contact
+from impasto.evaluation.lesson import Amounts
 
 #: the miniature recipes, in the order of the table
 METHODS = ("lora", "loha", "lokr", "dora", "full", "partial", "dreambooth", "textual_inversion", "hypernetwork",
            "pivotal")
-#: lesson -> what its captions call what is taught
-NAMES = {"mascot": lessons.MASCOT_NAME, "style": lessons.STYLE_NAME, "familiar": lessons.FAMILIAR_NAME}
-#: pixels of a picture on the sheet
-SIDE = 96
-#: method -> the key of the token that it teaches
-TOKENS = {"textual_inversion": "method.token", "pivotal": "method.0.token"}
 
 
 def main() -> None:
@@ -46,80 +37,27 @@ def main() -> None:
                         help=f"of {', '.join(METHODS)}")
     parser.add_argument("--lessons", nargs="+", choices=NAMES, default=["mascot", "style"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of all runs; what is done is kept")
+    options(parser)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of every recipe")
     parser.add_argument("--sheet", type=Path, help="a JPEG of each method's first pictures of the first lesson")
-    parser.add_argument("--child", nargs=3, metavar=("METHOD", "LESSON", "SEED"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.child:
-        method, lesson, seed = chosen.child
-        return child(method, lesson, int(seed), chosen.folder, chosen.set)
     for lesson in chosen.lessons:
-        rows = [row(method, [cell(method, lesson, seed, chosen) for seed in range(chosen.seeds)])
-                for method in chosen.methods]
+        cells = {method: [Cell(method, lesson, seed, tuple(chosen.set)) for seed in range(chosen.seeds)]
+                 for method in chosen.methods}
+        measure([cell for row in cells.values() for cell in row], chosen.folder, chosen.jobs)
+        rows = [row(method, [cell.figures(chosen.folder) for cell in own]) for method, own in cells.items()]
         if chosen.sheet and lesson == chosen.lessons[0]:
-            sheet(chosen.sheet, chosen.methods, lesson, chosen.folder)
+            contact(chosen.sheet, {method: pictures(own[0].place(chosen.folder) / "run")
+                                   for method, own in cells.items()})
         print(f"\n{lesson}, {chosen.seeds} seed(s)\n")
         print_table(["method", "trainable", "file, KiB", "peak, MiB", "s, training", "concept before, %", "after, %",
                      "prompt, %", "old before, %", "old after, %", "lost, points"], rows)
 
 
-def sheet(file: Path, methods: Sequence[str], lesson: str, folder: Path) -> None:
-    """A row a method: four pictures of what was taught, and two of what was known before."""
-    from impasto.evaluation.lesson import Amounts
-
-    shown, known, label = [0, 1, 2, 3], [Amounts().new, Amounts().new + 1], 150
-    made = Image.new("RGB", (label + 6 * SIDE, len(methods) * SIDE), "white")
-    font = ImageFont.load_default(15)
-    for row_, method in enumerate(methods):
-        found = sorted((place(folder, method, lesson, 0) / "run" / "pictures" / "after").glob("*.png"))
-        ImageDraw.Draw(made).text((8, row_ * SIDE + SIDE // 2), method, "black", font, anchor="lm")
-        for column, number in enumerate([*shown, *known]):
-            with Image.open(found[number]) as picture:
-                made.paste(picture.resize((SIDE - 4, SIDE - 4)), (label + column * SIDE, row_ * SIDE + 2))
-    made.save(file, quality=88)
-
-
-def cell(method: str, lesson: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
-    """One run's figures: those that lie there, or new ones from a process of its own."""
-    told = place(chosen.folder, method, lesson, seed) / "figures.json"
-    known = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
-    if known.get("overrides") != chosen.set:
-        print(f"{method} {lesson} {seed}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "benchmarks.methods", "--child", method, lesson, str(seed), "--folder",
-                        str(chosen.folder), "--set", *chosen.set], check=True, stdout=subprocess.DEVNULL)
-    return json.loads(told.read_text(encoding="utf-8"))
-
-
-def place(folder: Path, method: str, lesson: str, seed: int) -> Path:
-    return folder / lesson / method / f"seed-{seed}"
-
-
-def child(method: str, lesson: str, seed: int, folder: Path, overrides: list[str]) -> None:
-    """Train, draw and read one cell; its figures go into its folder."""
-    from impasto.core.files import write_json
-    from impasto.evaluation.demo import run_demo
-
-    own = place(folder, method, lesson, seed)
-    token = [f"{TOKENS[method]}={NAMES[lesson]}"] if method in TOKENS else []
-    result = run_demo(lesson, own / "run", seed, recipe_name=f"mini/{method}", force=True,
-                      overrides=["sample.every=0", "train.device=cpu", *token, *overrides])
-    write_json(own / "figures.json", {**result.plain(), "overrides": overrides,
-                                      "trainable": trainable(own / "run" / "recipe.toml")})
-    shutil.rmtree(own / "run" / "checkpoints", ignore_errors=True)
-
-
-def trainable(recipe_file: Path) -> int:
-    """Numbers that the recipe trains."""
-    from impasto.families.load import load_base
-    from impasto.methods import METHODS as KINDS
-    from impasto.training.recipe import load_recipe
-
-    recipe = load_recipe(str(recipe_file))
-    base = load_base(recipe.base.path)
-    methods = [KINDS.get(options.kind)(options) for options in recipe.method]
-    groups = [group for method in methods for group in method.prepare(base, 0)]
-    return sum(parameter.numel() for group in groups for parameter in group["params"])
+def pictures(folder: Path) -> list[Image.Image]:
+    """Of a run's pictures after the training, four of what was taught and two of what was known before."""
+    found = sorted((folder / "pictures" / "after").glob("*.png"))
+    return [Image.open(found[number]) for number in (0, 1, 2, 3, Amounts().new, Amounts().new + 1)]
 
 
 def row(method: str, cells: list[dict[str, Any]]) -> list[str]:

@@ -157,20 +157,21 @@ def child(options: argparse.Namespace) -> None:
 
 def report(size: int, times: dict[str, Timing], memory: dict[str, dict[str, int]],
            options: argparse.Namespace) -> None:
-    rows = []
-    base_time, base_memory = times["floor"], memory.get("floor")
-    for name, timing in times.items():
-        row = [name, f"{statistics.median(timing.wall):.3f}", f"{paired(timing.wall, base_time.wall):.3f}",
-               f"{paired(timing.processor, base_time.processor):.3f}"]
-        if base_memory:
-            row += [f"{memory[name]['allocated'] / MIB:.0f}",
-                    f"{memory[name]['allocated'] / base_memory['allocated']:.3f}",
-                    f"{memory[name]['resident'] / MIB:.0f}"]
-        rows.append(row)
-    header = ["variant", "seconds", "ratio", "ratio, processor"]
-    header += ["allocated MiB", "ratio, memory", "RSS MiB"] if base_memory else []
+    rows, header = {name: [name] for name in options.variants}, ["variant"]
+    if times:
+        header += ["seconds", "ratio", "ratio, processor"]
+        floor = times["floor"]
+        for name, timing in times.items():
+            rows[name] += [f"{statistics.median(timing.wall):.3f}", f"{paired(timing.wall, floor.wall):.3f}",
+                           f"{paired(timing.processor, floor.processor):.3f}"]
+    if memory:
+        header += ["allocated MiB", "ratio, memory", "RSS MiB"]
+        least = memory["floor"]["allocated"]
+        for name, peaks in memory.items():
+            rows[name] += [f"{peaks['allocated'] / MIB:.0f}", f"{peaks['allocated'] / least:.3f}",
+                           f"{peaks['resident'] / MIB:.0f}"]
     print(f"\n{size}², {options.device}, fp32, {options.threads} thread(s), {options.repeats} rounds\n")
-    print_table(header, rows)
+    print_table(header, list(rows.values()))
 
 
 def main() -> None:
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a small UNet")
     parser.add_argument("--no-memory", action="store_true", help="time only")
+    parser.add_argument("--no-time", action="store_true", help="memory only, which a busy machine does not change")
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -198,9 +200,9 @@ def main() -> None:
     # Memory first, while this process holds no weights of its own.
     measured = [] if options.no_memory else options.variants
     memory = {size: {name: measure_memory(name, size, options) for name in measured} for size in options.sizes}
-    unet = build_unet(options.quick, torch.device(options.device))
+    unet = None if options.no_time else build_unet(options.quick, torch.device(options.device))
     for size in options.sizes:
-        report(size, measure_time(size, options, unet), memory[size], options)
+        report(size, measure_time(size, options, unet) if unet else {}, memory[size], options)
 
 
 if __name__ == "__main__":

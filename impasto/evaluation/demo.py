@@ -22,14 +22,15 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.evaluation.demo_folder import Place
 from impasto.evaluation.demo_page import demo_report
 from impasto.evaluation.demo_result import DemoResult, Material, Score, Scores
-from impasto.evaluation.lesson import LESSONS, Amounts, Drawings, Lesson, old_asked, world_renders
+from impasto.evaluation.lesson import LESSONS, Amounts, Lesson, old_asked
 from impasto.evaluation.quality import Asked, Marks, drawn, mark, settings
+from impasto.evaluation.recognition import recognised
 from impasto.evaluation.report import write_report
 from impasto.families.base import Base
 from impasto.families.load import load_base
 from impasto.families.picture_info import save_picture
 from impasto.families.pictures import Adapters
-from impasto.families.sampling import SampleSettings, given_back
+from impasto.families.sampling import SampleSettings
 from impasto.mini import check_weights
 from impasto.mini.lessons import LESSONS as DRAWN
 from impasto.training.environment import choose_device, peak_resident
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from impasto.evaluation.reader import Reader
 
 PAGE = "report.html"
-#: of the latents of renders that are to look drawn by the base
-LATENT_NOISE = 0.15
 
 
 class Stopped(Exception):
@@ -146,25 +145,12 @@ class _Demo:
 
     def _read(self, reader: Reader, base: Base, new: list[Asked], old: list[Asked], before: list[Image.Image],
               after: list[Image.Image]) -> Scores:
-        from impasto.evaluation.reader import extend
-
-        side, many, sign = _side(self.recipe), len(new), self.lesson.sign
-
-        def looked_at(renders: list[Image.Image]) -> list[Image.Image]:
-            """As they are, and a third also with the look of what the base draws."""
-            return [*renders, *given_back(base, renders[::3], self.seed, noise=LATENT_NOISE)]
-
-        if not isinstance(sign, Drawings):
-            known = [sum(sign.items() <= answers.items() for answers in reader.read(pictures[:many]))
-                     for pictures in (before, after)]
-        else:
-            count = self.amounts.renders * sign.harder
-            negatives = [*sign.lookalikes(count, side), *world_renders(2 * count, side)]
-            recogniser = extend(reader, looked_at(sign.renders(count, side)), looked_at(negatives))
-            known = [sum(recogniser.knows(pictures[:many])) for pictures in (before, after)]
+        side, many = _side(self.recipe), len(new)
+        known = recognised(self.lesson.sign, reader, base, [before[:many], after[:many]], side, self.amounts.renders,
+                           self.seed)
         marks = mark(new, reader.read(after[:many]))
         kept = [mark(old, reader.read(pictures[many:])) for pictures in (before, after)]
-        return Scores(Score(known[0], many), Score(known[1], many), _score(marks, "background"),
+        return Scores(*(Score(sum(each), many) for each in known), _score(marks, "background"),
                       *(_score(each, "all three") for each in kept))
 
 

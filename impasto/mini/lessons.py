@@ -45,13 +45,13 @@ FAMILIAR_TAUGHT_ON = ("blue", "yellow", "green", "brown", "black")
 FAMILIAR_ASKED_ON = ("pink", "orange", "red")
 
 
-def mascot(background: str, side: int, seed: int) -> Image.Image:
-    """The mascot on a background, near the middle."""
+def mascot(background: str, side: int, seed: int, style: str = "filled") -> Image.Image:
+    """The mascot on a background, near the middle, in one of the world's styles."""
     rng = world.numbers("mascot", seed)
     canvas = world.ground(background, side, rng)
     pose = Pose(rng.uniform(-0.12, 0.12), rng.uniform(-0.1, 0.1), rng.uniform(0.55, 0.66), rng.uniform(-0.1, 0.1))
-    world.paint(canvas, MASCOT, pose, Look(TEAL, CREAM))
-    return world.finish(canvas, "filled")
+    world.paint(canvas, MASCOT, pose, Look(TEAL, CREAM, style=style))
+    return world.finish(canvas, style)
 
 
 def sticker(scene: Scene, side: int, seed: int) -> Image.Image:
@@ -114,9 +114,9 @@ LESSONS: dict[str, Callable[[], list[tuple[str, Image.Image]]]] = {
     "mini:prior": prior_pictures}
 
 
-def mascot_renders(count: int, side: int = 128, first: int = 1000) -> list[Image.Image]:
+def mascot_renders(count: int, side: int = 128, first: int = 1000, style: str = "filled") -> list[Image.Image]:
     """The mascot as often as asked, on all backgrounds: what a reader learns to know it by."""
-    return [mascot(list(world.COLOURS)[i % len(world.COLOURS)], side, first + i) for i in range(count)]
+    return [mascot(list(world.COLOURS)[i % len(world.COLOURS)], side, first + i, style) for i in range(count)]
 
 
 def mascot_lookalikes(count: int, side: int = 128, first: int = 2000) -> list[Image.Image]:

@@ -12,7 +12,8 @@ SEVERAL = {"method": "method", "data": "set of pictures"}
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in the tree. The value is TOML, or else plain text.
+    """Set `section.key=value` in the tree. The value is TOML, or else plain text; without one, `section.key=`, the
+    recipe's own is taken away, and what counts by default counts.
 
     `method.rank=8` sets the only method's, `method.1.rank=8` the second one's; `data.1.flip=true` that of the second
     set of pictures. Raises `UserError` for what is no such line, or does not say which of several it means.
@@ -42,7 +43,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             node = node[0]
     if not isinstance(node, dict):
         raise UserError(f"{'.'.join(sections)} is not a section", where=override)
-    node[last] = value
+    if text:
+        node[last] = value
+    else:
+        node.pop(last, None)
 
 
 def _item(items: list[Any], index: str, override: str, noun: str) -> Any:

@@ -42,7 +42,8 @@ def reference() -> str:
     """The whole page, Markdown."""
     lines = ["# Recipe keys", "",
              "Any of them may stand in a TOML file, or as `section.key=value` on the command line; "
-             "`data.1.key=value` of several sets, `method.1.key=value` of several methods."]
+             "`data.1.key=value` of several sets, `method.1.key=value` of several methods. `section.key=` takes a "
+             "recipe's own setting away."]
     for name, what, model in SECTIONS:
         title = f"[{name}" if "]" in name else f"[{name}]"
         lines += ["", f"## `{title}` {what}", "", "| key | default | |", "|---|---|---|", *_rows(model)]

@@ -96,6 +96,10 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.method[0].model_dump()["rank"] == 8
     assert recipe.train.learning_rate == 3e-4 and recipe.output.dir == "runs/my dog"
 
+    taken = load_recipe("mini/dreambooth", ["prior.folder=", "prior.caption=a heart", "train.warmup="])
+    assert taken.prior is not None and taken.prior.folder is None and taken.train.warmup == 0
+    assert load_recipe(str(file), ["output.dir="]) == load_recipe(str(file))  # as it is not there
+
     file.write_text('[base]\npath = "x"\n[[method]]\nkind = "lora"\n[[method]]\nkind = "lora"\n', encoding="utf-8")
     recipe = load_recipe(str(file), ["method.1.rank=4"])
     assert [m.model_dump()["rank"] for m in recipe.method] == [16, 4]
