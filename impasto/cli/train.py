@@ -27,8 +27,8 @@ def train(
         f"{_ready('mini/*')}.")],
     settings: Annotated[list[str] | None, typer.Argument(
         metavar="SECTION.KEY=VALUE", help="Settings that the recipe leaves out or has otherwise: "
-        "base.path=v1-5.safetensors data.folder=photos train.steps=800; without a value, as prior.folder=, the recipe's "
-        "own is taken away.")] = None,
+        "base.path=v1-5.safetensors data.folder=photos train.steps=800; prior.folder= takes the recipe's own "
+        "away.")] = None,
     verify: Annotated[bool, typer.Option(
         "--verify-resume", help="Prove in a few steps, in a temporary folder, that a stopped run goes on "
         "exactly.")] = False,

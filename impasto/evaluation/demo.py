@@ -146,11 +146,11 @@ class _Demo:
     def _read(self, reader: Reader, base: Base, new: list[Asked], old: list[Asked], before: list[Image.Image],
               after: list[Image.Image]) -> Scores:
         side, many = _side(self.recipe), len(new)
-        known = recognised(self.lesson.sign, reader, base, [before[:many], after[:many]], side, self.amounts.renders,
-                           self.seed)
+        first, last = (sum(seen) for seen in recognised(
+            self.lesson.sign, reader, base, [before[:many], after[:many]], side, self.amounts.renders, self.seed))
         marks = mark(new, reader.read(after[:many]))
         kept = [mark(old, reader.read(pictures[many:])) for pictures in (before, after)]
-        return Scores(*(Score(sum(each), many) for each in known), _score(marks, "background"),
+        return Scores(Score(first, many), Score(last, many), _score(marks, "background"),
                       *(_score(each, "all three") for each in kept))
 
 
