@@ -58,6 +58,18 @@ class Adapter:
 
     __rmul__ = __mul__
 
+    def resize(self, rank: int | None = None, *, energy: float | None = None, size: int | None = None) -> Adapter:
+        """A LoRA of lower rank in each layer's place, the best one: of `rank`, of the share `energy` of each layer's
+        Frobenius norm, or of `size` bytes in half precision altogether.
+
+        `deltas.resize` tells what that cost, too. Raises `UserError` for a delta that depends on the base, and for a
+        rank that no layer has.
+        """
+        from impasto.deltas.ranks import Wanted
+        from impasto.deltas.resize import resized
+
+        return resized(self, Wanted(rank, energy, size))[0]
+
     def __add__(self, other: Adapter) -> Adapter:
         """The sum of dW in each layer; of metadata and fingerprints, what both agree on or only one tells.
 
