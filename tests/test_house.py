@@ -19,7 +19,7 @@ FLOORS = [
     ["core"],
     ["diffusion", "deltas", "mini"],
     ["formats", "families"],
-    ["objectives", "methods", "data"],
+    ["objectives", "methods", "data", "toolbox"],
     ["training", "evaluation"],
     ["cli"],
 ]

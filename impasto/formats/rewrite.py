@@ -1,0 +1,166 @@
+"""A checkpoint written anew as a stream: each tensor is read, changed if it is to be, and written, once.
+
+The header is computed first, from names and shapes; memory holds one tensor at a time, and what of the files the
+system keeps mapped.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from impasto.core.errors import UserError
+from impasto.core.files import atomic_folder, atomic_write, require_space
+from impasto.core.progress import SILENT, Advance, Reporter
+from impasto.formats.checkpoint import WEIGHTS, Checkpoint
+from impasto.formats.header import dtype_name, header_bytes
+from impasto.formats.tensor_files import Shards, TensorFile
+
+#: of a tensor's component and name in diffusers' terms, and of itself, as the file has it: what takes its place, of as
+#: many numbers, or None where it stays
+Change = Callable[[str, str, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One file to be: for each of its keys the component and name of the tensor (None: it is no component's), its shape
+    and type there, in the order in which they are best read."""
+
+    file: TensorFile
+    keys: dict[str, tuple[tuple[str, str] | None, tuple[int, ...], torch.dtype]]
+
+    @property
+    def bytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self.keys.values())
+
+    def header(self, metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+        """The new file's header, and the order in which its tensors follow."""
+        return header_bytes({key: (dtype_name(dtype), shape) for key, (_, shape, dtype) in self.keys.items()}, metadata)
+
+
+def rewrite(checkpoint: Checkpoint, out: Path, change: Change, *, dtype: torch.dtype | None = None,
+            metadata: Mapping[str, str] | None = None, replace: bool = False, report: Reporter = SILENT) -> None:
+    """Write the checkpoint to `out` in its own layout, all of it or nothing, with `change` made on the way.
+
+    Tensors keep their types, or floating-point ones take `dtype`; what is changed is cast once. Keys that no component
+    claims are carried along. `metadata` goes on top of a single file's own. Pickles become safetensors. `replace`: a
+    folder that is there gives way. Raises `UserError`: no room, a value too large for its type.
+    """
+    if checkpoint.path.is_dir():
+        plans = {name: planned(checkpoint, [name], dtype, own=True) for name in checkpoint.components}
+        require_space(out, sum(plan.bytes for plan in plans.values()), "the folder")
+        with report.phase("writing", sum(plan.bytes for plan in plans.values()), "bytes") as advance, \
+                atomic_folder(out, replace=replace) as folder:
+            copy_rest(checkpoint, folder)
+            for name, plan in plans.items():
+                stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+                (folder / name).mkdir(exist_ok=True)
+                with open(folder / name / f"{stem}.safetensors", "wb") as file:
+                    write_plan(file, plan, change, {"format": "pt"}, advance, out)
+        return
+    plan = planned(checkpoint, checkpoint.components, dtype)
+    require_space(out, plan.bytes, "the file")
+    told = {key: value for key, value in {**checkpoint.metadata, **(metadata or {})}.items()
+            if not key.startswith(("sshs_", "modelspec.hash"))}  # they are of other bytes
+    with report.phase("writing", plan.bytes, "bytes") as advance, atomic_write(out) as file:
+        write_plan(file, plan, change, told, advance, out)
+
+
+def planned(checkpoint: Checkpoint, components: tuple[str, ...] | list[str], dtype: torch.dtype | None,
+            own: bool = False) -> Plan:
+    """What the file of these components holds: all of the file that they share, or with `own` their own alone."""
+    owners = {key: (component, name) for component in components
+              for name, (key, _) in checkpoint.sources[component].places.items()}
+    file = checkpoint.sources[components[0]].file
+    keys = {key: (owners.get(key), shape, kept(file.dtype(key), dtype)) for key, shape in file.shapes.items()
+            if key in owners or not own}
+    return Plan(file, keys)
+
+
+def kept(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """A tensor's type in the new file."""
+    return wanted if wanted is not None and own.is_floating_point else own
+
+
+def write_plan(file: IO[bytes], plan: Plan, change: Change, metadata: Mapping[str, str], advance: Advance,
+               where: Path) -> None:
+    """Header, then each tensor."""
+    head, order = plan.header(metadata)
+    file.write(head)
+    for key, tensor in ordered(plan.file, order):
+        owner, shape, dtype = plan.keys[key]
+        file.write(raw(finished(key, tensor, owner, change, dtype, where)))
+        advance(math.prod(shape) * dtype.itemsize)
+
+
+def finished(key: str, tensor: Tensor, owner: tuple[str, str] | None, change: Change, dtype: torch.dtype,
+             where: Path) -> Tensor:
+    """A tensor as it is to be stored. `UserError` where a change made a value too large for the type."""
+    changed = None if owner is None else change(*owner, tensor)
+    if changed is None:
+        return tensor.to(dtype)
+    assert changed.numel() == tensor.numel(), (key, changed.shape, tensor.shape)
+    stored = changed.to(dtype)
+    if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{key} would hold values too large for {dtype_name(dtype)}", where=where,
+                        fix="ask for float32 or bfloat16 (--dtype), or for less strength")
+    return stored
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy where it lies in one piece."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def copy_rest(checkpoint: Checkpoint, folder: Path) -> None:
+    """All files of a diffusers folder that are no weights of the components that are written."""
+    weights = [folder for name in checkpoint.components for folder in weight_files(checkpoint.path / name)]
+    left = {file.resolve() for file in weights}
+
+    def ignored(place: str, names: list[str]) -> list[str]:
+        return [name for name in names if name.startswith(".") or (Path(place) / name).resolve() in left]
+
+    shutil.copytree(checkpoint.path, folder, ignore=ignored, dirs_exist_ok=True)
+
+
+def weight_files(folder: Path) -> Iterator[Path]:
+    """All that may be a component's weights, of any variant, whole or in shards, and their indices."""
+    stems = tuple({name.partition(".")[0] for name in WEIGHTS})
+    endings = (".safetensors", ".bin", ".index.json", ".msgpack", ".onnx")
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.name.startswith(stems) and (file.name.endswith(endings) or ".safetensors.index" in file.name
+                                            or ".bin.index" in file.name):
+            yield file
+
+
+def in_order(checkpoint: Checkpoint, component: str, dtype: torch.dtype | None = None) -> list[str]:
+    """A component's tensors in the order in which `rewrite` comes to them."""
+    folder = checkpoint.path.is_dir()
+    plan = planned(checkpoint, [component] if folder else checkpoint.components, dtype, own=folder)
+    owners = (plan.keys[key][0] for key in plan.header({})[1])
+    return [owner[1] for owner in owners if owner is not None and owner[0] == component]
+
+
+def lockstep(checkpoint: Checkpoint, component: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a component in the order of `names`, each as it is asked for."""
+    source = checkpoint.sources[component]
+    keys = [source.places[name][0] for name in names]
+    for name, (_, tensor) in zip(names, ordered(source.file, keys), strict=True):
+        yield name, tensor.reshape(source.places[name][1])
+
+
+def ordered(file: TensorFile, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in the order of `keys`: of shards too, whose own order is shard by shard."""
+    if not isinstance(file, Shards):
+        yield from file.read(keys)
+        return
+    for key in keys:
+        yield from file.read([key])

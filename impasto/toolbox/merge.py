@@ -1,0 +1,215 @@
+"""Adapters into a checkpoint, and checkpoints with checkpoints: one pass over the file, in fp32, each cast once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from impasto.core.errors import UserError, nearest
+from impasto.core.progress import SILENT, Reporter
+from impasto.core.weighted import Weighted
+from impasto.deltas.delta import Delta
+from impasto.formats import names
+from impasto.formats.adapters import canonical_layers, load_adapter
+from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+from impasto.formats.rewrite import Change, in_order, lockstep, rewrite
+from impasto.toolbox.blocks import Blocks
+from impasto.toolbox.places import check_output, made_of
+
+PLAIN = Blocks({})
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a merge did: layers or tensors that it changed, and remarks."""
+
+    changed: int
+    remarks: tuple[str, ...] = ()
+
+
+# --- adapters ----------------------------------------------------------------------------------------------
+
+
+def merge_adapters(base: Path | str, adapters: Sequence[Weighted], out: Path | str, *, blocks: Blocks = PLAIN,
+                   dtype: torch.dtype | None = None, force: bool = False, report: Reporter = SILENT) -> Told:
+    """Write base + Σ strength · factor of the block · dW to `out`, in the base's own layout and types.
+
+    A change that depends on the weight (DoRA) sees the base's own, as when it is attached. Raises `UserError` before a
+    byte is written: for an adapter of another family or shape, a layer that is not there, new tokens or a hypernetwork,
+    which no weight can hold.
+    """
+    out = Path(out)
+    checkpoint = open_checkpoint(base)
+    single = not Path(base).is_dir()
+    check_output(out, [base, *(adapter.path for adapter in adapters)], force=force,
+                 ending=".safetensors" if single else "")
+    terms: dict[str, list[Delta]] = {}
+    for path, strength in adapters:
+        for layer, own in _checked(Path(path), checkpoint).items():
+            if factor := strength * blocks.of(layer):
+                terms.setdefault(layer, []).extend(term if factor == 1 else term.scaled(factor) for term in own)
+    told = made_of(merged={"base": Path(base).name, "adapters": [[Path(a.path).name, a.strength] for a in adapters]})
+    rewrite(checkpoint, out, _adding(terms), dtype=dtype, metadata=told, replace=force, report=report)
+    return Told(len(terms))
+
+
+def _checked(path: Path, checkpoint: Checkpoint) -> Mapping[str, tuple[Delta, ...]]:
+    """An adapter's deltas, if all of it fits the checkpoint."""
+    adapter = load_adapter(path, family=checkpoint.family)
+    if adapter.embeddings or adapter.hooks:
+        what = "new tokens" if adapter.embeddings else "a hypernetwork"
+        raise UserError(f"holds {what}, which no weight of a checkpoint can hold", where=path,
+                        fix="leave it out, and give it where pictures are drawn")
+    layers = canonical_layers(adapter, path)
+    shapes = {component: checkpoint.names(component) for component in checkpoint.components}
+    for layer, terms in layers.items():
+        component, _, inside = layer.partition(".")
+        found = shapes.get(component, {}).get(f"{inside}.weight")
+        if found is None:
+            known = [f"{c}.{name.rpartition('.')[0]}" for c, own in shapes.items() for name in own]
+            raise UserError(f"changes {layer}, which {checkpoint.path.name} does not have", where=path,
+                            fix=nearest(layer, known))
+        for term in terms:
+            _check_shape(term, found[0], layer, path, checkpoint)
+    return layers
+
+
+def _check_shape(term: Delta, weight: tuple[int, ...], layer: str, path: Path, checkpoint: Checkpoint) -> None:
+    own = (weight[1], weight[0]) if names.is_embedding(layer) else weight
+    bias = term.bias()
+    if term.shape and not _alike(term.shape, own) or bias is not None and bias.shape[0] != weight[0]:
+        raise UserError(f"changes {layer} by {term.shape or tuple(bias.shape if bias is not None else ())}, and in "
+                        f"{checkpoint.path.name} it is {own}", where=path,
+                        fix="the adapter was made for another base")
+
+
+def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Equal, windows of 1×1 apart."""
+    def plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:2] if set(shape[2:]) <= {1} else shape
+
+    return plain(one) == plain(other)
+
+
+def _adding(terms: Mapping[str, Sequence[Delta]]) -> Change:
+    """The change that adds the terms of each layer to its weight and bias."""
+
+    def change(component: str, name: str, tensor: Tensor) -> Tensor | None:
+        layer, _, leaf = f"{component}.{name}".rpartition(".")
+        own = terms.get(layer, ())
+        if leaf == "bias":
+            biases = [bias for term in own if (bias := term.bias()) is not None]
+            return sum(biases, start=tensor.float()) if biases else None
+        own = [term for term in own if term.shape]
+        if leaf != "weight" or not own:
+            return None
+        return summed(tensor, own, transposed=names.is_embedding(layer))
+
+    return change
+
+
+@torch.no_grad()
+def summed(weight: Tensor, terms: Sequence[Delta], *, transposed: bool = False) -> Tensor:
+    """W + Σ dW in fp32, or wider if W is; of W's shape. Products of thin factors are added in place."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    plain = total.T if transposed else total
+    W = None if all(term.linear for term in terms) else plain.clone()
+    for term in terms:
+        factors = term.factors() if term.linear else None
+        if factors is not None and factors[0].shape[1] < min(plain.shape[0], plain[0].numel()):
+            plain.view(plain.shape[0], -1).addmm_(factors[0].to(plain), factors[1].flatten(1).to(plain)) \
+                if plain.is_contiguous() else plain.add_(factors[0].to(plain) @ factors[1].flatten(1).to(plain))
+        else:
+            plain.add_(term.weight(W if W is None else W.reshape(term.shape)).reshape(plain.shape).to(plain))
+    return total
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------
+
+
+def merge_checkpoints(paths: Sequence[Path | str], weights: Sequence[float], out: Path | str, *,
+                      blocks: Blocks = PLAIN, dtype: torch.dtype | None = None, force: bool = False,
+                      report: Reporter = SILENT) -> Told:
+    """Write Σ wᵢ · checkpointᵢ to `out`, in the first one's layout and types.
+
+    A block's factor f moves it from the first: w₁ + (1 − f) · Σ others, and f · wᵢ. Raises `UserError` for checkpoints
+    of different families or shapes, before a byte is written.
+    """
+    if len(paths) != len(weights) or len(paths) < 2:
+        raise UserError(f"there are {len(paths)} checkpoints and {len(weights)} weights", where="--weights",
+                        fix="give one weight for each of two or more checkpoints, as --weights 0.7,0.3")
+
+    def mixture(path: str) -> list[float]:
+        rest = [blocks.of(path) * weight for weight in weights[1:]]
+        return [sum(weights) - sum(rest), *rest]
+
+    return _combined(paths, mixture, out, {"checkpoints": [Path(p).name for p in paths], "weights": list(weights)},
+                     dtype, force, report)
+
+
+def add_difference(base: Path | str, tuned: Path | str, origin: Path | str, strength: float, out: Path | str, *,
+                   blocks: Blocks = PLAIN, dtype: torch.dtype | None = None, force: bool = False,
+                   report: Reporter = SILENT) -> Told:
+    """Write base + strength · (tuned − origin) to `out`: what made `tuned` of its origin, done to another base."""
+
+    def mixture(path: str) -> list[float]:
+        own = strength * blocks.of(path)
+        return [1.0, own, -own]
+
+    facts = {"base": Path(base).name, "tuned": Path(tuned).name, "origin": Path(origin).name, "strength": strength}
+    return _combined([base, tuned, origin], mixture, out, facts, dtype, force, report)
+
+
+def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]], out: Path | str,
+              facts: Mapping[str, object], dtype: torch.dtype | None, force: bool, report: Reporter) -> Told:
+    """Write a linear combination of checkpoints, its coefficients by a tensor's path."""
+    out = Path(out)
+    first, *others = (open_checkpoint(path) for path in paths)
+    check_output(out, paths, force=force, ending="" if Path(paths[0]).is_dir() else ".safetensors")
+    shared = _shared(first, others)
+    left = [name for name in first.components if name not in shared]
+    streams = {name: [lockstep(other, name, in_order(first, name, dtype)) for other in others] for name in shared}
+    changed = 0
+
+    def change(component: str, name: str, tensor: Tensor) -> Tensor | None:
+        nonlocal changed
+        if component not in streams:
+            return None
+        read = [next(stream) for stream in streams[component]]
+        assert all(other == name for other, _ in read), (name, read[0][0])
+        own, *rest = mixture(f"{component}.{name}")
+        if not tensor.is_floating_point() or own == 1 and not any(rest):
+            return None
+        changed += 1
+        total = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * own
+        for weight, (_, other) in zip(rest, read, strict=True):
+            total += weight * other.to(total).reshape(total.shape)
+        return total
+
+    rewrite(first, out, change, dtype=dtype, metadata=made_of(merged=facts), replace=force, report=report)
+    return Told(changed, (f"{' and '.join(left)}: as in {first.path.name}; the others have none",) if left else ())
+
+
+def _shared(first: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
+    """Components that all have. `UserError` if two are of different families, or a tensor of different shapes."""
+    for other in others:
+        if other.family != first.family:
+            raise UserError(f"is of the family {other.family or 'of a VAE alone'}, and {first.path.name} is "
+                            f"{first.family or 'a VAE alone'}", where=other.path, fix="merge checkpoints of one family")
+    shared = [name for name in first.components if all(name in other.components for other in others)]
+    if not shared:
+        raise UserError(f"shares no part with {first.path.name}", where=others[0].path)
+    for other in others:
+        for component in shared:
+            mine, theirs = first.names(component), other.names(component)
+            for name, (shape, _) in mine.items():
+                if name not in theirs or not _alike(theirs[name][0], shape):
+                    found = theirs[name][0] if name in theirs else "missing"
+                    raise UserError(f"its {component}.{name} is {found}, and in {first.path.name} it is {shape}",
+                                    where=other.path, fix="merge checkpoints of one kind: an inpainting one, say, "
+                                    "with another inpainting one")
+    return shared
