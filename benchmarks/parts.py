@@ -1,6 +1,6 @@
 """Which part of the base learns a new thing: each part trained alone, and everything but it.
 
-    python -m benchmarks.parts [--seeds 3] [--rates 1e-4 3e-4 1e-3] [--only norms biases] [--jobs 2]
+    python -m benchmarks.parts [--seeds 3] [--rates 1e-3 3e-3] [--only norms biases] [--jobs 2]
 
 Full fine-tuning of the embedded base by the demo's recipe, `mini/dreambooth`, with other parts each time; *everything*
 is UNet and text encoder. *concept*: the share of pictures in which the reader recognises the mascot; *prompt*: in which
@@ -51,11 +51,11 @@ class Choice:
     parts: list[str]
     exclude: list[str]
 
-    def cell(self, seed: int, rate: float) -> Cell:
+    def cell(self, seed: int, rate: float, steps: int) -> Cell:
         """The demo's recipe with these weights in the LoRA's place."""
         return Cell("dreambooth", "mascot", seed, (
             "method.kind=full", "method.rank=", "method.targets=", f"method.parts={json.dumps(self.parts)}",
-            f"method.exclude={json.dumps(self.exclude)}", f"train.learning_rate={rate:g}"))
+            f"method.exclude={json.dumps(self.exclude)}", f"train.learning_rate={rate:g}", f"train.steps={steps}"))
 
 
 def choices(names: Sequence[str]) -> dict[str, list[Choice]]:
@@ -69,21 +69,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--steps", type=int, default=120, help="of each training; half of the demo's")
     options(parser)
     told = parser.parse_args()
     chosen = choices(told.only)
-    measure([choice.cell(seed, rate) for pair in chosen.values() for choice in pair for rate in told.rates
+    measure([choice.cell(seed, rate, told.steps) for pair in chosen.values() for choice in pair for rate in told.rates
              for seed in range(told.seeds)], told.folder, told.jobs)
-    untouched = chosen["everything"][0].cell(0, told.rates[0]).figures(told.folder)
+    untouched = chosen["everything"][0].cell(0, told.rates[0], told.steps).figures(told.folder)
     columns = ["weights", "rate", *FIGURES.values()]
     rows = [["nothing", "0", "", f"{100 * untouched['recognised_before']:.0f}", "",
              f"{100 * untouched['old_before']:.0f}"]]
     for part, pair in chosen.items():
         rows.append([part])
         for choice in pair:
-            by_rate = {rate: mean([choice.cell(seed, rate).figures(told.folder) for seed in range(told.seeds)])
-                       for rate in told.rates}
+            cells = {rate: [choice.cell(seed, rate, told.steps) for seed in range(told.seeds)] for rate in told.rates}
+            by_rate = {rate: mean([cell.figures(told.folder) for cell in own]) for rate, own in cells.items()}
             rate, best = max(by_rate.items(), key=lambda found: found[1]["recognised_after"] + found[1]["backgrounds"])
             rows[-1] += [f"{best['trainable']:,.0f}", f"{rate:g}", *shown(best)]
     width = 1 + 2 * len(columns)

@@ -24,7 +24,7 @@ from impasto.families.load import load_base
 from impasto.formats.adapters import load_adapter
 from impasto.methods.token_values import mean_norm
 
-RATES = ("1e-2", "0.05", "0.2")
+RATES = ("1e-2", "0.2")
 #: what holds the norm -> overrides
 HELD = {"nothing": ["method.norm_penalty=0"], "penalty 0.1 (default)": [],
         "projection": ["method.norm_penalty=0", "method.project=true"]}

@@ -23,26 +23,10 @@ from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.toolbox.blocks import LEVELS, Blocks, level
 from impasto.toolbox.merge import add_difference, merge_adapters, merge_checkpoints
-from tests.checkpoints import write_checkpoint
 from tests.formats.adapter_cases import random_adapter
 from tests.formats.checkpoint_cases import tensors_of
 from tests.formats.kind_cases import MAKERS, adapter_of_kind
-
-LAYOUTS = {"ldm": "base.safetensors", "diffusers": "base", "pickle": "base.ckpt"}
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-
-    def write(layout: str = "ldm", seed: int = 0, dtype: torch.dtype = torch.float32, variant: str = "") -> Path:
-        path = folder / f"{seed}-{str(dtype)[6:]}-{variant}-{LAYOUTS[layout]}"
-        if not path.exists():
-            write_checkpoint(path, layout="diffusers" if layout == "diffusers" else "ldm", seed=seed, dtype=dtype,
-                             variant=variant)
-        return path
-
-    return write
+from tests.toolbox.conftest import LAYOUTS
 
 
 def saved(adapter: Adapter, path: Path) -> Path:

@@ -1,0 +1,179 @@
+"""The adapter between two checkpoints: what a fine-tune changed, layer by layer, at low rank.
+
+Both files are read in step, one tensor at a time; what is kept of each layer is its factors. A full difference of a
+layer is never kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from impasto.core.errors import UserError
+from impasto.core.progress import SILENT, Reporter
+from impasto.deltas.adapter import Adapter
+from impasto.deltas.delta import Delta
+from impasto.deltas.kronecker import Kronecker, factorization
+from impasto.deltas.ranks import Wanted, chosen
+from impasto.deltas.resize import Kept, low_rank
+from impasto.deltas.spectrum import Spectrum, of_matrix
+from impasto.formats import names
+from impasto.formats.arrangement import save_arranged
+from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+from impasto.formats.rewrite import lockstep
+from impasto.toolbox.mix import Made
+from impasto.toolbox.places import check_output, made_of
+
+#: components whose changes an adapter can hold
+HELD = ("unet", "text_encoder", "text_encoder_2")
+#: ranks that are looked at where a share or a size is asked for; beyond them the spectrum is too flat for an adapter
+MOST = 128
+#: LoKr's factor, where none is given: as LyCORIS' extraction
+FACTOR = 8
+
+
+@dataclass
+class Changed:
+    """What is met on the way: spectra or products by layer, shapes, and norms of what no adapter holds."""
+
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+    products: dict[str, tuple[Delta, Kept]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    #: by what it is: tensors that changed, and the square of the norm of their change
+    left: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None, *, kind: Literal["lora", "lokr"] =
+              "lora", factor: int = FACTOR, report: Reporter = SILENT) -> tuple[Adapter, Made]:
+    """The change from `base` to `tuned`, as an adapter; and what of each layer it keeps.
+
+    LoRA: each layer as the best of the ranks that `wanted` asks for. LoKr: the nearest Kronecker product of a factor
+    `factor` wide at most and a whole one (Van Loan & Pitsianis 1993). Layers that did not change are left out; so are
+    biases, norms and the VAE, of which a remark tells. Raises `UserError`: checkpoints of different families or shapes,
+    or without a difference.
+    """
+    first, second = open_checkpoint(base), open_checkpoint(tuned)
+    check_alike(first, second)
+    met = Changed()
+    total = sum(len(first.names(name)) for name in first.components if name in second.components)
+    with report.phase("comparing", total, "tensors") as advance:
+        for component in first.components:
+            for name, one, other in pairs(first, second, component) if component in second.components else ():
+                _look(f"{component}.{name}", one, other, met, wanted, kind, factor)
+                advance(1)
+    adapter, layers = _assembled(met, wanted, first.family)
+    if not layers:
+        what = f"; {'; '.join(_remarks(met))}" if met.left else ""
+        raise UserError(f"has no layer that differs from {first.path.name}{what}", where=second.path)
+    return adapter, Made((), layers, tuple(_remarks(met)))
+
+
+def extract(base: Path | str, tuned: Path | str, out: Path | str, wanted: Wanted | None = None, *,
+            kind: Literal["lora", "lokr"] = "lora", factor: int = FACTOR, dtype: torch.dtype = torch.float16,
+            force: bool = False, report: Reporter = SILENT) -> Made:
+    """Write the adapter between two checkpoints to `out`, in kohya's format; see `extracted`."""
+    out = Path(out)
+    check_output(out, [base, tuned], force=force, ending=".safetensors")
+    adapter, made = extracted(base, tuned, wanted, kind=kind, factor=factor, report=report)
+    facts = made_of(extracted={"base": Path(base).name, "tuned": Path(tuned).name})
+    return replace(made, files=tuple(save_arranged(adapter, out, dtype=dtype, metadata=facts)))
+
+
+def check_alike(first: Checkpoint, second: Checkpoint) -> None:
+    """Raise a `UserError` for checkpoints of different families or networks."""
+    if first.family != second.family:
+        raise UserError(f"is of the family {second.family or 'of a VAE alone'}, and {first.path.name} is "
+                        f"{first.family or 'a VAE alone'}", where=second.path, fix="compare checkpoints of one family")
+    for component in first.components:
+        if component in second.components:
+            mine, theirs = first.names(component), second.names(component)
+            for name, (shape, _) in mine.items():
+                if name not in theirs or theirs[name][0] != shape:
+                    found = theirs[name][0] if name in theirs else "missing"
+                    raise UserError(f"its {component}.{name} is {found}, and in {first.path.name} it is {shape}",
+                                    where=second.path, fix="compare checkpoints of one kind")
+
+
+def pairs(first: Checkpoint, second: Checkpoint, component: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, and both tensors, in the first one's order on the disk."""
+    source = first.sources[component]
+    at = {key: name for name, (key, _) in source.places.items()}
+    order = [at[key] for key in source.file.shapes if key in at]
+    for (name, one), (_, other) in zip(lockstep(first, component, order), lockstep(second, component, order),
+                                       strict=True):
+        yield name, one, other
+
+
+@torch.no_grad()
+def _look(path: str, one: Tensor, other: Tensor, met: Changed, wanted: Wanted | None, kind: str, factor: int) -> None:
+    """Note what of a tensor's change is to be kept."""
+    if one.dtype == other.dtype and torch.equal(one, other) or not one.is_floating_point():
+        return
+    change = other.float() - one.float()
+    if not bool(torch.isfinite(change).all()):
+        raise UserError(f"{path} holds NaN or infinity in one of the two", where="extract",
+                        fix="look at them with impasto inspect; a broken merge is the usual cause")
+    layer, _, leaf = path.rpartition(".")
+    component = path.partition(".")[0]
+    if component not in HELD or leaf != "weight" or change.ndim < 2 or names.is_embedding(layer):
+        what = component if component not in HELD else "embeddings" if names.is_embedding(layer) or \
+            "embedding" in layer else "norms" if names.is_norm(layer) else "biases"
+        count, square = met.left.get(what, (0, 0.0))
+        met.left[what] = count + 1, square + float(change.double().square().sum())
+        return
+    met.shapes[layer] = tuple(change.shape)
+    if kind == "lokr":
+        met.products[layer] = nearest_product(change, factor)
+    else:
+        assert wanted is not None
+        met.spectra[layer] = of_matrix(change.flatten(1), MOST if wanted.known is None else wanted.known)
+
+
+def nearest_product(change: Tensor, factor: int) -> tuple[Delta, Kept]:
+    """The Kronecker product w1 ⊗ w2 nearest to a weight's change, w1 of `factor` x `factor` at most.
+
+    With the change's blocks as rows of a matrix, kron(w1, w2) has rank 1: the first singular triple is the nearest
+    (Van Loan & Pitsianis 1993, "Approximation with Kronecker products").
+    """
+    rows, columns, *kernel = change.shape
+    (a, c), (b, d) = factorization(rows, factor), factorization(columns, factor)
+    blocks = change.reshape(a, c, b, d, *kernel).transpose(1, 2).reshape(a * b, -1)
+    spectrum = of_matrix(blocks, 1) if min(blocks.shape) > 1 else of_matrix(blocks)
+    first, second = spectrum.factors(1)
+    delta = Kronecker.from_factors(tuple(change.shape), w1=first.reshape(a, b).contiguous(),
+                                   w2=second.reshape(c, d, *kernel).contiguous())
+    return delta, Kept(1, spectrum.error(1), math.sqrt(spectrum.total))
+
+
+def _assembled(met: Changed, wanted: Wanted | None, family: str) -> tuple[Adapter, dict[str, Kept]]:
+    if met.products:
+        return (Adapter({layer: (delta,) for layer, (delta, _) in met.products.items()}, family=family),
+                {layer: kept for layer, (_, kept) in met.products.items()})
+    if not met.spectra:
+        return Adapter({}, family=family), {}
+    assert wanted is not None
+    ranks = chosen(met.spectra, wanted)
+    deltas: dict[str, tuple[Delta, ...]] = {}
+    told: dict[str, Kept] = {}
+    for layer, rank in ranks.items():
+        spectrum = met.spectra.pop(layer)  # its factors are half the memory
+        told[layer] = Kept(rank, spectrum.error(rank), math.sqrt(spectrum.total))
+        if rank:
+            deltas[layer] = (low_rank(spectrum, rank, met.shapes[layer]),)
+    return Adapter(deltas, family=family), told
+
+
+def _remarks(met: Changed) -> list[str]:
+    """A line for each kind of thing that changed and is not held."""
+    lines = []
+    for what, (count, square) in met.left.items():
+        tensors = f"{count} tensor{'s' * (count != 1)}, norm {math.sqrt(square):.3g}"
+        lines.append(f"the VAE changed too ({tensors}), which no adapter holds" if what == "vae" else
+                     f"{what} changed too ({tensors}) and are left out")
+    return lines

@@ -1,0 +1,143 @@
+"""A checkpoint in the other layout: a single file (LDM), or a folder as diffusers has it. As a stream, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from impasto.core.errors import UserError
+from impasto.core.files import atomic_folder, atomic_write, require_space, write_json
+from impasto.core.progress import SILENT, Advance, Reporter
+from impasto.families.tokenizer import write_tokenizer
+from impasto.formats.checkpoint import Checkpoint
+from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.header import dtype_name, header_bytes
+from impasto.formats.rewrite import kept, lockstep, raw
+from impasto.toolbox.places import check_output
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the file to be: its key and shape there, its type, and where it comes from."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    component: str
+    name: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def to_folder(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = None, force: bool = False,
+              report: Reporter = SILENT) -> None:
+    """Write a checkpoint as a folder that diffusers' `from_pretrained` opens. Raises `UserError`."""
+    check_output(out, [checkpoint.path], force=force)
+    table = _table(checkpoint)
+    rows = {name: [Row(key, shape, kept(own, dtype), name, key) for key, (shape, own) in
+                   checkpoint.names(name).items()] for name in checkpoint.components}
+    total = sum(row.bytes for own in rows.values() for row in own)
+    require_space(out, total, "the folder")
+    index: dict[str, Any] = {
+        "_class_name": table.pipelines[checkpoint.variant], "_diffusers_version": "0.39.0",
+        "requires_safety_checker": False,
+        **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}}
+    with report.phase("writing", total, "bytes") as advance, atomic_folder(out, replace=force) as folder:
+        for name in checkpoint.components:
+            text = name.startswith("text")
+            (folder / name).mkdir()
+            kind = table.parts[name].classes[0]
+            told = {"architectures": [kind], "model_type": "clip_text_model"} if text else {"_class_name": kind}
+            write_json(folder / name / "config.json", checkpoint.configs[name] | told)
+            with open(folder / name / f"{'model' if text else 'diffusion_pytorch_model'}.safetensors", "wb") as file:
+                _write(file, checkpoint, rows[name], {"format": "pt"}, advance)
+            index[name] = ["transformers" if text else "diffusers", kind]
+        if any(name.startswith("text") for name in checkpoint.components):
+            _tokenizer(checkpoint, folder / "tokenizer")
+            index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
+        index["scheduler"] = ["diffusers", checkpoint.scheduler["_class_name"]]
+        write_json(folder / "model_index.json", index)
+
+
+def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = None, force: bool = False,
+            report: Reporter = SILENT) -> None:
+    """Write a checkpoint as one file in the original names, which A1111, ComfyUI and kohya open.
+
+    What its shapes do not tell and the family's published configuration has otherwise is in its metadata,
+    `impasto.config`; v-prediction and zero terminal SNR are the empty tensors that those programs look for. Raises
+    `UserError`: for a tokenizer that is not CLIP's, which such a file has no place for.
+    """
+    check_output(out, [checkpoint.path], force=force, ending=".safetensors")
+    table = _table(checkpoint)
+    rows = [row for name in checkpoint.components for row in _original(checkpoint, table, name, dtype)]
+    marks = _marks(checkpoint)
+    require_space(out, sum(row.bytes for row in rows), "the file")
+    with report.phase("writing", sum(row.bytes for row in rows), "bytes") as advance, atomic_write(out) as file:
+        _write(file, checkpoint, rows, {"format": "pt", **_untold(checkpoint, table)}, advance, marks)
+
+
+def _original(checkpoint: Checkpoint, table: FamilyConfig, name: str, dtype: torch.dtype | None) -> Iterator[Row]:
+    """A component's tensors as a single file has them."""
+    part, own = table.parts[name], checkpoint.names(name)
+    for entry in part.entries(checkpoint.configs[name]):
+        yield Row(part.prefix + entry.ldm, entry.ldm_shape, kept(own[entry.name][1], dtype), name, entry.name)
+
+
+def _write(file: Any, checkpoint: Checkpoint, rows: list[Row], metadata: dict[str, str], advance: Advance,
+           marks: tuple[str, ...] = ()) -> None:
+    """Header, then the tensors, each read when its turn has come: the components' side by side."""
+    layout = {row.key: (dtype_name(row.dtype), row.shape) for row in rows}
+    head, order = header_bytes(layout | {mark: ("F32", (0,)) for mark in marks}, metadata)
+    by_key = {row.key: row for row in rows}
+    ordered = [by_key[key] for key in order if key in by_key]
+    streams = {component: lockstep(checkpoint, component, [row.name for row in ordered if row.component == component])
+               for component in {row.component for row in rows}}
+    file.write(head)
+    for row in ordered:
+        _, tensor = next(streams[row.component])
+        file.write(raw(tensor.to(row.dtype)))
+        advance(row.bytes)
+
+
+def _table(checkpoint: Checkpoint) -> FamilyConfig:
+    if not checkpoint.family:
+        raise UserError("is a VAE alone, which does not tell its family", where=checkpoint.path,
+                        fix="give a whole checkpoint")
+    return CONFIGS.get(checkpoint.family)
+
+
+def _untold(checkpoint: Checkpoint, table: FamilyConfig) -> dict[str, str]:
+    """Metadata of what a single file's shapes do not tell, where it differs from the published."""
+    found = {}
+    for name in checkpoint.components:
+        part, own = table.parts[name], checkpoint.configs[name]
+        if other := {key: own[key] for key in part.untold if key in own and own[key] != part.config[key]}:
+            found[name] = other
+    return {"impasto.config": json.dumps(found, sort_keys=True)} if found else {}
+
+
+def _marks(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Empty tensors by which other programs know another noise process."""
+    told = checkpoint.scheduler
+    return (*(("v_pred",) if told.get("prediction_type") == "v_prediction" else ()),
+            *(("ztsnr",) if told.get("rescale_betas_zero_snr") else ()))
+
+
+def _tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """The checkpoint's own, or CLIP's."""
+    if checkpoint.tokenizer is not None:
+        shutil.copytree(checkpoint.tokenizer, folder)
+    else:
+        folder.mkdir()
+        write_tokenizer(folder)
