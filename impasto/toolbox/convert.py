@@ -15,7 +15,8 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
 from impasto.deltas.lowrank import LowRank
 from impasto.deltas.ranks import Wanted
-from impasto.deltas.resize import Kept, resized
+from impasto.deltas.resize import Kept, low_rank, resized
+from impasto.deltas.spectrum import of_matrix
 from impasto.formats.adapters import load_adapter
 from impasto.formats.arrangement import save_arranged
 from impasto.formats.checkpoint import open_checkpoint
@@ -112,25 +113,29 @@ def _format(adapter: Adapter, to: str | None, path: Path) -> str:
 def as_lora(adapter: Adapter, wanted: Wanted | None, advance: Advance) -> tuple[Adapter, Mapping[str, Kept]]:
     """Every change of a layer as a LoRA: of its own exact factors, or with `wanted` the best of a rank.
 
-    Raises `UserError`, without `wanted`, for a layer whose exact factors would be larger than it is, or that has none.
+    Exact factors of a higher rank than the layer can have are brought to that. Raises `UserError`, without `wanted`,
+    for a change that has none.
     """
     if wanted is not None:
         return resized(adapter, wanted, None, advance)
     deltas: dict[str, tuple[Delta, ...]] = {}
     for layer, terms in adapter.deltas.items():
-        made: list[Delta] = []
-        for term in terms:
-            if len(term.shape) < 2:
-                made.append(term)
-                continue
-            factors = term.factors()
-            if factors is None or sum(f.numel() for f in factors) > term.shape[0] * factors[1][0].numel():
-                raise UserError("has no exact factors that are smaller than the layer", where=layer,
-                                fix="say at which rank it is to be a LoRA (--rank, --energy or --size)")
-            made.append(LowRank.from_factors(*(f.detach() for f in factors), float(factors[1].shape[0])))
-        deltas[layer] = tuple(made)
+        deltas[layer] = tuple(term if len(term.shape) < 2 else _exactly(layer, term) for term in terms)
         advance(1)
     return replace(adapter, deltas=deltas), {}
+
+
+def _exactly(layer: str, term: Delta) -> Delta:
+    """A change as a LoRA of the same rank."""
+    factors = term.factors()
+    if factors is None:
+        raise UserError("has a change without low-rank factors", where=layer,
+                        fix="say at which rank it is to be a LoRA (--rank, --energy or --size)")
+    up, down = (factor.detach() for factor in factors)
+    most = min(up.shape[0], down[0].numel())
+    if up.shape[1] <= most:
+        return LowRank.from_factors(up, down, float(down.shape[0]))
+    return low_rank(of_matrix(term.weight().detach().flatten(1)), most, term.shape)
 
 
 def as_lokr(adapter: Adapter, factor: int, advance: Advance) -> tuple[Adapter, Mapping[str, Kept]]:
