@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from impasto.families.sampling import sample as sample
     from impasto.formats.adapters import load_adapter as load_adapter
     from impasto.formats.adapters import save_adapter as save_adapter
+    from impasto.toolbox.extract import extract as extract
     from impasto.training.recipe import Recipe as Recipe
     from impasto.training.recipe import load_recipe as load_recipe
     from impasto.training.trainer import train as train
@@ -27,6 +28,7 @@ _PUBLIC = {
     "SampleSettings": "impasto.families.sampling",
     "UserError": "impasto.core.errors",
     "apply": "impasto.families.apply",
+    "extract": "impasto.toolbox.extract",
     "load_adapter": "impasto.formats.adapters",
     "load_base": "impasto.families.load",
     "load_recipe": "impasto.training.recipe",

@@ -154,6 +154,11 @@ def nearest_folder(path: Path) -> Path:
     return path
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
 def digest(path: Path | str) -> str:
     """blake2b-128 of a file's bytes, in hex."""
     hasher = hashlib.blake2b(digest_size=16)

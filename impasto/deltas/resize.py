@@ -22,7 +22,8 @@ Weights = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of one layer's change: its rank, the share of it that is lost (Frobenius), and its norm."""
+    """What is kept of one layer's change: its rank (0: it is no product of two factors), the share of it that is lost
+    (Frobenius), and its norm."""
 
     rank: int
     error: float

@@ -17,7 +17,7 @@ from PIL import Image
 
 import impasto
 from impasto.core.errors import UserError, nearest
-from impasto.core.files import key_of
+from impasto.core.files import key_of, size_of
 from impasto.core.progress import SILENT, Reporter
 from impasto.evaluation.demo_folder import Place
 from impasto.evaluation.demo_page import demo_report
@@ -166,12 +166,6 @@ def _side(recipe: Recipe) -> int:
 def _opened(path: Path) -> Image.Image:
     with Image.open(path) as picture:
         return picture.convert("RGB")
-
-
-def size_of(artifact: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in ([artifact] if artifact.is_file() else artifact.rglob("*"))
-               if file.is_file())
 
 
 def lesson_of(recipe: Recipe) -> list[tuple[str, Image.Image]]:

@@ -74,9 +74,17 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
     return adapter, Made((), layers, tuple(_remarks(met)))
 
 
-def extract(base: Path | str, tuned: Path | str, out: Path | str, wanted: Wanted | None = None, *,
-            kind: Literal["lora", "lokr"] = "lora", factor: int = FACTOR, dtype: torch.dtype = torch.float16,
-            force: bool = False, report: Reporter = SILENT) -> Made:
+def extract(base: Path | str, tuned: Path | str, rank: int | None = None, *, energy: float | None = None,
+            size: int | None = None, kind: Literal["lora", "lokr"] = "lora", factor: int = FACTOR) -> Adapter:
+    """The change from `base` to `tuned`: as a LoRA of `rank`, or of the share `energy` of each layer's Frobenius norm,
+    or of `size` bytes in half precision altogether; or as a LoKr. See `extracted`, which also tells what is lost."""
+    wanted = Wanted(rank, energy, size) if kind == "lora" else None
+    return extracted(base, tuned, wanted, kind=kind, factor=factor)[0]
+
+
+def extract_to(base: Path | str, tuned: Path | str, out: Path | str, wanted: Wanted | None = None, *,
+               kind: Literal["lora", "lokr"] = "lora", factor: int = FACTOR, dtype: torch.dtype = torch.float16,
+               force: bool = False, report: Reporter = SILENT) -> Made:
     """Write the adapter between two checkpoints to `out`, in kohya's format; see `extracted`."""
     out = Path(out)
     check_output(out, [base, tuned], force=force, ending=".safetensors")
@@ -148,7 +156,7 @@ def nearest_product(change: Tensor, factor: int) -> tuple[Delta, Kept]:
     first, second = spectrum.factors(1)
     delta = Kronecker.from_factors(tuple(change.shape), w1=first.reshape(a, b).contiguous(),
                                    w2=second.reshape(c, d, *kernel).contiguous())
-    return delta, Kept(1, spectrum.error(1), math.sqrt(spectrum.total))
+    return delta, Kept(0, spectrum.error(1), math.sqrt(spectrum.total))
 
 
 def _assembled(met: Changed, wanted: Wanted | None, family: str) -> tuple[Adapter, dict[str, Kept]]:

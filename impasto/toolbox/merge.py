@@ -16,6 +16,7 @@ from impasto.deltas.delta import Delta
 from impasto.formats import names
 from impasto.formats.adapters import canonical_layers, load_adapter
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+from impasto.formats.detect import detect
 from impasto.formats.rewrite import Change, in_order, lockstep, rewrite
 from impasto.toolbox.blocks import Blocks
 from impasto.toolbox.places import check_output, made_of
@@ -59,6 +60,9 @@ def merge_adapters(base: Path | str, adapters: Sequence[Weighted], out: Path | s
 
 def _checked(path: Path, checkpoint: Checkpoint) -> Mapping[str, tuple[Delta, ...]]:
     """An adapter's deltas, if all of it fits the checkpoint."""
+    if path.exists() and detect(path).kind in ("checkpoint", "unet", "vae"):
+        raise UserError("is a checkpoint, not an adapter", where=path,
+                        fix="say --weights to merge checkpoints, or --add-difference")
     adapter = load_adapter(path, family=checkpoint.family)
     if adapter.embeddings or adapter.hooks:
         what = "new tokens" if adapter.embeddings else "a hypernetwork"

@@ -10,13 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import impasto
 from impasto.core.errors import UserError
 from impasto.core.weighted import Weighted
 from impasto.deltas.kronecker import Kronecker
 from impasto.deltas.ranks import Wanted
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.checkpoint import open_checkpoint
-from impasto.toolbox.extract import extract, extracted, nearest_product
+from impasto.toolbox.extract import extract_to, extracted, nearest_product
 from impasto.toolbox.merge import merge_adapters
 from tests.formats.adapter_cases import random_adapter
 from tests.formats.checkpoint_cases import tensors_of
@@ -34,7 +35,7 @@ def tuned(written: Written, folder: Path, layout: str = "ldm") -> Path:
 
 @pytest.mark.parametrize("first, second", [("ldm", "ldm"), ("ldm", "diffusers"), ("diffusers", "ldm")])
 def test_a_lora_that_was_merged_comes_out_again(first: str, second: str, written: Written, tmp_path: Path) -> None:
-    made = extract(written(first), tuned(written, tmp_path, second), tmp_path / "out.safetensors", Wanted(rank=6),
+    made = extract_to(written(first), tuned(written, tmp_path, second), tmp_path / "out.safetensors", Wanted(rank=6),
                    dtype=torch.float32)
     found, plain = load_adapter(tmp_path / "out.safetensors"), random_adapter()
     assert set(found.layers) == set(plain.layers) and made.error < 1e-3 and not made.remarks
@@ -93,8 +94,15 @@ def test_the_nearest_kronecker_product(written: Written) -> None:
     assert kept.error == pytest.approx(best, rel=1e-6)
 
 
+def test_it_is_one_call_away(written: Written, tmp_path: Path) -> None:
+    adapter = impasto.extract(written(), tuned(written, tmp_path), rank=6)
+    layer = next(iter(adapter.layers))
+    torch.testing.assert_close(adapter.dense(layer), random_adapter().dense(layer), rtol=1e-3, atol=1e-4)
+
+
 def test_a_lokr_is_extracted(written: Written, tmp_path: Path) -> None:
-    made = extract(written(), tuned(written, tmp_path), tmp_path / "out.safetensors", kind="lokr", dtype=torch.float32)
+    made = extract_to(written(), tuned(written, tmp_path), tmp_path / "out.safetensors", kind="lokr",
+                      dtype=torch.float32)
     found = load_adapter(tmp_path / "out.safetensors")
     assert {term.kind for terms in found.deltas.values() for term in terms} == {"lokr"} and 0 < made.error < 1
 
@@ -105,11 +113,11 @@ def test_what_has_no_difference_is_one_line(written: Written, tmp_path: Path) ->
             (written(), written(variant="inpainting"), "conv_in.weight is .*one kind"),
             (written(), tmp_path / "none.safetensors", "no such file")):
         with pytest.raises(UserError, match=line):
-            extract(first, second, tmp_path / "out.safetensors", Wanted(rank=2))
+            extract_to(first, second, tmp_path / "out.safetensors", Wanted(rank=2))
     tensors = load_file(tuned(written, tmp_path))
     tensors["model.diffusion_model.out.2.weight"][0, 0] = float("nan")
     with safe_open(written(), "pt") as opened:
         save_file(tensors, tmp_path / "nan.safetensors", opened.metadata())
     with pytest.raises(UserError, match="conv_out.weight holds NaN"):
-        extract(written(), tmp_path / "nan.safetensors", tmp_path / "out.safetensors", Wanted(rank=2))
+        extract_to(written(), tmp_path / "nan.safetensors", tmp_path / "out.safetensors", Wanted(rank=2))
     assert not (tmp_path / "out.safetensors").exists()

@@ -200,7 +200,7 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(written: Callable[
         (dict(adapters=[tmp_path / "none.safetensors"]), "no such file"),
         (dict(adapters=[file], out=base), "is one of the inputs"),
         (dict(adapters=[file], out=tmp_path / "made" / "out.ckpt"), "call it out.safetensors"),
-        (dict(adapters=[base]), "is a checkpoint, not a weight adapter"),
+        (dict(adapters=[base]), "is a checkpoint, not an adapter; say --weights"),
     ]
     for told, line in cases:
         with pytest.raises(UserError, match=line) as raised:

@@ -1,0 +1,47 @@
+"""`impasto convert`: a checkpoint in the other layout, an adapter in another format or as another kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from impasto.cli.arithmetic import By, Dtype, Energy, Out, Rank, Size, dtype_of, tell, wanted_of
+from impasto.cli.console import RichReporter
+from impasto.cli.mix import Base, Layers
+from impasto.cli.options import Force, Json
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint file, a diffusers folder, or an adapter.")],
+    out: Out,
+    to: Annotated[str | None, typer.Option(
+        "--to", metavar="FORMAT", help="A checkpoint: ldm (a single file) or diffusers (a folder); default: the other "
+        "one. An adapter: kohya, webui, comfyui, lycoris, diffusers or peft.")] = None,
+    kind: Annotated[str | None, typer.Option(
+        "--kind", metavar="lora|lokr", help="An adapter's changes as LoRAs, exactly or at --rank; or as the nearest "
+        "LoKrs.")] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    by: By = "fro",
+    size: Size = None,
+    factor: Annotated[int, typer.Option(
+        "--factor", min=2, metavar="N", help="LoKr: the largest side of its first factor.")] = 8,
+    base: Base = None,
+    dtype: Dtype = None,
+    layers: Layers = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a file for another program, or an adapter as another kind of change.
+
+    Checkpoints keep their numbers to the bit, adapters are written in fp16, unless --dtype says otherwise.
+    """
+    wanted, asked = wanted_of(rank, energy, size, by, dtype or "fp16"), dtype_of(dtype)
+    from impasto.families.load import locate
+    from impasto.toolbox.convert import convert as turn
+
+    path = locate(file) if str(file) == "mini" else file
+    tell(turn(path, out, to=to, kind=kind, wanted=wanted, factor=factor, base=None if base is None else locate(base),
+              dtype=asked, force=force, report=RichReporter()), as_json, layers=layers)
