@@ -71,7 +71,7 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
     if not layers:
         what = f"; {'; '.join(_remarks(met))}" if met.left else ""
         raise UserError(f"has no layer that differs from {first.path.name}{what}", where=second.path)
-    return adapter, Made((), layers, tuple(_remarks(met)))
+    return adapter, Made((), layers, (*_remarks(met), *_short(layers, wanted)))
 
 
 def extract(base: Path | str, tuned: Path | str, rank: int | None = None, *, energy: float | None = None,
@@ -121,7 +121,7 @@ def pairs(first: Checkpoint, second: Checkpoint, component: str) -> Iterator[tup
 @torch.no_grad()
 def _look(path: str, one: Tensor, other: Tensor, met: Changed, wanted: Wanted | None, kind: str, factor: int) -> None:
     """Note what of a tensor's change is to be kept."""
-    if one.dtype == other.dtype and torch.equal(one, other) or not one.is_floating_point():
+    if not one.is_floating_point() or same(one, other):
         return
     change = other.float() - one.float()
     if not bool(torch.isfinite(change).all()):
@@ -141,6 +141,13 @@ def _look(path: str, one: Tensor, other: Tensor, met: Changed, wanted: Wanted | 
     else:
         assert wanted is not None
         met.spectra[layer] = of_matrix(change.flatten(1), MOST if wanted.known is None else wanted.known)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; of different types, as the coarser of the two has them: what one of them was
+    rounded by is no change."""
+    coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(one.to(coarser), other.to(coarser))
 
 
 def nearest_product(change: Tensor, factor: int) -> tuple[Delta, Kept]:
@@ -175,6 +182,15 @@ def _assembled(met: Changed, wanted: Wanted | None, family: str) -> tuple[Adapte
         if rank:
             deltas[layer] = (low_rank(spectrum, rank, met.shapes[layer]),)
     return Adapter(deltas, family=family), told
+
+
+def _short(layers: dict[str, Kept], wanted: Wanted | None) -> list[str]:
+    """A line where the share that is asked for takes more than the ranks that are looked at."""
+    if wanted is None or wanted.energy is None or wanted.known is not None:
+        return []
+    count = sum(kept.rank == MOST for kept in layers.values())
+    return [f"{count} layers are cut at rank {MOST}, which may hold less than the share that is asked for"] if count \
+        else []
 
 
 def _remarks(met: Changed) -> list[str]:

@@ -94,6 +94,11 @@ def test_the_nearest_kronecker_product(written: Written) -> None:
     assert kept.error == pytest.approx(best, rel=1e-6)
 
 
+def test_rounding_is_no_change(written: Written, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no layer that differs"):
+        extracted(written(), written(dtype=torch.float16), Wanted(rank=2))
+
+
 def test_it_is_one_call_away(written: Written, tmp_path: Path) -> None:
     adapter = impasto.extract(written(), tuned(written, tmp_path), rank=6)
     layer = next(iter(adapter.layers))
