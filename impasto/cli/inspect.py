@@ -109,7 +109,7 @@ def adapter(path: Path) -> Findings:
     """An adapter: for what, of what ranks, how strong in which block, and who would load it."""
     from impasto.deltas.told import alpha_of, kinds_of, rank_of
     from impasto.formats.adapters import CODECS, load_adapter
-    from impasto.formats.programs import verdicts
+    from impasto.formats.programs import FAMILIES, verdicts
 
     loaded = load_adapter(path)
     header = None if path.is_dir() else read_header(path)
@@ -127,7 +127,8 @@ def adapter(path: Path) -> Findings:
     }
     if header is not None:
         found |= tensors_of(header) | {"metadata": header.metadata}
-        found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, alphas)]
+        if loaded.family in FAMILIES:
+            found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, alphas)]
     return found
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.kronecker import factorization
-from impasto.formats import names
+from impasto.formats import names, sgm
 from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
 from impasto.formats.adapters import FileCodec, Layers, assemble, family_of
 from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
@@ -236,14 +236,15 @@ def _parse(key: str, where: Path) -> tuple[str, str]:
     if prefix is None:
         raise UserError(f"key {key!r} is not of kohya's format, as others here are", where=where)
     flat = name.removeprefix(prefix)
-    if flat.startswith(("input_blocks_", "middle_block_", "output_blocks_", "label_emb_", "time_embed_")):
-        raise UserError(f"key {key!r} is in the original (sgm) names, which SDXL files use; "
-                        "they are not supported yet", where=where)
     foreign = next((what for beginning, what in FOREIGN.items() if suffix.startswith(beginning)), None)
     if foreign:
         raise UserError(f"key {key!r} is {foreign}, which is not supported yet", where=where)
     if suffix not in PARTS:
         raise UserError(f"key {key!r} ends in no part of an adapter", where=where)
+    if "unet" in PREFIXES[prefix] and flat.startswith(sgm.BEGINNINGS):
+        if flat in sgm.paths():
+            return f"unet.{sgm.paths()[flat]}", PARTS[suffix]
+        raise UserError(f"key {key!r} names no layer of SDXL's UNet", where=where)
     for component in PREFIXES[prefix]:
         try:
             return f"{component}.{names.unflatten(component, flat)}", PARTS[suffix]
@@ -253,8 +254,11 @@ def _parse(key: str, where: Path) -> tuple[str, str]:
 
 
 def _flat_name(layer: str, family: str) -> str:
-    """`unet.conv_in` -> `lora_unet_conv_in`; a text encoder's prefix depends on whether there is a second."""
+    """`unet.conv_in` -> `lora_unet_conv_in`, of SDXL as its authors call it, `lora_unet_input_blocks_0_0`; a text
+    encoder's prefix depends on whether there is a second."""
     component, _, path = layer.partition(".")
+    if component == "unet" and family in sgm.FAMILIES and path in sgm.originals(family):
+        return f"lora_unet_{sgm.originals(family)[path]}"
     numbered = family.startswith("sdxl")
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if numbered else "lora_te_",
               "text_encoder_2": "lora_te2_"}[component]

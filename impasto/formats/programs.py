@@ -16,6 +16,9 @@ from impasto.formats.adapters import load_adapter
 from impasto.formats.embeddings import BUNDLE
 from impasto.formats.header import read_header
 
+#: families of adapters of which this room can tell
+FAMILIES = ("sd1", "")
+
 # pieces of the patterns, in diffusers' names; in kohya's, `.` is `_`
 _BLOCKS = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)"
 _ATTENTION = _BLOCKS + r"\.attentions\.\d+"
