@@ -1,6 +1,7 @@
 """What arithmetic on files of real size costs, beside copying them: wall time, memory, and how much is lost.
 
     python -m benchmarks.toolbox [--folder DIR] [--threads 1] [--repeats 3] [--only merge extract]
+    python -m benchmarks.toolbox --latency          what a merged adapter costs in use, beside an attached one
     python -m benchmarks.toolbox --quick            small networks: does the benchmark run?
 
 Single files of Stable Diffusion 1.5's sizes in fp16, weights drawn at random, are made when they are needed (6 GB):
@@ -16,6 +17,7 @@ of layers, the greatest ratio of a layer's to the least possible, by full SVDs i
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import MIB, print_table
+from benchmarks.common import MIB, interleave, paired, print_table
 from impasto.core.weighted import Weighted
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.lowrank import LowRank
@@ -218,6 +220,36 @@ def tensor_of(checkpoint: Any, name: str) -> Tensor:
     return tensor.reshape(shape)
 
 
+@torch.no_grad()
+def latency(quick: bool, threads: int, repeats: int) -> None:
+    """Print the time of the UNet's forward pass at 256²: plain, with a rank-16 LoRA on 192 layers, and that merged."""
+    from benchmarks.step import build_unet, inputs, twin
+    from benchmarks.wrapped import KINDS, targets
+    from impasto.deltas.attach import attach
+    from impasto.deltas.layers import shape_of
+    from impasto.families.lean import lean
+
+    device = torch.device("cpu")
+    base = build_unet(quick, device)
+    unets = {"base": base, "attached": twin(base, quick), "merged": copy.deepcopy(base)}
+    deltas = {path: KINDS["lora"](shape_of(layer)).requires_grad_(False)
+              for path, layer in targets(base, "linear").items()}
+    for unet in unets.values():
+        lean(unet)
+    attach(unets["attached"], deltas)
+    attach(unets["merged"], deltas).merge()
+    data = inputs(256, base, device)
+
+    def forward(unet: Any) -> None:
+        unet(data["latents"], data["time"], data["text"])
+
+    timings = interleave({name: lambda unet=unet: forward(unet) for name, unet in unets.items()}, repeats, device)
+    print(f"\nforward at 256², {threads} thread(s), {repeats} rounds\n")
+    print_table(["UNet", "s", "ratio"], [[name, f"{statistics.median(timing.wall):.3f}",
+                                         f"{paired(timing.wall, timings['base'].wall):.3f}"]
+                                        for name, timing in timings.items()])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="of the files; default: runs/toolbox, or runs/toolbox-quick")
@@ -226,12 +258,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="works whose names begin so")
     parser.add_argument("--quick", action="store_true", help="small networks")
     parser.add_argument("--no-least", action="store_true", help="leave the full SVDs out, which take minutes")
+    parser.add_argument("--latency", action="store_true", help="the UNet's time with and without an adapter")
     parser.add_argument("--child", nargs=2, metavar=("WORK", "OUT"), help=argparse.SUPPRESS)
     told = parser.parse_args()
     folder = told.folder or Path("runs/toolbox-quick" if told.quick else "runs/toolbox")
     if told.child:
         return child(told.child[0], folder, Path(told.child[1]), told.threads)
     torch.set_num_threads(told.threads)
+    if told.latency:
+        return latency(told.quick, told.threads, told.repeats)
     inputs(folder, "mini" if told.quick else "real")
     out = folder / "out.safetensors"
     names = [name for name in works() if name == "copy" or not told.only or name.startswith(tuple(told.only))]
