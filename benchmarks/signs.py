@@ -101,7 +101,7 @@ def pairs() -> Iterator[Pair]:
 
     def ranked(rank: int, alpha: float) -> Side:
         return Side(f"rank {rank}, alpha {alpha:g}", "dreambooth", "mascot",
-                    (f"method.rank={rank}", f"method.alpha={alpha:g}", "train.steps=120"))
+                    (f"method.rank={rank}", f"method.alpha={alpha:g}", "train.steps=80"))
 
     for less, more in itertools.pairwise(RANKS):
         for figure in ("loss", "recognised_after"):
