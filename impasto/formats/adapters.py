@@ -32,6 +32,7 @@ from impasto.formats.probe import is_pickle
 #: a new format is one file and one line; a file is given to the first that claims it
 CODECS = Registry("adapter format", {
     "kohya": "impasto.formats.kohya:Kohya",
+    "comfyui": "impasto.formats.comfyui:ComfyUI",
     "diffusers": "impasto.formats.peft:Diffusers",
     "peft": "impasto.formats.peft:PeftFolder",
     "webui-embedding": "impasto.formats.embeddings:WebuiEmbedding",

@@ -230,4 +230,6 @@ def _by_context(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def _adapter_layout(names: Iterable[str]) -> str:
     if _has(names, "lora_unet_", "lora_te", "lora_transformer_", "lycoris_"):
         return "kohya"
+    if _has(names, "diffusion_model.", "text_encoders."):
+        return "comfyui"
     return "peft" if _has(names, "base_model.model.", "unet.", "text_encoder", "transformer.") else ""

@@ -21,7 +21,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.kronecker import factorization
-from impasto.formats import names, sgm
+from impasto.formats import names, original
 from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
 from impasto.formats.adapters import FileCodec, Layers, assemble, family_of
 from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
@@ -91,42 +91,42 @@ class Kohya(FileCodec):
             if part in found.setdefault(layer, {}):
                 raise UserError(f"{layer} has two tensors for its {part.rpartition('.')[2]}", where=where)
             found[layer][part] = tensor
-        family = family_of({layer: _inputs(parts) for layer, parts in found.items()}, metadata)
-        return {layer: deltas_of(layer, _turned(layer, parts), where, names.kernel(layer, family))
+        family = family_of({layer: inputs(parts) for layer, parts in found.items()}, metadata)
+        return {layer: deltas_of(layer, turned(layer, parts), where, names.kernel(layer, family))
                 for layer, parts in found.items()}
 
     def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
                ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        layers = {layer: _turned(layer, parts_of(layer, held(layer, terms, where), where))
+        layers = {layer: turned(layer, parts_of(layer, held(layer, terms, where), where))
                   for layer, terms in adapter.deltas.items()}
         tensors = bundled(adapter.embeddings, dtype, where)
         for layer, parts in layers.items():
             name = _flat_name(layer, adapter.family)
             norm = names.is_norm(layer)
             suffixes = SUFFIXES | NORMS if norm else SUFFIXES
-            for part, tensor in (_both(parts) if norm else parts).items():
+            for part, tensor in (both(parts) if norm else parts).items():
                 # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
                 tensors[f"{name}.{suffixes[part]}"] = tensor.float() if part == "alpha" else \
                     stored(layer, tensor, dtype, where)
-        told = _dimensions(layers) if layers else {}
+        told = dimensions(layers) if layers else {}
         metadata = {**describe(layers, adapter.family, where.stem), **metadata, **told}
         return tensors, {**metadata, **hashes(tensors, metadata)}
 
 
-def _turned(layer: str, parts: Parts) -> Parts:
+def turned(layer: str, parts: Parts) -> Parts:
     """A table's change as the file has it, or back: in its own orientation, which is its linear map's transpose."""
     if names.is_embedding(layer) and "dense.weight" in parts:
         return parts | {"dense.weight": parts["dense.weight"].T}
     return parts
 
 
-def _both(parts: Parts) -> Parts:
+def both(parts: Parts) -> Parts:
     """Of a norm both parts: A1111 takes no file that has one alone."""
     (like, *_) = parts.values()
     return {part: parts.get(part, torch.zeros_like(like)) for part in NORMS}
 
 
-def _inputs(parts: Parts) -> int:
+def inputs(parts: Parts) -> int:
     """How many inputs the layer of these parts has; 0 where they do not tell at once."""
     tensor = parts.get("lora.down", parts.get("loha.w1_b", parts.get("dense.weight")))
     if tensor is not None and tensor.ndim > 1:
@@ -160,7 +160,7 @@ def _plain(layers: Mapping[str, Parts]) -> bool:
     return all(parts.keys() == {"lora.up", "lora.down", "alpha"} for parts in layers.values())
 
 
-def _dimensions(layers: Mapping[str, Parts]) -> dict[str, str]:
+def dimensions(layers: Mapping[str, Parts]) -> dict[str, str]:
     """`ss_network_dim`, `_alpha`, and `_args`: what kohya's and LyCORIS' trainers were given, as strings."""
 
     def common(values: Iterable[float]) -> str:
@@ -241,10 +241,10 @@ def _parse(key: str, where: Path) -> tuple[str, str]:
         raise UserError(f"key {key!r} is {foreign}, which is not supported yet", where=where)
     if suffix not in PARTS:
         raise UserError(f"key {key!r} ends in no part of an adapter", where=where)
-    if "unet" in PREFIXES[prefix] and flat.startswith(sgm.BEGINNINGS):
-        if flat in sgm.paths():
-            return f"unet.{sgm.paths()[flat]}", PARTS[suffix]
-        raise UserError(f"key {key!r} names no layer of SDXL's UNet", where=where)
+    if "unet" in PREFIXES[prefix] and flat.startswith(original.BEGINNINGS):
+        if flat in original.flat_paths():
+            return f"unet.{original.flat_paths()[flat]}", PARTS[suffix]
+        raise UserError(f"key {key!r} names no layer of a UNet in its authors' names", where=where)
     for component in PREFIXES[prefix]:
         try:
             return f"{component}.{names.unflatten(component, flat)}", PARTS[suffix]
@@ -257,8 +257,8 @@ def _flat_name(layer: str, family: str) -> str:
     """`unet.conv_in` -> `lora_unet_conv_in`, of SDXL as its authors call it, `lora_unet_input_blocks_0_0`; a text
     encoder's prefix depends on whether there is a second."""
     component, _, path = layer.partition(".")
-    if component == "unet" and family in sgm.FAMILIES and path in sgm.originals(family):
-        return f"lora_unet_{sgm.originals(family)[path]}"
+    if component == "unet" and family in original.SDXL and path in original.originals(family):
+        return f"lora_unet_{names.flatten(original.originals(family)[path])}"
     numbered = family.startswith("sdxl")
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if numbered else "lora_te_",
               "text_encoder_2": "lora_te2_"}[component]

@@ -212,7 +212,7 @@ def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ({f"{KEY}.lora_down.weight": torch.ones(2, 8)}, "conv_in lacks its up"),
     ({**pair(), f"{KEY}.lora_up.weight": torch.ones(8, 3, 1, 1)}, "conv_in.*do not fit"),
     ({**pair(), f"{KEY}.lora_up.weight": torch.full((8, 2, 1, 1), float("nan"))}, "conv_in.lora_up.*NaN"),
-    ({**pair(key="lora_unet_input_blocks_4_1_proj_in")}, "input_blocks_4_1.*SDXL"),
+    ({**pair(key="lora_unet_input_blocks_44_1_proj_in")}, "input_blocks_44_1.*names no layer"),
     ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "is a checkpoint"),
     ({"weight": torch.ones(2)}, "'weight'"),
     ({"unet.conv_in.lora_A.weight": torch.ones(2, 4), "unet.conv_in.surplus": torch.ones(1)}, "surplus"),
