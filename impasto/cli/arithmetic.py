@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from impasto.cli.console import emit, size
 from impasto.core.errors import UserError
 from impasto.core.files import size_of
+from impasto.core.weighted import Weighted
 
 if TYPE_CHECKING:
     import torch
@@ -43,17 +44,32 @@ def bytes_in(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in UNITS:
         raise UserError("is no size", where=text, fix="write it as 40MB or 64MiB")
-    return int(float(found[1]) * UNITS[found[2].lower()])
+    return int(min(float(found[1]) * UNITS[found[2].lower()], 2**62))
 
 
 def wanted_of(rank: int | None, energy: float | None, size: str | None, by: str, dtype: str | None) -> Wanted | None:
     """What --rank, --energy, --by and --size ask for; None where they ask for nothing."""
-    from impasto.deltas.ranks import Wanted
+    from impasto.deltas.ranks import Measure, Wanted
 
+    if by not in get_args(Measure):
+        raise typer.BadParameter(f"{by!r} is not one of {', '.join(get_args(Measure))}", param_hint="--by")
+    if by != "fro" and energy is None:
+        raise typer.BadParameter("says what --energy is a share of", param_hint="--by")
     if rank is None and energy is None and size is None:
         return None
     return Wanted(rank, energy, None if size is None else bytes_in(size), measure=by,  # type: ignore[arg-type]
                   itemsize=4 if dtype == "fp32" else 2)
+
+
+def adapters_of(texts: list[str]) -> list[Weighted]:
+    """FILE:0.8 as a file and a strength. Raises `UserError` for a text that names none."""
+    found = []
+    for text in texts:
+        try:
+            found.append(Weighted.parse(text))
+        except ValueError as error:
+            raise UserError(str(error), where=repr(text), fix="write it as FILE or FILE:0.8") from None
+    return found
 
 
 def blocks_of(text: str | None) -> Blocks:

@@ -26,8 +26,8 @@ def convert(
     energy: Energy = None,
     by: By = "fro",
     size: Size = None,
-    factor: Annotated[int, typer.Option(
-        "--factor", min=2, metavar="N", help="LoKr: the largest side of its first factor.")] = 8,
+    factor: Annotated[int | None, typer.Option(
+        "--factor", min=2, metavar="N", help="LoKr: the largest side of its first factor, 8 unless said.")] = None,
     base: Base = None,
     dtype: Dtype = None,
     layers: Layers = False,
@@ -39,9 +39,12 @@ def convert(
     Checkpoints keep their numbers to the bit, adapters are written in fp16, unless --dtype says otherwise.
     """
     wanted, asked = wanted_of(rank, energy, size, by, dtype or "fp16"), dtype_of(dtype)
+    if factor is not None and kind != "lokr":
+        raise typer.BadParameter("is of a LoKr: say --kind lokr", param_hint="--factor")
     from impasto.families.load import locate
     from impasto.toolbox.convert import convert as turn
 
     path = locate(file) if str(file) == "mini" else file
-    tell(turn(path, out, to=to, kind=kind, wanted=wanted, factor=factor, base=None if base is None else locate(base),
-              dtype=asked, force=force, report=RichReporter()), as_json, layers=layers)
+    own = None if base is None else locate(base)
+    tell(turn(path, out, to=to, kind=kind, wanted=wanted, factor=factor or 8, base=own, dtype=asked, force=force,
+              report=RichReporter()), as_json, layers=layers)

@@ -23,8 +23,8 @@ def extract(
     by: By = "fro",
     size: Size = None,
     kind: Annotated[str, typer.Option("--kind", metavar="lora|lokr", help="What to make of each layer.")] = "lora",
-    factor: Annotated[int, typer.Option(
-        "--factor", min=2, metavar="N", help="LoKr: the largest side of its first factor.")] = 8,
+    factor: Annotated[int | None, typer.Option(
+        "--factor", min=2, metavar="N", help="LoKr: the largest side of its first factor, 8 unless said.")] = None,
     dtype: Dtype = "fp16",
     layers: Layers = False,
     force: Force = False,
@@ -41,9 +41,11 @@ def extract(
         raise typer.BadParameter("is needed, or --energy or --size", param_hint="--rank")
     if kind == "lokr" and wanted is not None:
         raise typer.BadParameter("is of a LoRA; a LoKr has a --factor", param_hint="--rank")
+    if factor is not None and kind != "lokr":
+        raise typer.BadParameter("is of a LoKr", param_hint="--factor")
     from impasto.families.load import locate
     from impasto.toolbox.extract import extract_to as make
 
     assert asked is not None
     tell(make(locate(base), locate(tuned), out, wanted, kind=kind,  # type: ignore[arg-type]
-              factor=factor, dtype=asked, force=force, report=RichReporter()), as_json, layers=layers)
+              factor=factor or 8, dtype=asked, force=force, report=RichReporter()), as_json, layers=layers)

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from impasto.cli.arithmetic import BlockWeights, Dtype, Out, blocks_of, dtype_of
+from impasto.cli.arithmetic import BlockWeights, Dtype, Out, adapters_of, blocks_of, dtype_of
 from impasto.cli.console import RichReporter, emit, size
 from impasto.cli.options import Force, Json
 from impasto.core.files import size_of
-from impasto.core.weighted import Weighted
 
 
 def merge(
@@ -54,7 +53,7 @@ def merge(
         told = merge_checkpoints([first, *map(locate, others)], numbers, out, blocks=factors, dtype=asked, force=force,
                                  report=report)
     else:
-        told = merge_adapters(first, [*map(Weighted.parse, others)], out, blocks=factors, dtype=asked, force=force,
+        told = merge_adapters(first, adapters_of(others), out, blocks=factors, dtype=asked, force=force,
                               report=report)
     count = size_of(out)
     if as_json:

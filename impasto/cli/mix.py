@@ -15,6 +15,7 @@ from impasto.cli.arithmetic import (
     Out,
     Rank,
     Size,
+    adapters_of,
     blocks_of,
     dtype_of,
     tell,
@@ -22,7 +23,6 @@ from impasto.cli.arithmetic import (
 )
 from impasto.cli.console import RichReporter
 from impasto.cli.options import Force, Json
-from impasto.core.weighted import Weighted
 
 Base = Annotated[str | None, typer.Option(
     "--base", metavar="BASE", help="The checkpoint that a DoRA is for, whose change depends on it.")]
@@ -52,7 +52,7 @@ def mix(
     from impasto.toolbox.mix import mix as add
 
     assert asked is not None
-    tell(add([*map(Weighted.parse, adapters)], out, wanted=wanted, base=None if base is None else locate(base),
+    tell(add(adapters_of(adapters), out, wanted=wanted, base=None if base is None else locate(base),
              blocks=factors, dtype=asked, force=force, report=RichReporter()), as_json, layers=layers)
 
 

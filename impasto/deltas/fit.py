@@ -13,11 +13,17 @@ def fitted(delta: Delta, layer: nn.Module) -> Delta:
 
     It shares the factors of the old one.
     """
-    if not isinstance(getattr(layer, "weight", None), Tensor):
-        return delta
-    old, shape = delta.shape, shape_of(layer)
-    pointwise = len(old) >= 2 and len(shape) >= 2 and old[:2] == shape[:2] and {*old[2:], *shape[2:]} <= {1}
-    if old == shape or not pointwise:
+    return shaped(delta, shape_of(layer)) if isinstance(getattr(layer, "weight", None), Tensor) else delta
+
+
+def alike(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes of weights differ by a kernel of ones at most."""
+    return one == other or len(one) >= 2 and len(other) >= 2 and one[:2] == other[:2] and {*one[2:], *other[2:]} <= {1}
+
+
+def shaped(delta: Delta, shape: tuple[int, ...]) -> Delta:
+    """The delta with that shape, where its own differs by a kernel of ones alone; else the delta itself."""
+    if delta.shape == shape or not alike(delta.shape, shape):
         return delta
     ones = shape[2:]
     tensors = {}

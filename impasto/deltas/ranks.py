@@ -75,7 +75,7 @@ def _most(spectrum: Spectrum, wanted: Wanted) -> int:
 
 
 def _by_share(spectrum: Spectrum, share: float, measure: Measure) -> int:
-    values = spectrum.values.double()
+    values = spectrum.values
     if measure == "ratio":
         return max(1, int((values >= values[0] * share).sum()))
     if measure == "cumulative":

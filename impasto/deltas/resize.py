@@ -44,9 +44,11 @@ def resized(adapter: Adapter, wanted: Wanted, weights: Weights | None = None,
         spectrum = spectrum_of(layer, terms, wanted.known, weights)
         if spectrum is not None:
             spectra[layer] = spectrum
-        if kept := tuple(_biases(terms, spectrum is not None)):
+        if kept := biases_of(terms, spectrum is not None):
             others[layer] = kept
         advance(1)
+    if not spectra:
+        raise UserError("changes no layer by a matrix", where="resizing", fix="there is nothing to be cut to a rank")
     if wanted.rank is not None:
         _check_lower(spectra, wanted.rank)
     return _cut(adapter, spectra, others, chosen(spectra, wanted))
@@ -69,15 +71,16 @@ def spectrum_of(layer: str, terms: Iterable[Delta], rank: int | None, weights: W
     return of_delta(total, W, rank)
 
 
-def _biases(terms: Iterable[Delta], spectrum: bool) -> list[Delta]:
-    """What no factors can hold: changes of norms, and of biases, also of those that stand in a weight's delta."""
+def biases_of(terms: Iterable[Delta], factored: bool) -> tuple[Delta, ...]:
+    """What no factors can hold: changes of norms, and of biases; with `factored` also of those that stand in the delta
+    of a weight that becomes factors."""
     kept: list[Delta] = []
     for term in terms:
         if len(term.shape) < 2:
             kept.append(term)
-        elif spectrum and (bias := term.bias()) is not None:
+        elif factored and (bias := term.bias()) is not None:
             kept.append(Dense.from_weight(None, bias))
-    return kept
+    return tuple(kept)
 
 
 def _check_lower(spectra: Mapping[str, Spectrum], rank: int) -> None:

@@ -18,15 +18,15 @@ from impasto.deltas.delta import Delta
 #: columns of a sketch beyond the rank that is wanted
 MORE = 16
 #: passes of a sketch before the Gram matrix is taken
-PASSES = 8
-#: of the squared error, what a sketch may still leave to be gained: a quarter of a per cent of the error itself
+PASSES = 12
+#: of the squared error, what two more passes as the last one may gain: a quarter of a per cent of the error itself
 SETTLED = 0.005
 #: a matrix with so few rows or columns is not worth a sketch
 SMALL = 256
 
 
 class Spectrum(NamedTuple):
-    """The leading singular triples of a matrix: up (m, k), values (k,) falling, down (k, n).
+    """The leading singular triples of a matrix: up (m, k), values (k,) falling, in fp64, down (k, n).
 
     `total` is the squared Frobenius norm of the whole matrix.
     """
@@ -38,8 +38,8 @@ class Spectrum(NamedTuple):
 
     @property
     def energies(self) -> Tensor:
-        """The squares of the values, in fp64."""
-        return self.values.double().square()
+        """The squares of the values."""
+        return self.values.square()
 
     def error(self, rank: int) -> float:
         """What the first `rank` triples leave, relative to the whole, in Frobenius norm."""
@@ -50,7 +50,7 @@ class Spectrum(NamedTuple):
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """(m, rank) and (rank, n), balanced, whose product is the best of that rank (Eckart & Young 1936)."""
-        root = self.values[:rank].sqrt()
+        root = self.values[:rank].sqrt().to(self.up)
         return self.up[:, :rank] * root, root[:, None] * self.down[:rank]
 
 
@@ -74,8 +74,7 @@ def of_product(up: Tensor, down: Tensor) -> Spectrum:
     left, upper = torch.linalg.qr(up)
     right, lower = torch.linalg.qr(down.T)
     core = torch.linalg.svd(upper.double() @ lower.T.double(), full_matrices=False)
-    values = core.S.to(up.dtype)
-    return Spectrum(left @ core.U.to(up), values, (right @ core.Vh.T.to(up)).T, float(core.S.square().sum()))
+    return Spectrum(left @ core.U.to(up), core.S, (right @ core.Vh.T.to(up)).T, float(core.S.square().sum()))
 
 
 @torch.no_grad()
@@ -85,29 +84,40 @@ def of_matrix(matrix: Tensor, rank: int | None = None) -> Spectrum:
     total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64) ** 2)
     least = min(matrix.shape)
     if rank is None or least <= SMALL or 4 * (rank + MORE) > least or not total:
-        return _by_gram(matrix, total, rank)
-    return _sketched(matrix, total, rank) or _by_gram(matrix, total, rank)
+        found = _by_gram(matrix, total, rank)
+    else:
+        found = _sketched(matrix, total, rank) or _by_gram(matrix, total, rank)
+    return _measured(matrix, found)
+
+
+def _measured(matrix: Tensor, found: Spectrum) -> Spectrum:
+    """The same, where hardly anything is left with that left measured by itself: what is left of the sums of squares,
+    whose last digits are rounded, is told right to a thousandth or so."""
+    kept = len(found.values)
+    if not found.total or found.error(kept) > 3e-3:
+        return found
+    up, down = found.factors(kept)
+    left = float(torch.linalg.vector_norm(matrix - up @ down, dtype=torch.float64) ** 2)
+    return found._replace(total=float(found.energies.sum()) + left)
 
 
 def _sketched(matrix: Tensor, total: float, rank: int) -> Spectrum | None:
     """By subspace iteration from random vectors, until what more passes would gain is little beside the error.
 
-    None if that does not come about: the gains of the passes fall by a steady factor near the end, so what is left to
-    gain is told by the last two.
+    None if that does not come about. The gains of the passes fall, on flat spectra by a third or so each time; that the
+    last one counts twice has kept the error within 1.003 of the least on matrices of all kinds (a test has some).
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     draw = torch.Generator().manual_seed(0)  # the same sketch of the same matrix, always
     start = torch.randn(wide.shape[1], rank + MORE, generator=draw).to(wide)
-    basis = torch.linalg.qr(wide @ start).Q
-    held, gain = 0.0, 0.0
-    for _ in range(PASSES):
+    basis, held = torch.linalg.qr(wide @ start).Q, 0.0
+    for number in range(PASSES):
         across = wide.T @ basis
         values, turn = torch.linalg.eigh((across.T @ across).double())
         now = float(values[-rank:].clamp(min=0).sum())
-        last, gain, held = gain, now - held, now
-        fall = gain / last if last > 0 else 1.0
+        gain, held = now - held, now
         left = max(total - held, 0.0)
-        if fall < 1 and gain * fall / (1 - fall) <= SETTLED * left or left <= 1e-12 * total:
+        if number and 2 * gain <= SETTLED * left or left <= 1e-12 * total:  # the first has gained all that it holds
             return _assembled(matrix, basis, across, values, turn, rank, total)
         basis = torch.linalg.qr(wide @ across).Q
     return None
@@ -120,9 +130,8 @@ def _assembled(matrix: Tensor, basis: Tensor, across: Tensor, values: Tensor, tu
     values, turn = values[order].clamp(min=0).sqrt(), turn[:, order].to(basis)
     one = basis @ turn
     other = (across @ turn) / values.clamp(min=torch.finfo(torch.float32).tiny).to(basis)
-    kept = values.to(basis)
-    return Spectrum(one, kept, other.T, total) if matrix.shape[0] <= matrix.shape[1] else Spectrum(
-        other, kept, one.T, total)
+    return Spectrum(one, values, other.T, total) if matrix.shape[0] <= matrix.shape[1] else Spectrum(
+        other, values, one.T, total)
 
 
 def _by_gram(matrix: Tensor, total: float, rank: int | None) -> Spectrum:

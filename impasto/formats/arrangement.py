@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,8 +73,16 @@ def _file_name(token: str, taken: set[str]) -> str:
 
 def save_arranged(adapter: Adapter, path: Path, *, format: str = "auto", dtype: torch.dtype = torch.float16,
                   metadata: Mapping[str, str] | None = None) -> list[Path]:
-    """Write all files of `adapter`, each as `save_adapter` does; their paths. Raises `UserError`."""
+    """Write all files of `adapter`, each as `save_adapter` does; their paths. Raises `UserError`, and leaves none."""
     parts = arranged(adapter, path, format)
-    for part in parts:
-        save_adapter(part.adapter, part.path, format=part.format, dtype=dtype, metadata=metadata)
+    if len(parts) == 1:
+        save_adapter(adapter, path, format=parts[0].format, dtype=dtype, metadata=metadata)
+        return [path]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as folder:
+        written = [Path(folder) / part.path.name for part in parts]
+        for part, file in zip(parts, written, strict=True):
+            save_adapter(part.adapter, file, format=part.format, dtype=dtype, metadata=metadata)
+        for part, file in zip(parts, written, strict=True):
+            os.replace(file, part.path)
     return [part.path for part in parts]

@@ -19,7 +19,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, atomic_write, require_space
 from impasto.core.progress import SILENT, Advance, Reporter
-from impasto.formats.checkpoint import WEIGHTS, Checkpoint
+from impasto.formats.checkpoint import Checkpoint
 from impasto.formats.header import dtype_name, header_bytes
 from impasto.formats.tensor_files import Shards, TensorFile
 
@@ -46,31 +46,34 @@ class Plan:
 
 
 def rewrite(checkpoint: Checkpoint, out: Path, change: Change, *, dtype: torch.dtype | None = None,
-            metadata: Mapping[str, str] | None = None, replace: bool = False, report: Reporter = SILENT) -> None:
+            metadata: Mapping[str, str] | None = None, replace: bool = False, report: Reporter = SILENT) -> list[str]:
     """Write the checkpoint to `out` in its own layout, all of it or nothing, with `change` made on the way.
 
     Tensors keep their types, or floating-point ones take `dtype`; what is changed is cast once. Keys that no component
     claims are carried along. `metadata` goes on top of a single file's own. Pickles become safetensors. `replace`: a
-    folder that is there gives way. Raises `UserError`: no room, a value too large for its type.
+    folder that is there gives way. What of a folder is left out, other weights than the ones that are read, is given
+    back by name. Raises `UserError`: no room, a value too large for its type.
     """
     if checkpoint.path.is_dir():
         plans = {name: planned(checkpoint, [name], dtype, own=True) for name in checkpoint.components}
         require_space(out, sum(plan.bytes for plan in plans.values()), "the folder")
         with report.phase("writing", sum(plan.bytes for plan in plans.values()), "bytes") as advance, \
                 atomic_folder(out, replace=replace) as folder:
-            copy_rest(checkpoint, folder)
+            left = copy_rest(checkpoint, folder)
             for name, plan in plans.items():
                 stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
-                (folder / name).mkdir(exist_ok=True)
-                with open(folder / name / f"{stem}.safetensors", "wb") as file:
+                home = folder / home_of(checkpoint, name)
+                home.mkdir(exist_ok=True)
+                with open(home / f"{stem}.safetensors", "wb") as file:
                     write_plan(file, plan, change, {"format": "pt"}, advance, out)
-        return
+        return left
     plan = planned(checkpoint, checkpoint.components, dtype)
     require_space(out, plan.bytes, "the file")
     told = {key: value for key, value in {**checkpoint.metadata, **(metadata or {})}.items()
             if not key.startswith(("sshs_", "modelspec.hash"))}  # they are of other bytes
     with report.phase("writing", plan.bytes, "bytes") as advance, atomic_write(out) as file:
         write_plan(file, plan, change, told, advance, out)
+    return []
 
 
 def planned(checkpoint: Checkpoint, components: tuple[str, ...] | list[str], dtype: torch.dtype | None,
@@ -102,16 +105,30 @@ def write_plan(file: IO[bytes], plan: Plan, change: Change, metadata: Mapping[st
 
 def finished(key: str, tensor: Tensor, owner: tuple[str, str] | None, change: Change, dtype: torch.dtype,
              where: Path) -> Tensor:
-    """A tensor as it is to be stored. `UserError` where a change made a value too large for the type."""
+    """A tensor as it is to be stored."""
     changed = None if owner is None else change(*owner, tensor)
     if changed is None:
-        return tensor.to(dtype)
+        return cast(key, tensor, tensor, dtype, where)
     assert changed.numel() == tensor.numel(), (key, changed.shape, tensor.shape)
-    stored = changed.to(dtype)
-    if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(tensor).all()):
-        raise UserError(f"{key} would hold values too large for {dtype_name(dtype)}", where=where,
+    return cast(key, changed, tensor, dtype, where)
+
+
+def cast(key: str, tensor: Tensor, origin: Tensor, dtype: torch.dtype, where: Path) -> Tensor:
+    """The tensor in a type. `UserError` where a value is too large for it that was none in `origin`."""
+    if tensor.dtype == dtype:
+        return tensor
+    stored = tensor.to(dtype)
+    if not finite(stored) and finite(origin):
+        what = "values too large for" if finite(tensor) else "no numbers, in"
+        raise UserError(f"{key} would hold {what} {dtype_name(dtype)}", where=where,
                         fix="ask for float32 or bfloat16 (--dtype), or for less strength")
     return stored
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; of types of 8 bits too, which torch does not ask."""
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return bool(torch.isfinite(wide).all())
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -120,25 +137,38 @@ def raw(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def copy_rest(checkpoint: Checkpoint, folder: Path) -> None:
-    """All files of a diffusers folder that are no weights of the components that are written."""
-    weights = [folder for name in checkpoint.components for folder in weight_files(checkpoint.path / name)]
-    left = {file.resolve() for file in weights}
+#: endings of files that hold weights
+HEAVY = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
+
+
+def home_of(checkpoint: Checkpoint, component: str) -> str:
+    """A component's folder inside the checkpoint's; "." where that is the component's own (a VAE alone)."""
+    return component if (checkpoint.path / "model_index.json").is_file() else "."
+
+
+def copy_rest(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Copy what lies in a diffusers folder beside the weights of its components; names of the weights that are left
+    out, since nothing has read them: other variants, copies in one file at the top."""
+    homes = {(checkpoint.path / home_of(checkpoint, name)).resolve() for name in checkpoint.components}
+    top, used = checkpoint.path.resolve(), {file.resolve() for name in checkpoint.components
+                                            for file in checkpoint.files(name)}
+    left: list[str] = []
 
     def ignored(place: str, names: list[str]) -> list[str]:
-        return [name for name in names if name.startswith(".") or (Path(place) / name).resolve() in left]
+        here = Path(place).resolve()
+        if here != top and here not in homes:
+            return []  # a safety checker's, say
+        out = []
+        for name in names:
+            heavy = name.endswith(HEAVY) or ".index" in name and name.endswith(".json")
+            if name.startswith(".") or heavy:
+                out.append(name)
+            if heavy and (here / name).resolve() not in used and not name.endswith(".json"):
+                left.append((here / name).relative_to(top).as_posix())
+        return out
 
-    shutil.copytree(checkpoint.path, folder, ignore=ignored, dirs_exist_ok=True)
-
-
-def weight_files(folder: Path) -> Iterator[Path]:
-    """All that may be a component's weights, of any variant, whole or in shards, and their indices."""
-    stems = tuple({name.partition(".")[0] for name in WEIGHTS})
-    endings = (".safetensors", ".bin", ".index.json", ".msgpack", ".onnx")
-    for file in folder.iterdir() if folder.is_dir() else ():
-        if file.name.startswith(stems) and (file.name.endswith(endings) or ".safetensors.index" in file.name
-                                            or ".bin.index" in file.name):
-            yield file
+    shutil.copytree(checkpoint.path, folder, ignore=ignored, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+    return sorted(left)
 
 
 def in_order(checkpoint: Checkpoint, component: str, dtype: torch.dtype | None = None) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -36,7 +37,7 @@ class Blocks:
                 if len(numbers) != len(LEVELS):
                     raise UserError(f"{len(numbers)} of {len(LEVELS)} numbers", where=text,
                                     fix="they are BASE, IN00 to IN11, M00, OUT00 to OUT11; or give names, as M00=0.5")
-                return cls(dict(zip(LEVELS, numbers, strict=True)))
+                return cls.parse(",".join(f"{level}={number}" for level, number in zip(LEVELS, numbers, strict=True)))
             pairs = [part.partition("=") for part in parts]
             found = {name.strip(): float(number) for name, _, number in pairs}
         except ValueError:
@@ -44,7 +45,19 @@ class Blocks:
         for name in found:
             if name not in LEVELS and not re.match(r"(unet|text_encoder(_2)?|vae|transformer)(\.|$)", name):
                 raise UserError(f"has no block {name!r}", where=text, fix=nearest(name, LEVELS))
+            if not math.isfinite(found[name]):
+                raise UserError(f"gives {name} the factor {found[name]}", where=text, fix="give a number")
         return cls(found)
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise a `UserError` for a name of a path that none of these begins with."""
+        left = {name for name in self.factors if name not in LEVELS}
+        known = list(paths)
+        for path in known:
+            left -= {name for name in left if path == name or path.startswith(f"{name}.")}
+        if left:
+            starts = {".".join(path.split(".")[:count]) for path in known for count in (1, 2, 3)}
+            raise UserError("is the beginning of no layer's path", where=min(left), fix=nearest(min(left), starts))
 
     def of(self, path: str) -> float:
         """The factor of a layer or a tensor, by its path from the component on: that of the longest beginning that is

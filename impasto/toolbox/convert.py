@@ -15,15 +15,17 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
 from impasto.deltas.lowrank import LowRank
 from impasto.deltas.ranks import Wanted
-from impasto.deltas.resize import Kept, low_rank, resized
+from impasto.deltas.resize import Kept, biases_of, low_rank, resized
 from impasto.deltas.spectrum import of_matrix
+from impasto.deltas.told import inner_of
 from impasto.formats.adapters import load_adapter
-from impasto.formats.arrangement import save_arranged
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.detect import detect
+from impasto.formats.rewrite import rewrite
 from impasto.toolbox.extract import FACTOR, nearest_product
 from impasto.toolbox.layouts import to_file, to_folder
-from impasto.toolbox.mix import Made, linear, storable, weights_of
+from impasto.toolbox.merge import left_out
+from impasto.toolbox.mix import Made, linear, save_all, weights_of, without_network
 from impasto.toolbox.places import check_output, made_of
 
 #: what may be asked for -> the format of deltas, of one new token, of a hypernetwork ("" where it has no place)
@@ -52,23 +54,26 @@ def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: s
     if to is not None and to not in (*FORMATS, *CHECKPOINTS):
         raise UserError(f"there is no format {to!r}", where="--to", fix=nearest(to, (*FORMATS, *CHECKPOINTS)))
     if detect(path).kind in ("checkpoint", "unet", "vae"):
+        if wanted is not None or base is not None:
+            raise UserError("is a checkpoint, for which no rank and no base can be asked", where=path,
+                            fix="impasto extract makes an adapter of the difference of two")
         return _checkpoint(path, out, to, kind, dtype, force, report)
-    check_output(out, [path], force=force)
+    check_output(out, [path, base], force=force, ending=None)
     adapter = load_adapter(path)
     layers: Mapping[str, Kept] = {}
     if kind is not None:
         weights = None if base is None else weights_of(open_checkpoint(base))
-        adapter = linear(adapter, weights)
+        adapter = without_network(linear(adapter, weights, path))
         with report.phase(f"to {kind}", len(adapter.deltas), "layers") as advance:
             adapter, layers = as_lora(adapter, wanted, advance) if kind == "lora" else as_lokr(adapter, factor, advance)
-    elif wanted is not None:
-        raise UserError("a rank is asked for without a kind", where=path, fix="say --kind lora, or use impasto resize")
+    if wanted is not None and kind != "lora":
+        raise UserError("a rank is asked for, which is a LoRA's", where=path, fix="say --kind lora, or impasto resize")
     if to == "comfyui":
         adapter = _untuckered(adapter)
     asked = dtype or torch.float16
-    files = save_arranged(adapter, out, format=_format(adapter, to, path), dtype=asked,
-                          metadata=made_of(converted=path.name) if kind else None)
-    return Made(tuple(files), layers, _rounding(adapter, asked))
+    files = save_all(adapter, out, [path, base], format=_format(adapter, to, path), dtype=asked, force=force,
+                     metadata=made_of(converted=path.name) if kind else None)
+    return Made(files, layers, _rounding(adapter, asked))
 
 
 def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: torch.dtype | None, force: bool,
@@ -79,9 +84,13 @@ def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: 
                         fix="impasto extract makes an adapter of the difference of two")
     if to is not None and to not in CHECKPOINTS:
         raise UserError(f"is a checkpoint, which is no {to} file", where=path, fix="say --to ldm or --to diffusers")
-    to = to or ("ldm" if path.is_dir() else "diffusers")
+    to = to or ("ldm" if out.suffix == ".safetensors" else "diffusers")
+    if (to == "diffusers") == path.is_dir():  # its own layout: all of it, in another type or out of a pickle
+        check_output(out, [path], force=force, ending="" if path.is_dir() else ".safetensors")
+        left = rewrite(checkpoint, out, lambda *_: None, dtype=dtype, replace=force, report=report)
+        return Made((out,), {}, left_out(left))
     (to_file if to == "ldm" else to_folder)(checkpoint, out, dtype=dtype, force=force, report=report)
-    left = checkpoint.surplus
+    left = [key for key in checkpoint.surplus if key not in ("v_pred", "ztsnr")]
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     return Made((out,), {}, (f"left out, as no part of the checkpoint: {', '.join(left[:3])}{more}",) if left else ())
 
@@ -147,7 +156,7 @@ def as_lokr(adapter: Adapter, factor: int, advance: Advance) -> tuple[Adapter, M
         if own:
             change = sum((term.weight() for term in own[1:]), start=own[0].weight()).detach()
             delta, told[layer] = nearest_product(change, factor)
-            terms = (delta, *(term for term in storable(terms) if len(term.shape) < 2))
+            terms = (delta, *biases_of(terms, factored=True))
         deltas[layer] = terms
         advance(1)
     return replace(adapter, deltas=deltas), told
@@ -157,10 +166,15 @@ def _untuckered(adapter: Adapter) -> Adapter:
     """LoKrs with the core multiplied into their second factor: ComfyUI fails on a core there (FORMATS: torch.kron on a
     view, logged, and the layer left as it is)."""
     def plain(term: Delta) -> Delta:
-        tensors = dict(term.tensors())
-        if term.kind != "lokr" or "t2" not in tensors:
+        inner = inner_of(term)
+        tensors = dict(inner.tensors())
+        if inner.kind != "lokr" or "t2" not in tensors:
             return term
-        return type(term).from_tensors(_multiplied(tensors))
+        made = _multiplied(tensors)
+        if inner is not term:  # under DoRA
+            around = {name: tensor for name, tensor in term.tensors().items() if not name.startswith("inner.")}
+            return type(term).from_tensors(around | {f"inner.{name}": tensor for name, tensor in made.items()})
+        return type(term).from_tensors(made)
 
     return replace(adapter, deltas={layer: tuple(map(plain, terms)) for layer, terms in adapter.deltas.items()})
 

@@ -26,7 +26,7 @@ from impasto.deltas.spectrum import Spectrum, of_matrix
 from impasto.formats import names
 from impasto.formats.arrangement import save_arranged
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
-from impasto.formats.rewrite import lockstep
+from impasto.formats.rewrite import finite, lockstep
 from impasto.toolbox.mix import Made
 from impasto.toolbox.places import check_output, made_of
 
@@ -58,6 +58,9 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
     biases, norms and the VAE, of which a remark tells. Raises `UserError`: checkpoints of different families or shapes,
     or without a difference.
     """
+    if wanted is not None and wanted.energy is not None and wanted.measure == "cumulative":
+        raise UserError("the sum of all singular values is not known, as the largest alone are computed",
+                        where="--by cumulative", fix="ask for a share by fro or by ratio")
     first, second = open_checkpoint(base), open_checkpoint(tuned)
     check_alike(first, second)
     met = Changed()
@@ -65,13 +68,19 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
     with report.phase("comparing", total, "tensors") as advance:
         for component in first.components:
             for name, one, other in pairs(first, second, component) if component in second.components else ():
+                for checkpoint, tensor in ((first, one), (second, other)):
+                    if not finite(tensor):
+                        raise UserError(f"its {component}.{name} holds NaN or infinity", where=checkpoint.path,
+                                        fix="look at it with impasto inspect; a broken merge is the usual cause")
                 _look(f"{component}.{name}", one, other, met, wanted, kind, factor)
                 advance(1)
     adapter, layers = _assembled(met, wanted, first.family)
     if not layers:
         what = f"; {'; '.join(_remarks(met))}" if met.left else ""
         raise UserError(f"has no layer that differs from {first.path.name}{what}", where=second.path)
-    return adapter, Made((), layers, (*_remarks(met), *_short(layers, wanted)))
+    lone = [name for name in first.components if name not in second.components]
+    remarks = [f"{' and '.join(lone)}: not compared, {second.path.name} has none"] if lone else []
+    return adapter, Made((), layers, (*remarks, *_remarks(met), *_short(layers, wanted)))
 
 
 def extract(base: Path | str, tuned: Path | str, rank: int | None = None, *, energy: float | None = None,
@@ -102,6 +111,9 @@ def check_alike(first: Checkpoint, second: Checkpoint) -> None:
         if component in second.components:
             mine, theirs = first.names(component), second.names(component)
             for name, (shape, _) in mine.items():
+                if not all(own[name][1].is_floating_point for own in (mine, theirs) if name in own):
+                    raise UserError(f"its {component}.{name} is no floating-point tensor in one of the two",
+                                    where=second.path, fix="compare checkpoints in floating point")
                 if name not in theirs or theirs[name][0] != shape:
                     found = theirs[name][0] if name in theirs else "missing"
                     raise UserError(f"its {component}.{name} is {found}, and in {first.path.name} it is {shape}",
@@ -121,17 +133,14 @@ def pairs(first: Checkpoint, second: Checkpoint, component: str) -> Iterator[tup
 @torch.no_grad()
 def _look(path: str, one: Tensor, other: Tensor, met: Changed, wanted: Wanted | None, kind: str, factor: int) -> None:
     """Note what of a tensor's change is to be kept."""
-    if not one.is_floating_point() or same(one, other):
+    if same(one, other):
         return
     change = other.float() - one.float()
-    if not bool(torch.isfinite(change).all()):
-        raise UserError(f"{path} holds NaN or infinity in one of the two", where="extract",
-                        fix="look at them with impasto inspect; a broken merge is the usual cause")
     layer, _, leaf = path.rpartition(".")
     component = path.partition(".")[0]
     if component not in HELD or leaf != "weight" or change.ndim < 2 or names.is_embedding(layer):
-        what = component if component not in HELD else "embeddings" if names.is_embedding(layer) or \
-            "embedding" in layer else "norms" if names.is_norm(layer) else "biases"
+        what = component if component not in HELD else "embeddings" if names.is_embedding(layer) else \
+            "norms" if names.is_norm(layer) else "biases"
         count, square = met.left.get(what, (0, 0.0))
         met.left[what] = count + 1, square + float(change.double().square().sum())
         return
@@ -189,8 +198,8 @@ def _short(layers: dict[str, Kept], wanted: Wanted | None) -> list[str]:
     if wanted is None or wanted.energy is None or wanted.known is not None:
         return []
     count = sum(kept.rank == MOST for kept in layers.values())
-    return [f"{count} layers are cut at rank {MOST}, which may hold less than the share that is asked for"] if count \
-        else []
+    what = f"{count} layer{'s are' if count > 1 else ' is'} cut at rank {MOST}"
+    return [f"{what}, which may hold less than the share that is asked for"] if count else []
 
 
 def _remarks(met: Changed) -> list[str]:

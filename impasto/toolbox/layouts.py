@@ -8,18 +8,18 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, atomic_write, require_space, write_json
 from impasto.core.progress import SILENT, Advance, Reporter
-from impasto.families.tokenizer import write_tokenizer
+from impasto.families.tokenizer import clip_table, clip_tokenizer, table_of, write_tokenizer
 from impasto.formats.checkpoint import Checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig
 from impasto.formats.header import dtype_name, header_bytes
-from impasto.formats.rewrite import kept, lockstep, raw
+from impasto.formats.rewrite import cast, kept, lockstep, raw
 from impasto.toolbox.places import check_output
 
 
@@ -40,9 +40,13 @@ class Row:
 
 def to_folder(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = None, force: bool = False,
               report: Reporter = SILENT) -> None:
-    """Write a checkpoint as a folder that diffusers' `from_pretrained` opens. Raises `UserError`."""
-    check_output(out, [checkpoint.path], force=force)
+    """Write a checkpoint as a folder that diffusers' `from_pretrained` opens. Raises `UserError`: also for one without
+    all of its networks."""
+    check_output(out, [checkpoint.path], force=force, ending="")
     table = _table(checkpoint)
+    if lacking := [name for name in table.parts if name not in checkpoint.components]:
+        raise UserError(f"holds no {' and no '.join(lacking)}, and a folder wants all networks", where=checkpoint.path,
+                        fix="convert the whole checkpoint")
     rows = {name: [Row(key, shape, kept(own, dtype), name, key) for key, (shape, own) in
                    checkpoint.names(name).items()] for name in checkpoint.components}
     total = sum(row.bytes for own in rows.values() for row in own)
@@ -59,14 +63,14 @@ def to_folder(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = 
             told = {"architectures": [kind], "model_type": "clip_text_model"} if text else {"_class_name": kind}
             write_json(folder / name / "config.json", checkpoint.configs[name] | told)
             with open(folder / name / f"{'model' if text else 'diffusion_pytorch_model'}.safetensors", "wb") as file:
-                _write(file, checkpoint, rows[name], {"format": "pt"}, advance)
+                _write(file, checkpoint, rows[name], {"format": "pt"}, advance, out)
             index[name] = ["transformers" if text else "diffusers", kind]
         if any(name.startswith("text") for name in checkpoint.components):
             _tokenizer(checkpoint, folder / "tokenizer")
             index["tokenizer"] = ["transformers", "CLIPTokenizer"]
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
-        index["scheduler"] = ["diffusers", checkpoint.scheduler["_class_name"]]
+        index["scheduler"] = ["diffusers", checkpoint.scheduler.get("_class_name", table.scheduler["_class_name"])]
         write_json(folder / "model_index.json", index)
 
 
@@ -80,11 +84,13 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
     """
     check_output(out, [checkpoint.path], force=force, ending=".safetensors")
     table = _table(checkpoint)
+    _check_tokenizer(checkpoint)
+    metadata = {"format": "pt", **_untold(checkpoint, table)}
     rows = [row for name in checkpoint.components for row in _original(checkpoint, table, name, dtype)]
     marks = _marks(checkpoint)
     require_space(out, sum(row.bytes for row in rows), "the file")
     with report.phase("writing", sum(row.bytes for row in rows), "bytes") as advance, atomic_write(out) as file:
-        _write(file, checkpoint, rows, {"format": "pt", **_untold(checkpoint, table)}, advance, marks)
+        _write(file, checkpoint, rows, metadata, advance, out, marks)
 
 
 def _original(checkpoint: Checkpoint, table: FamilyConfig, name: str, dtype: torch.dtype | None) -> Iterator[Row]:
@@ -94,8 +100,8 @@ def _original(checkpoint: Checkpoint, table: FamilyConfig, name: str, dtype: tor
         yield Row(part.prefix + entry.ldm, entry.ldm_shape, kept(own[entry.name][1], dtype), name, entry.name)
 
 
-def _write(file: Any, checkpoint: Checkpoint, rows: list[Row], metadata: dict[str, str], advance: Advance,
-           marks: tuple[str, ...] = ()) -> None:
+def _write(file: IO[bytes], checkpoint: Checkpoint, rows: list[Row], metadata: dict[str, str], advance: Advance,
+           out: Path, marks: tuple[str, ...] = ()) -> None:
     """Header, then the tensors, each read when its turn has come: the components' side by side."""
     layout = {row.key: (dtype_name(row.dtype), row.shape) for row in rows}
     head, order = header_bytes(layout | {mark: ("F32", (0,)) for mark in marks}, metadata)
@@ -106,7 +112,7 @@ def _write(file: Any, checkpoint: Checkpoint, rows: list[Row], metadata: dict[st
     file.write(head)
     for row in ordered:
         _, tensor = next(streams[row.component])
-        file.write(raw(tensor.to(row.dtype)))
+        file.write(raw(cast(row.key, tensor, tensor, row.dtype, out)))
         advance(row.bytes)
 
 
@@ -118,11 +124,15 @@ def _table(checkpoint: Checkpoint) -> FamilyConfig:
 
 
 def _untold(checkpoint: Checkpoint, table: FamilyConfig) -> dict[str, str]:
-    """Metadata of what a single file's shapes do not tell, where it differs from the published."""
+    """Metadata of what a single file's shapes do not tell, where it differs from the published. `UserError` for a
+    setting that is none of a single number or word."""
     found = {}
     for name in checkpoint.components:
         part, own = table.parts[name], checkpoint.configs[name]
         if other := {key: own[key] for key in part.untold if key in own and own[key] != part.config[key]}:
+            if strange := [key for key, value in other.items() if type(value) is not type(part.config[key])]:
+                raise UserError(f"its {name} has {strange[0]} = {other[strange[0]]}, which a single file cannot tell",
+                                where=checkpoint.path, fix="keep it as a folder")
             found[name] = other
     return {"impasto.config": json.dumps(found, sort_keys=True)} if found else {}
 
@@ -132,6 +142,17 @@ def _marks(checkpoint: Checkpoint) -> tuple[str, ...]:
     told = checkpoint.scheduler
     return (*(("v_pred",) if told.get("prediction_type") == "v_prediction" else ()),
             *(("ztsnr",) if told.get("rescale_betas_zero_snr") else ()))
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raise a `UserError` for a tokenizer of its own, whose words a single file's readers would not know."""
+    folder = checkpoint.tokenizer
+    if folder is None:
+        return
+    own = {token for token in table_of(clip_tokenizer(folder))[0]}
+    if own != clip_table()[0].keys() or (folder / "added_tokens.json").exists():
+        raise UserError("has a tokenizer of its own, for which a single file has no place", where=folder,
+                        fix="keep it as a folder")
 
 
 def _tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

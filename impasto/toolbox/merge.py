@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from impasto.core.errors import UserError, nearest
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.weighted import Weighted
 from impasto.deltas.delta import Delta
+from impasto.deltas.fit import alike
 from impasto.formats import names
 from impasto.formats.adapters import canonical_layers, load_adapter
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
@@ -49,16 +51,23 @@ def merge_adapters(base: Path | str, adapters: Sequence[Weighted], out: Path | s
     check_output(out, [base, *(adapter.path for adapter in adapters)], force=force,
                  ending=".safetensors" if single else "")
     terms: dict[str, list[Delta]] = {}
+    blocks.check(f"{component}.{name}" for component in checkpoint.components for name in checkpoint.names(component))
     for path, strength in adapters:
-        for layer, own in _checked(Path(path), checkpoint).items():
+        for layer, own in checked(Path(path), checkpoint).items():
             if factor := strength * blocks.of(layer):
                 terms.setdefault(layer, []).extend(term if factor == 1 else term.scaled(factor) for term in own)
     told = made_of(merged={"base": Path(base).name, "adapters": [[Path(a.path).name, a.strength] for a in adapters]})
-    rewrite(checkpoint, out, _adding(terms), dtype=dtype, metadata=told, replace=force, report=report)
-    return Told(len(terms))
+    left = rewrite(checkpoint, out, _adding(terms), dtype=dtype, metadata=told, replace=force, report=report)
+    return Told(len(terms), left_out(left))
 
 
-def _checked(path: Path, checkpoint: Checkpoint) -> Mapping[str, tuple[Delta, ...]]:
+def left_out(names: Sequence[str]) -> tuple[str, ...]:
+    """A line about files that are not in the new folder."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (f"left out, as they were not read: {', '.join(names[:3])}{more}",) if names else ()
+
+
+def checked(path: Path, checkpoint: Checkpoint) -> Mapping[str, tuple[Delta, ...]]:
     """An adapter's deltas, if all of it fits the checkpoint."""
     if path.exists() and detect(path).kind in ("checkpoint", "unet", "vae"):
         raise UserError("is a checkpoint, not an adapter", where=path,
@@ -73,30 +82,28 @@ def _checked(path: Path, checkpoint: Checkpoint) -> Mapping[str, tuple[Delta, ..
     for layer, terms in layers.items():
         component, _, inside = layer.partition(".")
         found = shapes.get(component, {}).get(f"{inside}.weight")
+        if found is not None and not found[1].is_floating_point:
+            raise UserError(f"its {layer} is of {str(found[1]).removeprefix('torch.')}, to which nothing can be added",
+                            where=checkpoint.path, fix="take a base in floating point")
         if found is None:
             known = [f"{c}.{name.rpartition('.')[0]}" for c, own in shapes.items() for name in own]
             raise UserError(f"changes {layer}, which {checkpoint.path.name} does not have", where=path,
                             fix=nearest(layer, known))
         for term in terms:
-            _check_shape(term, found[0], layer, path, checkpoint)
+            check_shape(term, found[0], layer, path, checkpoint)
+            if term.bias() is not None and f"{inside}.bias" not in shapes[component]:
+                raise UserError(f"changes the bias of {layer}, which has none in {checkpoint.path.name}", where=path,
+                                fix="the adapter was made for another base")
     return layers
 
 
-def _check_shape(term: Delta, weight: tuple[int, ...], layer: str, path: Path, checkpoint: Checkpoint) -> None:
+def check_shape(term: Delta, weight: tuple[int, ...], layer: str, path: Path, checkpoint: Checkpoint) -> None:
     own = (weight[1], weight[0]) if names.is_embedding(layer) else weight
     bias = term.bias()
-    if term.shape and not _alike(term.shape, own) or bias is not None and bias.shape[0] != weight[0]:
+    if term.shape and not alike(term.shape, own) or bias is not None and bias.shape[0] != weight[0]:
         raise UserError(f"changes {layer} by {term.shape or tuple(bias.shape if bias is not None else ())}, and in "
                         f"{checkpoint.path.name} it is {own}", where=path,
                         fix="the adapter was made for another base")
-
-
-def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Equal, windows of 1×1 apart."""
-    def plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[:2] if set(shape[2:]) <= {1} else shape
-
-    return plain(one) == plain(other)
 
 
 def _adding(terms: Mapping[str, Sequence[Delta]]) -> Change:
@@ -107,7 +114,7 @@ def _adding(terms: Mapping[str, Sequence[Delta]]) -> Change:
         own = terms.get(layer, ())
         if leaf == "bias":
             biases = [bias for term in own if (bias := term.bias()) is not None]
-            return sum(biases, start=tensor.float()) if biases else None
+            return sum(biases, start=tensor.to(wide(tensor.dtype))) if biases else None
         own = [term for term in own if term.shape]
         if leaf != "weight" or not own:
             return None
@@ -116,19 +123,27 @@ def _adding(terms: Mapping[str, Sequence[Delta]]) -> Change:
     return change
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums are made: fp32, or fp64 of fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @torch.no_grad()
 def summed(weight: Tensor, terms: Sequence[Delta], *, transposed: bool = False) -> Tensor:
     """W + Σ dW in fp32, or wider if W is; of W's shape. Products of thin factors are added in place."""
-    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    total = weight.to(wide(weight.dtype), copy=True)
     plain = total.T if transposed else total
     W = None if all(term.linear for term in terms) else plain.clone()
     for term in terms:
         factors = term.factors() if term.linear else None
         if factors is not None and factors[0].shape[1] < min(plain.shape[0], plain[0].numel()):
-            plain.view(plain.shape[0], -1).addmm_(factors[0].to(plain), factors[1].flatten(1).to(plain)) \
-                if plain.is_contiguous() else plain.add_(factors[0].to(plain) @ factors[1].flatten(1).to(plain))
+            up, down = factors[0].to(plain), factors[1].flatten(1).to(plain)
+            if transposed:
+                plain += up @ down
+            else:
+                plain.view(plain.shape[0], -1).addmm_(up, down)
         else:
-            plain.add_(term.weight(W if W is None else W.reshape(term.shape)).reshape(plain.shape).to(plain))
+            plain += term.weight(None if W is None else W.reshape(term.shape)).reshape(plain.shape).to(plain)
     return total
 
 
@@ -140,19 +155,21 @@ def merge_checkpoints(paths: Sequence[Path | str], weights: Sequence[float], out
                       report: Reporter = SILENT) -> Told:
     """Write Σ wᵢ · checkpointᵢ to `out`, in the first one's layout and types.
 
-    A block's factor f moves it from the first: w₁ + (1 − f) · Σ others, and f · wᵢ. Raises `UserError` for checkpoints
-    of different families or shapes, before a byte is written.
+    A block's factor f goes so far from the first one, with 0, to the sum, with 1. Raises `UserError` for checkpoints of
+    different families or shapes, before a byte is written.
     """
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"is no list of numbers: {', '.join(f'{weight:g}' for weight in weights)}", where="--weights")
     if len(paths) != len(weights) or len(paths) < 2:
         raise UserError(f"there are {len(paths)} checkpoints and {len(weights)} weights", where="--weights",
                         fix="give one weight for each of two or more checkpoints, as --weights 0.7,0.3")
 
     def mixture(path: str) -> list[float]:
-        rest = [blocks.of(path) * weight for weight in weights[1:]]
-        return [sum(weights) - sum(rest), *rest]
+        factor = blocks.of(path)
+        return [1 + factor * (weights[0] - 1), *(factor * weight for weight in weights[1:])]
 
-    return _combined(paths, mixture, out, {"checkpoints": [Path(p).name for p in paths], "weights": list(weights)},
-                     dtype, force, report)
+    facts = {"checkpoints": [Path(path).name for path in paths], "weights": list(weights)}
+    return _combined(paths, mixture, blocks, out, facts, dtype, force, report)
 
 
 def add_difference(base: Path | str, tuned: Path | str, origin: Path | str, strength: float, out: Path | str, *,
@@ -165,16 +182,18 @@ def add_difference(base: Path | str, tuned: Path | str, origin: Path | str, stre
         return [1.0, own, -own]
 
     facts = {"base": Path(base).name, "tuned": Path(tuned).name, "origin": Path(origin).name, "strength": strength}
-    return _combined([base, tuned, origin], mixture, out, facts, dtype, force, report)
+    return _combined([base, tuned, origin], mixture, blocks, out, facts, dtype, force, report, wider=True)
 
 
-def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]], out: Path | str,
-              facts: Mapping[str, object], dtype: torch.dtype | None, force: bool, report: Reporter) -> Told:
+def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]], blocks: Blocks, out: Path | str,
+              facts: Mapping[str, object], dtype: torch.dtype | None, force: bool, report: Reporter,
+              wider: bool = False) -> Told:
     """Write a linear combination of checkpoints, its coefficients by a tensor's path."""
     out = Path(out)
     first, *others = (open_checkpoint(path) for path in paths)
     check_output(out, paths, force=force, ending="" if Path(paths[0]).is_dir() else ".safetensors")
-    shared = _shared(first, others)
+    shared = _shared(first, others, wider)
+    blocks.check(f"{component}.{name}" for component in first.components for name in first.names(component))
     left = [name for name in first.components if name not in shared]
     streams = {name: [lockstep(other, name, in_order(first, name, dtype)) for other in others] for name in shared}
     changed = 0
@@ -189,17 +208,22 @@ def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]]
         if not tensor.is_floating_point() or own == 1 and not any(rest):
             return None
         changed += 1
-        total = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * own
+        total = tensor.to(wide(tensor.dtype)) * own
         for weight, (_, other) in zip(rest, read, strict=True):
-            total += weight * other.to(total).reshape(total.shape)
+            part = total if other.numel() == total.numel() else total[:, :other.shape[1]]
+            part += weight * other.to(total).reshape(part.shape)
         return total
 
-    rewrite(first, out, change, dtype=dtype, metadata=made_of(merged=facts), replace=force, report=report)
-    return Told(changed, (f"{' and '.join(left)}: as in {first.path.name}; the others have none",) if left else ())
+    unread = rewrite(first, out, change, dtype=dtype, metadata=made_of(merged=facts), replace=force, report=report)
+    remarks = (f"{' and '.join(left)}: as in {first.path.name}; the others have none",) if left else ()
+    return Told(changed, (*remarks, *left_out(unread)))
 
 
-def _shared(first: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
-    """Components that all have. `UserError` if two are of different families, or a tensor of different shapes."""
+def _shared(first: Checkpoint, others: Sequence[Checkpoint], wider: bool) -> list[str]:
+    """Components that all have. `UserError` if two are of different families, or a tensor of different shapes.
+
+    `wider`: the first one's UNet may take more channels (inpainting), whose weights then stay as they are.
+    """
     for other in others:
         if other.family != first.family:
             raise UserError(f"is of the family {other.family or 'of a VAE alone'}, and {first.path.name} is "
@@ -211,9 +235,19 @@ def _shared(first: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
         for component in shared:
             mine, theirs = first.names(component), other.names(component)
             for name, (shape, _) in mine.items():
-                if name not in theirs or not _alike(theirs[name][0], shape):
+                if not all(own[name][1].is_floating_point for own in (mine, theirs) if name in own):
+                    raise UserError(f"its {component}.{name} is no floating-point tensor in one of the two",
+                                    where=other.path, fix="merge checkpoints in floating point")
+                if wider and name == "conv_in.weight" and name in theirs and _widened(theirs[name][0], shape):
+                    continue
+                if name not in theirs or not alike(theirs[name][0], shape):
                     found = theirs[name][0] if name in theirs else "missing"
                     raise UserError(f"its {component}.{name} is {found}, and in {first.path.name} it is {shape}",
                                     where=other.path, fix="merge checkpoints of one kind: an inpainting one, say, "
                                     "with another inpainting one")
     return shared
+
+
+def _widened(narrow: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a convolution takes what the other takes, and more."""
+    return narrow[0] == shape[0] and narrow[1] < shape[1] and narrow[2:] == shape[2:]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +18,12 @@ from impasto.core.weighted import Weighted
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
 from impasto.deltas.dense import Dense
+from impasto.deltas.fit import alike, shaped
 from impasto.deltas.ranks import Wanted
 from impasto.deltas.resize import Kept, Weights, overall, resized
 from impasto.formats import names
 from impasto.formats.adapters import canonical_layers, load_adapter
-from impasto.formats.arrangement import save_arranged
+from impasto.formats.arrangement import arranged, save_arranged
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
 from impasto.toolbox.blocks import Blocks
 from impasto.toolbox.places import check_output, made_of
@@ -62,15 +65,17 @@ def mix(adapters: Sequence[Weighted], out: Path | str, *, wanted: Wanted | None 
     or that share no layer.
     """
     out = Path(out)
-    check_output(out, [adapter.path for adapter in adapters], force=force)
+    inputs = [base, *(adapter.path for adapter in adapters)]
+    check_output(out, inputs, force=force, ending=None)
     loaded = [(Path(path), load_adapter(path), strength) for path, strength in adapters]
     checkpoint = None if base is None else open_checkpoint(base)
     weights = None if checkpoint is None else weights_of(checkpoint)
     _check_alike([(path, adapter) for path, adapter, _ in loaded], checkpoint)
+    blocks.check(layer for _, adapter, _ in loaded for layer in canonical_layers(adapter, ""))
     total = None
-    for _, adapter, strength in loaded:
-        own = scaled(linear(adapter, weights), strength, blocks)
-        total = own if total is None else total + own
+    for path, adapter, strength in loaded:
+        own = scaled(linear(adapter, weights, path), strength, blocks)
+        total = own if total is None else total + like(own, total)
     assert total is not None
     layers: Mapping[str, Kept] = {}
     if wanted is not None:
@@ -78,8 +83,36 @@ def mix(adapters: Sequence[Weighted], out: Path | str, *, wanted: Wanted | None 
             total, layers = resized(total, wanted, None, advance)
     else:
         total = replace(total, deltas={layer: storable(terms) for layer, terms in total.deltas.items()})
-    facts = {"mixed": [[path.name, strength] for path, _, strength in loaded]}
-    return Made(tuple(save_arranged(total, out, format=format, dtype=dtype, metadata=made_of(**facts))), layers)
+    facts = made_of(mixed=[[path.name, strength] for path, _, strength in loaded])
+    files = save_all(without_network(total), out, inputs, format=format, dtype=dtype, metadata=facts, force=force)
+    kept = any(adapter.embeddings and strength != 1 for _, adapter, strength in loaded)
+    return Made(files, layers, ("new words are carried along as they are: no strength changes them",) if kept else ())
+
+
+#: endings of files by format; peft's are folders
+ENDINGS = {"hypernetwork": ".pt", "peft": ""}
+#: metadata of how an adapter's network was made, which a sum or another kind has not
+NETWORK = ("ss_network_module", "ss_network_args", "ss_network_dim", "ss_network_alpha")
+
+
+def without_network(adapter: Adapter) -> Adapter:
+    """The adapter without what its metadata say of its kind and ranks."""
+    return replace(adapter, metadata={key: value for key, value in adapter.metadata.items() if key not in NETWORK})
+
+
+def save_all(adapter: Adapter, out: Path, inputs: Iterable[Path | str | None], *, format: str, dtype: torch.dtype,
+             metadata: Mapping[str, str] | None, force: bool) -> tuple[Path, ...]:
+    """Write an adapter's files, none of which may be an input, or be there without `force`."""
+    inputs = list(inputs)
+    for part in arranged(adapter, out, format):
+        check_output(part.path, inputs, force=force, ending=ENDINGS.get(part.format, ".safetensors"))
+    if out.is_dir():  # peft's, which gives way
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".part") as folder:
+            made = save_arranged(adapter, Path(folder) / out.name, format=format, dtype=dtype, metadata=metadata)
+            os.rename(out, Path(folder) / "old")
+            os.rename(made[0], out)
+        return (out,)
+    return tuple(save_arranged(adapter, out, format=format, dtype=dtype, metadata=metadata))
 
 
 def weights_of(checkpoint: Checkpoint) -> Weights:
@@ -97,15 +130,27 @@ def weights_of(checkpoint: Checkpoint) -> Weights:
     return weight
 
 
-def linear(adapter: Adapter, weights: Weights | None) -> Adapter:
-    """The adapter with every change that depends on the layer's weight as a full difference."""
+def like(adapter: Adapter, other: Adapter) -> Adapter:
+    """The adapter with the shapes that the other one gives to 1×1 convolutions: files hold them as matrices too."""
+    deltas = dict(adapter.deltas)
+    for layer in adapter.deltas.keys() & other.deltas.keys():
+        shapes = [term.shape for term in other.deltas[layer] if term.shape]
+        deltas[layer] = tuple(shaped(term, shapes[0]) if shapes else term for term in deltas[layer])
+    return replace(adapter, deltas=deltas)
+
+
+def linear(adapter: Adapter, weights: Weights | None, path: Path | str) -> Adapter:
+    """The adapter with every change that depends on the layer's weight as a full difference; `path`: its file."""
     deltas: dict[str, tuple[Delta, ...]] = {}
     for layer, terms in canonical_layers(adapter, "").items():
         if not all(term.linear for term in terms):
             if weights is None:
-                raise UserError("holds a DoRA, whose change depends on the base's weight", where=layer,
+                raise UserError(f"holds a DoRA on {layer}, whose change depends on the base's weight", where=path,
                                 fix="give the base that it is for (--base)")
             W = weights(layer)
+            if other := [term.shape for term in terms if not alike(term.shape, tuple(W.shape))]:
+                raise UserError(f"changes {layer} by {other[0]}, and in the base it is {tuple(W.shape)}", where=path,
+                                fix="give the base that it was made for")
             terms = tuple(term if term.linear else Dense.from_weight(term.weight(W.reshape(term.shape)).detach(),
                                                                      term.bias()) for term in terms)
         deltas[layer] = terms
@@ -118,7 +163,7 @@ def scaled(adapter: Adapter, strength: float, blocks: Blocks) -> Adapter:
     for layer, terms in adapter.deltas.items():
         if factor := strength * blocks.of(layer):
             deltas[layer] = terms if factor == 1 else tuple(term.scaled(factor) for term in terms)
-    return replace(adapter * strength, deltas=deltas) if adapter.hooks else replace(adapter, deltas=deltas)
+    return replace(adapter, deltas=deltas, hooks=tuple(hook.scaled(strength) for hook in adapter.hooks))
 
 
 def storable(terms: tuple[Delta, ...]) -> tuple[Delta, ...]:
@@ -138,7 +183,7 @@ def storable(terms: tuple[Delta, ...]) -> tuple[Delta, ...]:
 def _check_alike(loaded: Sequence[tuple[Path, Adapter]], checkpoint: Checkpoint | None) -> None:
     """Raise a `UserError` for adapters of different families, or two that have nothing in common."""
     families = {adapter.family: path for path, adapter in loaded if adapter.family}
-    if checkpoint is not None:
+    if checkpoint is not None and checkpoint.family:
         families.setdefault(checkpoint.family, checkpoint.path)
     if len(families) > 1:
         (one, first), (other, second), *_ = families.items()

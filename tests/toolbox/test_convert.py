@@ -178,7 +178,7 @@ def test_what_cannot_be_converted_is_one_line(written: Written, tmp_path: Path) 
         (written(), dict(to="peft"), "is a checkpoint, which is no peft file"),
         (written("diffusers"), dict(to="ldm", out="out.ckpt"), "call it out.safetensors"),
         (token, dict(to="lycoris"), "holds new tokens, for which lycoris files have no place"),
-        (file, dict(wanted=Wanted(rank=1)), "a rank is asked for without a kind"),
+        (file, dict(wanted=Wanted(rank=1)), "a rank is asked for, which is a LoRA's"),
     ]
     for path, asked, line in cases:
         out = tmp_path / str(asked.pop("out", "made/out.safetensors"))

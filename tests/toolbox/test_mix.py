@@ -44,7 +44,7 @@ def test_a_sum_is_exact(one: str, other: str, tmp_path: Path) -> None:
     made = mix([Weighted(files[0].path, 0.7), Weighted(files[1].path, -0.4)], tmp_path / "out.safetensors",
                dtype=torch.float32)
     found = load_adapter(tmp_path / "out.safetensors")
-    assert found.layers == sorted(found.layers, key=found.layers.index) and set(found.layers) == set(adapters[0].layers)
+    assert set(found.layers) == set(adapters[0].layers)
     assert not made.layers
     for layer in found.layers:
         wanted = 0.7 * flat(adapters[0], layer) - 0.4 * flat(adapters[1], layer)
