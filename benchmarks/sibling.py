@@ -103,7 +103,7 @@ def shown(asked: Sequence[Asked], lesson: str, other: Path, adapters: Any, keep:
     for (name, group), known in zip(groups.items(), seen, strict=True):
         read = reader.read(group)
         told[name] = {"concept": statistics.fmean(known), "prompt": mark(asked, read).share("background") or 0.0,
-                      "glossy": statistics.fmean(answers["style"] == STYLE for answers in read)}
+                      "glossy": statistics.fmean(answers.get("style") == STYLE for answers in read)}
     return told
 
 
@@ -120,7 +120,7 @@ def known(folder: Path, other: Path) -> tuple[list[str], list[str]]:
             read = reader.read([*drawn(base, old, settings(SIDE, Amounts().steps))])
             told[name] = {"concept": mark(old, read).share("all three") or 0.0,
                           "prompt": mark(old, read).share("background") or 0.0,
-                          "glossy": statistics.fmean(answers["style"] == STYLE for answers in read)}
+                          "glossy": statistics.fmean(answers.get("style") == STYLE for answers in read)}
         write_json(place, {"own": shown(asked, "familiar", other, (), folder / "known"), "old": told})
     found = json.loads(place.read_text(encoding="utf-8"))
     return (row("none: the heart by its own words", [found["own"]]), row("none: any prompt, all right", [found["old"]]))
