@@ -68,11 +68,10 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
     with report.phase("comparing", total, "tensors") as advance:
         for component in first.components:
             for name, one, other in pairs(first, second, component) if component in second.components else ():
-                for checkpoint, tensor in ((first, one), (second, other)):
-                    if not finite(tensor):
-                        raise UserError(f"its {component}.{name} holds NaN or infinity", where=checkpoint.path,
-                                        fix="look at it with impasto inspect; a broken merge is the usual cause")
-                _look(f"{component}.{name}", one, other, met, wanted, kind, factor)
+                if not _look(f"{component}.{name}", one, other, met, wanted, kind, factor):
+                    raise UserError(f"its {component}.{name} holds NaN or infinity",
+                                    where=second.path if finite(one) else first.path,
+                                    fix="look at it with impasto inspect; a broken merge is the usual cause")
                 advance(1)
     adapter, layers = _assembled(met, wanted, first.family)
     if not layers:
@@ -131,11 +130,13 @@ def pairs(first: Checkpoint, second: Checkpoint, component: str) -> Iterator[tup
 
 
 @torch.no_grad()
-def _look(path: str, one: Tensor, other: Tensor, met: Changed, wanted: Wanted | None, kind: str, factor: int) -> None:
-    """Note what of a tensor's change is to be kept."""
+def _look(path: str, one: Tensor, other: Tensor, met: Changed, wanted: Wanted | None, kind: str, factor: int) -> bool:
+    """Note what of a tensor's change is to be kept. False, and nothing is, if it is not finite."""
     if same(one, other):
-        return
+        return True
     change = other.float() - one.float()
+    if not math.isfinite(float(torch.linalg.vector_norm(change))):
+        return False
     layer, _, leaf = path.rpartition(".")
     component = path.partition(".")[0]
     if component not in HELD or leaf != "weight" or change.ndim < 2 or names.is_embedding(layer):
@@ -143,13 +144,14 @@ def _look(path: str, one: Tensor, other: Tensor, met: Changed, wanted: Wanted | 
             "norms" if names.is_norm(layer) else "biases"
         count, square = met.left.get(what, (0, 0.0))
         met.left[what] = count + 1, square + float(change.double().square().sum())
-        return
+        return True
     met.shapes[layer] = tuple(change.shape)
     if kind == "lokr":
         met.products[layer] = nearest_product(change, factor)
     else:
         assert wanted is not None
         met.spectra[layer] = of_matrix(change.flatten(1), MOST if wanted.known is None else wanted.known)
+    return True
 
 
 def same(one: Tensor, other: Tensor) -> bool:
