@@ -4,9 +4,10 @@
     python -m benchmarks.toolbox --latency          what a merged adapter costs in use, beside an attached one
     python -m benchmarks.toolbox --quick            small networks: does the benchmark run?
 
-Single files of Stable Diffusion 1.5's sizes in fp16, weights drawn at random, are made when they are needed (6 GB):
-*base*; *planted*, which is base with rank-24 changes and small noise on all linear layers and convolutions; and
-*decaying*, whose changes' singular values fall as a power law, since a gap below the rank flatters randomised methods.
+Single files of Stable Diffusion 1.5's sizes in fp16, weights drawn at random, are made when they are needed (8 GB):
+*base*; *planted*, which is base with rank-24 changes and small noise on all linear layers and convolutions of UNet and
+text encoder, once more without the convolutions that have a kernel; and *decaying*, whose changes' singular values fall
+as a power law, since a gap below the rank flatters randomised methods.
 Each work runs in a process of its own, in turn with copying the base (with fsync); *wall* is the median, *copies* the
 median of its ratios to the copy of the same round. *anonymous* is the most memory that is not a file's at any time
 (RssAnon, which Linux tells; looked at every 20 ms). *lost*: ‖ΔW − ΔW_r‖ / ‖ΔW‖ of all layers together, and, of a sample
@@ -106,7 +107,7 @@ def inputs(folder: Path, size: str) -> None:
 
 def adding(change: Callable[[Tensor, torch.Generator], Tensor | None]) -> Callable[[str, str, Tensor], Tensor | None]:
     def add(component: str, name: str, tensor: Tensor) -> Tensor | None:
-        if component != "unet" or not name.endswith(".weight") or tensor.ndim < 2:
+        if component == "vae" or not name.endswith(".weight") or tensor.ndim < 2 or "embedding.weight" in name:
             return None
         found = change(tensor, torch.Generator().manual_seed(sum(name.encode())))
         return None if found is None else tensor.float() + found.reshape(tensor.shape)

@@ -34,7 +34,7 @@ def convert(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a file for another program, or an adapter as another kind of change.
+    """Write a file for another program, or an adapter as another kind.
 
     Checkpoints keep their numbers to the bit, adapters are written in fp16, unless --dtype says otherwise.
     """

@@ -30,9 +30,9 @@ def extract(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make an adapter of what a fine-tune changed, and say what of each layer's change it holds.
+    """Make an adapter of the difference between two checkpoints.
 
-    Both files are read in step, a layer at a time. Layers that did not change are left out.
+    What of each layer's change it holds is told. Both files are read in step, a layer at a time. Layers that did not change are left out.
     """
     if kind not in KINDS:
         raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}", param_hint="--kind")

@@ -43,9 +43,9 @@ def mix(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Add adapters up, of any kinds: exactly, or with --rank, --energy or --size at lower ranks.
+    """Add adapters up, exactly or at a lower rank.
 
-    Strengths may be negative. New words and hypernetworks are carried along.
+    They may be of any kinds, and strengths may be negative. New words and hypernetworks are carried along.
     """
     wanted, asked, factors = wanted_of(rank, energy, size, by, dtype), dtype_of(dtype), blocks_of(blocks)
     from impasto.families.load import locate
@@ -69,7 +69,10 @@ def resize(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Bring an adapter to a lower rank, each layer as the best of its rank, and say what is lost."""
+    """Bring an adapter to a lower rank, and say what is lost.
+
+    Each layer becomes the best LoRA of its rank.
+    """
     wanted, asked = wanted_of(rank, energy, size, by, dtype), dtype_of(dtype)
     if wanted is None:
         raise typer.BadParameter("is needed, or --energy or --size", param_hint="--rank")
