@@ -32,7 +32,8 @@ def extract(
 ) -> None:
     """Make an adapter of the difference between two checkpoints.
 
-    What of each layer's change it holds is told. Both files are read in step, a layer at a time. Layers that did not change are left out.
+    What of each layer's change it holds is told. Both files are read in step, a layer at a time. Layers that did not
+    change are left out.
     """
     if kind not in KINDS:
         raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}", param_hint="--kind")
