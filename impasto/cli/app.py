@@ -33,7 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "merge": ("impasto.cli.merge:merge", "Merge adapters into a checkpoint, or checkpoints with each other."),
     "mix": ("impasto.cli.mix:mix", "Add adapters up, exactly or at a lower rank."),
     "extract": ("impasto.cli.extract:extract", "Make an adapter of the difference between two checkpoints."),
-    "resize": ("impasto.cli.mix:resize", "Bring an adapter to a lower rank, and say what is lost."),
+    "resize": ("impasto.cli.resize:resize", "Bring an adapter to a lower rank, and say what is lost."),
     "convert": ("impasto.cli.convert:convert", "Write a file for another program, or an adapter as another kind."),
     "inspect": ("impasto.cli.inspect:inspect", "Say what a file is and what is in it, without running any of it."),
     "reproduce": ("impasto.cli.reproduce:reproduce", "The recipe that made a file, and what differs now."),

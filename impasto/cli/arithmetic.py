@@ -32,7 +32,14 @@ Size = Annotated[str | None, typer.Option(
 BlockWeights = Annotated[str | None, typer.Option(
     "--blocks", metavar="M00=0.5,…", help="A factor for each block: BASE, IN00 to IN11, M00, OUT00 to OUT11, as names "
     "or as 26 numbers; or the beginning of a layer's path, text_encoder=0.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", metavar="fp16|bf16|fp32", help="The precision of the result.")]
+Dtype = Annotated[str | None, typer.Option(
+    "--dtype", metavar="fp16|bf16|fp32", help="The precision of the result; a checkpoint keeps its own without it.")]
+AdapterDtype = Annotated[str, typer.Option("--dtype", metavar="fp16|bf16|fp32", help="The precision of the result.")]
+Factor = Annotated[int | None, typer.Option(
+    "--factor", min=2, metavar="N", help="LoKr: the largest side of its first factor, 8 unless said.")]
+Base = Annotated[str | None, typer.Option(
+    "--base", metavar="BASE", help="The checkpoint that a DoRA is for, whose change depends on it.")]
+Layers = Annotated[bool, typer.Option("--layers", help="Say of each layer what is lost.")]
 
 #: bytes of the units that people write
 UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9,
@@ -73,19 +80,19 @@ def adapters_of(texts: list[str]) -> list[Weighted]:
 
 
 def blocks_of(text: str | None) -> Blocks:
-    from impasto.toolbox.blocks import Blocks
+    from impasto.toolbox.blocks import PLAIN, Blocks
 
-    return Blocks({}) if text is None else Blocks.parse(text)
+    return PLAIN if text is None else Blocks.parse(text)
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str) -> torch.dtype:
     """torch's type for fp16, bf16, fp32."""
     import torch
 
     types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    if name is not None and name not in types:
+    if name not in types:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(types)}", param_hint="--dtype")
-    return None if name is None else types[name]
+    return types[name]
 
 
 def tell(made: Made, as_json: bool, *, layers: bool = False) -> None:

@@ -7,9 +7,21 @@ from typing import Annotated
 
 import typer
 
-from impasto.cli.arithmetic import By, Dtype, Energy, Out, Rank, Size, dtype_of, tell, wanted_of
+from impasto.cli.arithmetic import (
+    Base,
+    By,
+    Dtype,
+    Energy,
+    Factor,
+    Layers,
+    Out,
+    Rank,
+    Size,
+    dtype_of,
+    tell,
+    wanted_of,
+)
 from impasto.cli.console import RichReporter
-from impasto.cli.mix import Base, Layers
 from impasto.cli.options import Force, Json
 
 
@@ -26,8 +38,7 @@ def convert(
     energy: Energy = None,
     by: By = "fro",
     size: Size = None,
-    factor: Annotated[int | None, typer.Option(
-        "--factor", min=2, metavar="N", help="LoKr: the largest side of its first factor, 8 unless said.")] = None,
+    factor: Factor = None,
     base: Base = None,
     dtype: Dtype = None,
     layers: Layers = False,
@@ -38,13 +49,14 @@ def convert(
 
     Checkpoints keep their numbers to the bit, adapters are written in fp16, unless --dtype says otherwise.
     """
-    wanted, asked = wanted_of(rank, energy, size, by, dtype or "fp16"), dtype_of(dtype)
+    wanted, asked = wanted_of(rank, energy, size, by, dtype), None if dtype is None else dtype_of(dtype)
     if factor is not None and kind != "lokr":
         raise typer.BadParameter("is of a LoKr: say --kind lokr", param_hint="--factor")
     from impasto.families.load import locate
     from impasto.toolbox.convert import convert as turn
+    from impasto.toolbox.extract import FACTOR
 
     path = locate(file) if str(file) == "mini" else file
     own = None if base is None else locate(base)
-    tell(turn(path, out, to=to, kind=kind, wanted=wanted, factor=factor or 8, base=own, dtype=asked, force=force,
+    tell(turn(path, out, to=to, kind=kind, wanted=wanted, factor=factor or FACTOR, base=own, dtype=asked, force=force,
               report=RichReporter()), as_json, layers=layers)

@@ -6,9 +6,20 @@ from typing import Annotated
 
 import typer
 
-from impasto.cli.arithmetic import By, Dtype, Energy, Out, Rank, Size, dtype_of, tell, wanted_of
+from impasto.cli.arithmetic import (
+    AdapterDtype,
+    By,
+    Energy,
+    Factor,
+    Layers,
+    Out,
+    Rank,
+    Size,
+    dtype_of,
+    tell,
+    wanted_of,
+)
 from impasto.cli.console import RichReporter
-from impasto.cli.mix import Layers
 from impasto.cli.options import Force, Json
 
 KINDS = ("lora", "lokr")
@@ -23,9 +34,8 @@ def extract(
     by: By = "fro",
     size: Size = None,
     kind: Annotated[str, typer.Option("--kind", metavar="lora|lokr", help="What to make of each layer.")] = "lora",
-    factor: Annotated[int | None, typer.Option(
-        "--factor", min=2, metavar="N", help="LoKr: the largest side of its first factor, 8 unless said.")] = None,
-    dtype: Dtype = "fp16",
+    factor: Factor = None,
+    dtype: AdapterDtype = "fp16",
     layers: Layers = False,
     force: Force = False,
     as_json: Json = False,
@@ -45,8 +55,8 @@ def extract(
     if factor is not None and kind != "lokr":
         raise typer.BadParameter("is of a LoKr", param_hint="--factor")
     from impasto.families.load import locate
+    from impasto.toolbox.extract import FACTOR
     from impasto.toolbox.extract import extract_to as make
 
-    assert asked is not None
     tell(make(locate(base), locate(tuned), out, wanted, kind=kind,  # type: ignore[arg-type]
-              factor=factor or 8, dtype=asked, force=force, report=RichReporter()), as_json, layers=layers)
+              factor=factor or FACTOR, dtype=asked, force=force, report=RichReporter()), as_json, layers=layers)

@@ -35,7 +35,7 @@ def merge(
         raise typer.BadParameter("and --add-difference exclude each other", param_hint="--weights")
     if difference is not None and len(others) != 2:
         raise typer.BadParameter("takes three checkpoints, A B C", param_hint="--add-difference")
-    asked, factors = dtype_of(dtype), blocks_of(blocks)
+    asked, factors = None if dtype is None else dtype_of(dtype), blocks_of(blocks)
     try:
         numbers = [float(number) for number in (weights or "").split(",") if number]
     except ValueError:

@@ -1,17 +1,18 @@
-"""`impasto mix` and `impasto resize`: sums of adapters, and adapters at lower ranks."""
+"""`impasto mix`: sums of adapters, exact or at lower ranks."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from impasto.cli.arithmetic import (
+    AdapterDtype,
+    Base,
     BlockWeights,
     By,
-    Dtype,
     Energy,
+    Layers,
     Out,
     Rank,
     Size,
@@ -24,10 +25,6 @@ from impasto.cli.arithmetic import (
 from impasto.cli.console import RichReporter
 from impasto.cli.options import Force, Json
 
-Base = Annotated[str | None, typer.Option(
-    "--base", metavar="BASE", help="The checkpoint that a DoRA is for, whose change depends on it.")]
-Layers = Annotated[bool, typer.Option("--layers", help="Say of each layer what is lost.")]
-
 
 def mix(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER[:W]", help="Adapters, each with its strength.")],
@@ -38,7 +35,7 @@ def mix(
     size: Size = None,
     base: Base = None,
     blocks: BlockWeights = None,
-    dtype: Dtype = "fp16",
+    dtype: AdapterDtype = "fp16",
     layers: Layers = False,
     force: Force = False,
     as_json: Json = False,
@@ -51,34 +48,5 @@ def mix(
     from impasto.families.load import locate
     from impasto.toolbox.mix import mix as add
 
-    assert asked is not None
     tell(add(adapters_of(adapters), out, wanted=wanted, base=None if base is None else locate(base),
              blocks=factors, dtype=asked, force=force, report=RichReporter()), as_json, layers=layers)
-
-
-def resize(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter of any kind.")],
-    out: Out,
-    rank: Rank = None,
-    energy: Energy = None,
-    by: By = "fro",
-    size: Size = None,
-    base: Base = None,
-    dtype: Dtype = "fp16",
-    layers: Layers = False,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Bring an adapter to a lower rank, and say what is lost.
-
-    Each layer becomes the best LoRA of its rank.
-    """
-    wanted, asked = wanted_of(rank, energy, size, by, dtype), dtype_of(dtype)
-    if wanted is None:
-        raise typer.BadParameter("is needed, or --energy or --size", param_hint="--rank")
-    from impasto.families.load import locate
-    from impasto.toolbox.mix import resize as shrink
-
-    assert asked is not None
-    tell(shrink(adapter, wanted, out, base=None if base is None else locate(base), dtype=asked, force=force,
-                report=RichReporter()), as_json, layers=layers)

@@ -16,11 +16,9 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.formats import names, original
-from impasto.formats.adapter_bytes import stored
-from impasto.formats.adapters import FileCodec, Layers, family_of
+from impasto.formats.adapters import FileCodec, Layers
 from impasto.formats.header import Header
-from impasto.formats.kohya import NORMS, PARTS, SUFFIXES, both, describe, dimensions, inputs, turned
-from impasto.formats.parts import Parts, deltas_of, held, parts_of
+from impasto.formats.kohya import PARTS, decoded, encoded
 
 #: component -> what its layers' names begin with
 PREFIXES = {"unet": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer.",
@@ -41,28 +39,11 @@ class ComfyUI(FileCodec):
             key.startswith(tuple(PREFIXES.values())) and _ending(key) for key in header.tensors)
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path) -> Layers:
-        found: dict[str, Parts] = {}
-        for key, tensor in tensors.items():
-            layer, part = _parse(key, where)
-            if part in found.setdefault(layer, {}):
-                raise UserError(f"{layer} has two tensors for its {part.rpartition('.')[2]}", where=where)
-            found[layer][part] = tensor
-        family = family_of({layer: inputs(parts) for layer, parts in found.items()}, metadata)
-        return {layer: deltas_of(layer, turned(layer, parts), where, names.kernel(layer, family))
-                for layer, parts in found.items()}
+        return decoded(tensors, metadata, _parse, where)
 
     def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
                ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors: dict[str, Tensor] = {}
-        layers: dict[str, Parts] = {}
-        for layer, terms in adapter.deltas.items():
-            layers[layer] = turned(layer, parts_of(layer, held(layer, terms, where), where))
-            norm = names.is_norm(layer)
-            suffixes = SUFFIXES | NORMS if norm else SUFFIXES
-            for part, tensor in (both(layers[layer]) if norm else layers[layer]).items():
-                tensors[f"{_name(layer, adapter.family, where)}.{suffixes[part]}"] = tensor.float() if part == "alpha" \
-                    else stored(layer, tensor, dtype, where)
-        return tensors, {**describe(layers, adapter.family, where.stem), **metadata, **dimensions(layers)}
+        return encoded(adapter, dtype, metadata, lambda layer: _name(layer, adapter.family, where), where)
 
 
 def _ending(key: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -83,50 +83,64 @@ class Kohya(FileCodec):
         return adapter
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path) -> Layers:
-        found: dict[str, Parts] = {}
-        for key, tensor in tensors.items():
-            if key.startswith(BUNDLE):  # no layer's: see `load`
-                continue
-            layer, part = _parse(key, where)
-            if part in found.setdefault(layer, {}):
-                raise UserError(f"{layer} has two tensors for its {part.rpartition('.')[2]}", where=where)
-            found[layer][part] = tensor
-        family = family_of({layer: inputs(parts) for layer, parts in found.items()}, metadata)
-        return {layer: deltas_of(layer, turned(layer, parts), where, names.kernel(layer, family))
-                for layer, parts in found.items()}
+        own = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLE)}  # no layer's: see `load`
+        return decoded(own, metadata, _parse, where)
 
     def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
                ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        layers = {layer: turned(layer, parts_of(layer, held(layer, terms, where), where))
-                  for layer, terms in adapter.deltas.items()}
-        tensors = bundled(adapter.embeddings, dtype, where)
-        for layer, parts in layers.items():
-            name = _flat_name(layer, adapter.family)
-            norm = names.is_norm(layer)
-            suffixes = SUFFIXES | NORMS if norm else SUFFIXES
-            for part, tensor in (both(parts) if norm else parts).items():
-                # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
-                tensors[f"{name}.{suffixes[part]}"] = tensor.float() if part == "alpha" else \
-                    stored(layer, tensor, dtype, where)
-        told = dimensions(layers) if layers else {}
-        metadata = {**describe(layers, adapter.family, where.stem), **metadata, **told}
+        own, metadata = encoded(adapter, dtype, metadata, lambda layer: _flat_name(layer, adapter.family), where)
+        tensors = bundled(adapter.embeddings, dtype, where) | own
         return tensors, {**metadata, **hashes(tensors, metadata)}
 
 
-def turned(layer: str, parts: Parts) -> Parts:
+# --- what formats of these parts share, whatever they call a layer -----------------------------------------
+
+
+def decoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], parse: Callable[[str, Path], tuple[str, str]],
+            where: Path) -> Layers:
+    """Deltas by layer of a file's tensors; `parse` takes a key to its layer's path and its part."""
+    found: dict[str, Parts] = {}
+    for key, tensor in tensors.items():
+        layer, part = parse(key, where)
+        if part in found.setdefault(layer, {}):
+            raise UserError(f"{layer} has two tensors for its {part.rpartition('.')[2]}", where=where)
+        found[layer][part] = tensor
+    family = family_of({layer: _inputs(parts) for layer, parts in found.items()}, metadata)
+    return {layer: deltas_of(layer, _turned(layer, parts), where, names.kernel(layer, family))
+            for layer, parts in found.items()}
+
+
+def encoded(adapter: Adapter, dtype: torch.dtype, metadata: Mapping[str, str], name: Callable[[str], str], where: Path
+            ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An adapter's deltas as a file's tensors, under the names that `name` gives to layers, and the metadata."""
+    layers = {layer: _turned(layer, parts_of(layer, held(layer, terms, where), where))
+              for layer, terms in adapter.deltas.items()}
+    tensors: dict[str, Tensor] = {}
+    for layer, parts in layers.items():
+        norm = names.is_norm(layer)
+        suffixes = SUFFIXES | NORMS if norm else SUFFIXES
+        for part, tensor in (_both(parts) if norm else parts).items():
+            # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
+            tensors[f"{name(layer)}.{suffixes[part]}"] = tensor.float() if part == "alpha" else \
+                stored(layer, tensor, dtype, where)
+    told = _dimensions(layers) if layers else {}
+    return tensors, {**describe(layers, adapter.family, where.stem), **metadata, **told}
+
+
+def _turned(layer: str, parts: Parts) -> Parts:
     """A table's change as the file has it, or back: in its own orientation, which is its linear map's transpose."""
     if names.is_embedding(layer) and "dense.weight" in parts:
         return parts | {"dense.weight": parts["dense.weight"].T}
     return parts
 
 
-def both(parts: Parts) -> Parts:
+def _both(parts: Parts) -> Parts:
     """Of a norm both parts: A1111 takes no file that has one alone."""
     (like, *_) = parts.values()
     return {part: parts.get(part, torch.zeros_like(like)) for part in NORMS}
 
 
-def inputs(parts: Parts) -> int:
+def _inputs(parts: Parts) -> int:
     """How many inputs the layer of these parts has; 0 where they do not tell at once."""
     tensor = parts.get("lora.down", parts.get("loha.w1_b", parts.get("dense.weight")))
     if tensor is not None and tensor.ndim > 1:
@@ -160,7 +174,7 @@ def _plain(layers: Mapping[str, Parts]) -> bool:
     return all(parts.keys() == {"lora.up", "lora.down", "alpha"} for parts in layers.values())
 
 
-def dimensions(layers: Mapping[str, Parts]) -> dict[str, str]:
+def _dimensions(layers: Mapping[str, Parts]) -> dict[str, str]:
     """`ss_network_dim`, `_alpha`, and `_args`: what kohya's and LyCORIS' trainers were given, as strings."""
 
     def common(values: Iterable[float]) -> str:

@@ -66,6 +66,10 @@ class Blocks:
         return self.factors[max(named, key=len)] if named else self.factors.get(level(path), 1.0)
 
 
+#: every block as it is
+PLAIN = Blocks({})
+
+
 def level(path: str) -> str:
     """The level of a layer, by its path in diffusers' names: unet.down_blocks.1.attentions.0… is IN04."""
     found = re.match(r"unet\.(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)", path)

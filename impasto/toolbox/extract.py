@@ -27,6 +27,7 @@ from impasto.formats import names
 from impasto.formats.arrangement import save_arranged
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
 from impasto.formats.rewrite import finite, lockstep
+from impasto.toolbox.alike import shared
 from impasto.toolbox.mix import Made
 from impasto.toolbox.places import check_output, made_of
 
@@ -62,12 +63,14 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
         raise UserError("the sum of all singular values is not known, as the largest alone are computed",
                         where="--by cumulative", fix="ask for a share by fro or by ratio")
     first, second = open_checkpoint(base), open_checkpoint(tuned)
-    check_alike(first, second)
+    common = shared(first, [second], "compare")
+    if wanted is not None and wanted.known is None:
+        wanted = replace(wanted, most=MOST)
     met = Changed()
-    total = sum(len(first.names(name)) for name in first.components if name in second.components)
+    total = sum(len(first.names(name)) for name in common)
     with report.phase("comparing", total, "tensors") as advance:
-        for component in first.components:
-            for name, one, other in pairs(first, second, component) if component in second.components else ():
+        for component in common:
+            for name, one, other in pairs(first, second, component):
                 if not _look(f"{component}.{name}", one, other, met, wanted, kind, factor):
                     raise UserError(f"its {component}.{name} holds NaN or infinity",
                                     where=second.path if finite(one) else first.path,
@@ -77,7 +80,7 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
     if not layers:
         what = f"; {'; '.join(_remarks(met))}" if met.left else ""
         raise UserError(f"has no layer that differs from {first.path.name}{what}", where=second.path)
-    lone = [name for name in first.components if name not in second.components]
+    lone = [name for name in first.components if name not in common]
     remarks = [f"{' and '.join(lone)}: not compared, {second.path.name} has none"] if lone else []
     return adapter, Made((), layers, (*remarks, *_remarks(met), *_short(layers, wanted)))
 
@@ -99,24 +102,6 @@ def extract_to(base: Path | str, tuned: Path | str, out: Path | str, wanted: Wan
     adapter, made = extracted(base, tuned, wanted, kind=kind, factor=factor, report=report)
     facts = made_of(extracted={"base": Path(base).name, "tuned": Path(tuned).name})
     return replace(made, files=tuple(save_arranged(adapter, out, dtype=dtype, metadata=facts)))
-
-
-def check_alike(first: Checkpoint, second: Checkpoint) -> None:
-    """Raise a `UserError` for checkpoints of different families or networks."""
-    if first.family != second.family:
-        raise UserError(f"is of the family {second.family or 'of a VAE alone'}, and {first.path.name} is "
-                        f"{first.family or 'a VAE alone'}", where=second.path, fix="compare checkpoints of one family")
-    for component in first.components:
-        if component in second.components:
-            mine, theirs = first.names(component), second.names(component)
-            for name, (shape, _) in mine.items():
-                if not all(own[name][1].is_floating_point for own in (mine, theirs) if name in own):
-                    raise UserError(f"its {component}.{name} is no floating-point tensor in one of the two",
-                                    where=second.path, fix="compare checkpoints in floating point")
-                if name not in theirs or theirs[name][0] != shape:
-                    found = theirs[name][0] if name in theirs else "missing"
-                    raise UserError(f"its {component}.{name} is {found}, and in {first.path.name} it is {shape}",
-                                    where=second.path, fix="compare checkpoints of one kind")
 
 
 def pairs(first: Checkpoint, second: Checkpoint, component: str) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -150,7 +135,7 @@ def _look(path: str, one: Tensor, other: Tensor, met: Changed, wanted: Wanted | 
         met.products[layer] = nearest_product(change, factor)
     else:
         assert wanted is not None
-        met.spectra[layer] = of_matrix(change.flatten(1), MOST if wanted.known is None else wanted.known)
+        met.spectra[layer] = of_matrix(change.flatten(1), wanted.known)
     return True
 
 
@@ -197,10 +182,10 @@ def _assembled(met: Changed, wanted: Wanted | None, family: str) -> tuple[Adapte
 
 def _short(layers: dict[str, Kept], wanted: Wanted | None) -> list[str]:
     """A line where the share that is asked for takes more than the ranks that are looked at."""
-    if wanted is None or wanted.energy is None or wanted.known is not None:
+    if wanted is None or wanted.energy is None:
         return []
-    count = sum(kept.rank == MOST for kept in layers.values())
-    what = f"{count} layer{'s are' if count > 1 else ' is'} cut at rank {MOST}"
+    count = sum(kept.rank == wanted.most for kept in layers.values())
+    what = f"{count} layer{'s are' if count > 1 else ' is'} cut at rank {wanted.most}"
     return [f"{what}, which may hold less than the share that is asked for"] if count else []
 
 

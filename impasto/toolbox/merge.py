@@ -20,10 +20,9 @@ from impasto.formats.adapters import canonical_layers, load_adapter
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
 from impasto.formats.detect import detect
 from impasto.formats.rewrite import Change, in_order, lockstep, rewrite
-from impasto.toolbox.blocks import Blocks
+from impasto.toolbox.alike import shared
+from impasto.toolbox.blocks import PLAIN, Blocks
 from impasto.toolbox.places import check_output, made_of
-
-PLAIN = Blocks({})
 
 
 @dataclass(frozen=True)
@@ -192,10 +191,10 @@ def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]]
     out = Path(out)
     first, *others = (open_checkpoint(path) for path in paths)
     check_output(out, paths, force=force, ending="" if Path(paths[0]).is_dir() else ".safetensors")
-    shared = _shared(first, others, wider)
+    common = shared(first, others, "merge", wider=wider)
     blocks.check(f"{component}.{name}" for component in first.components for name in first.names(component))
-    left = [name for name in first.components if name not in shared]
-    streams = {name: [lockstep(other, name, in_order(first, name, dtype)) for other in others] for name in shared}
+    left = [name for name in first.components if name not in common]
+    streams = {name: [lockstep(other, name, in_order(first, name, dtype)) for other in others] for name in common}
     changed = 0
 
     def change(component: str, name: str, tensor: Tensor) -> Tensor | None:
@@ -217,37 +216,3 @@ def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]]
     unread = rewrite(first, out, change, dtype=dtype, metadata=made_of(merged=facts), replace=force, report=report)
     remarks = (f"{' and '.join(left)}: as in {first.path.name}; the others have none",) if left else ()
     return Told(changed, (*remarks, *left_out(unread)))
-
-
-def _shared(first: Checkpoint, others: Sequence[Checkpoint], wider: bool) -> list[str]:
-    """Components that all have. `UserError` if two are of different families, or a tensor of different shapes.
-
-    `wider`: the first one's UNet may take more channels (inpainting), whose weights then stay as they are.
-    """
-    for other in others:
-        if other.family != first.family:
-            raise UserError(f"is of the family {other.family or 'of a VAE alone'}, and {first.path.name} is "
-                            f"{first.family or 'a VAE alone'}", where=other.path, fix="merge checkpoints of one family")
-    shared = [name for name in first.components if all(name in other.components for other in others)]
-    if not shared:
-        raise UserError(f"shares no part with {first.path.name}", where=others[0].path)
-    for other in others:
-        for component in shared:
-            mine, theirs = first.names(component), other.names(component)
-            for name, (shape, _) in mine.items():
-                if not all(own[name][1].is_floating_point for own in (mine, theirs) if name in own):
-                    raise UserError(f"its {component}.{name} is no floating-point tensor in one of the two",
-                                    where=other.path, fix="merge checkpoints in floating point")
-                if wider and name == "conv_in.weight" and name in theirs and _widened(theirs[name][0], shape):
-                    continue
-                if name not in theirs or not alike(theirs[name][0], shape):
-                    found = theirs[name][0] if name in theirs else "missing"
-                    raise UserError(f"its {component}.{name} is {found}, and in {first.path.name} it is {shape}",
-                                    where=other.path, fix="merge checkpoints of one kind: an inpainting one, say, "
-                                    "with another inpainting one")
-    return shared
-
-
-def _widened(narrow: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a convolution takes what the other takes, and more."""
-    return narrow[0] == shape[0] and narrow[1] < shape[1] and narrow[2:] == shape[2:]

@@ -25,10 +25,8 @@ from impasto.formats import names
 from impasto.formats.adapters import canonical_layers, load_adapter
 from impasto.formats.arrangement import arranged, save_arranged
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
-from impasto.toolbox.blocks import Blocks
+from impasto.toolbox.blocks import PLAIN, Blocks
 from impasto.toolbox.places import check_output, made_of
-
-PLAIN = Blocks({})
 
 
 @dataclass(frozen=True)
