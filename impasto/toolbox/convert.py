@@ -24,9 +24,8 @@ from impasto.formats.detect import detect
 from impasto.formats.rewrite import rewrite
 from impasto.toolbox.extract import FACTOR, nearest_product
 from impasto.toolbox.layouts import to_file, to_folder
-from impasto.toolbox.merge import left_out
 from impasto.toolbox.mix import Made, linear, save_all, weights_of, without_network
-from impasto.toolbox.places import check_output, made_of
+from impasto.toolbox.places import check_output, left_out, made_of
 
 #: what may be asked for -> the format of deltas, of one new token, of a hypernetwork ("" where it has no place)
 FORMATS: dict[str, tuple[str, str, str]] = {
@@ -58,6 +57,8 @@ def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: s
             raise UserError("is a checkpoint, for which no rank and no base can be asked", where=path,
                             fix="impasto extract makes an adapter of the difference of two")
         return _checkpoint(path, out, to, kind, dtype, force, report)
+    if wanted is not None and kind != "lora":
+        raise UserError("a rank is asked for, which is a LoRA's", where=path, fix="say --kind lora, or impasto resize")
     check_output(out, [path, base], force=force, ending=None)
     adapter = load_adapter(path)
     layers: Mapping[str, Kept] = {}
@@ -66,8 +67,6 @@ def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: s
         adapter = without_network(linear(adapter, weights, path))
         with report.phase(f"to {kind}", len(adapter.deltas), "layers") as advance:
             adapter, layers = as_lora(adapter, wanted, advance) if kind == "lora" else as_lokr(adapter, factor, advance)
-    if wanted is not None and kind != "lora":
-        raise UserError("a rank is asked for, which is a LoRA's", where=path, fix="say --kind lora, or impasto resize")
     if to == "comfyui":
         adapter = _untuckered(adapter)
     asked = dtype or torch.float16
@@ -88,11 +87,10 @@ def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: 
     if (to == "diffusers") == path.is_dir():  # its own layout: all of it, in another type or out of a pickle
         check_output(out, [path], force=force, ending="" if path.is_dir() else ".safetensors")
         left = rewrite(checkpoint, out, lambda *_: None, dtype=dtype, replace=force, report=report)
-        return Made((out,), {}, left_out(left))
+        return Made((out,), {}, left_out(left, "as they were not read"))
     (to_file if to == "ldm" else to_folder)(checkpoint, out, dtype=dtype, force=force, report=report)
     left = [key for key in checkpoint.surplus if key not in ("v_pred", "ztsnr")]
-    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-    return Made((out,), {}, (f"left out, as no part of the checkpoint: {', '.join(left[:3])}{more}",) if left else ())
+    return Made((out,), {}, left_out(left, "as no part of the checkpoint"))
 
 
 def _format(adapter: Adapter, to: str | None, path: Path) -> str:

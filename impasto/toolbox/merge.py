@@ -22,7 +22,7 @@ from impasto.formats.detect import detect
 from impasto.formats.rewrite import Change, in_order, lockstep, rewrite
 from impasto.toolbox.alike import shared
 from impasto.toolbox.blocks import PLAIN, Blocks
-from impasto.toolbox.places import check_output, made_of
+from impasto.toolbox.places import check_output, left_out, made_of
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,7 @@ def merge_adapters(base: Path | str, adapters: Sequence[Weighted], out: Path | s
                 terms.setdefault(layer, []).extend(term if factor == 1 else term.scaled(factor) for term in own)
     told = made_of(merged={"base": Path(base).name, "adapters": [[Path(a.path).name, a.strength] for a in adapters]})
     left = rewrite(checkpoint, out, _adding(terms), dtype=dtype, metadata=told, replace=force, report=report)
-    return Told(len(terms), left_out(left))
-
-
-def left_out(names: Sequence[str]) -> tuple[str, ...]:
-    """A line about files that are not in the new folder."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (f"left out, as they were not read: {', '.join(names[:3])}{more}",) if names else ()
+    return Told(len(terms), left_out(left, "as they were not read"))
 
 
 def checked(path: Path, checkpoint: Checkpoint) -> Mapping[str, tuple[Delta, ...]]:
@@ -215,4 +209,4 @@ def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]]
 
     unread = rewrite(first, out, change, dtype=dtype, metadata=made_of(merged=facts), replace=force, report=report)
     remarks = (f"{' and '.join(left)}: as in {first.path.name}; the others have none",) if left else ()
-    return Told(changed, (*remarks, *left_out(unread)))
+    return Told(changed, (*remarks, *left_out(unread, "as they were not read")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from impasto.core.errors import UserError
@@ -48,3 +48,9 @@ def check_output(out: Path, inputs: Iterable[Path | str | None], *, force: bool 
 def made_of(**facts: object) -> dict[str, str]:
     """Metadata that says what a file came of."""
     return {"impasto.made": json.dumps(facts, sort_keys=True, ensure_ascii=False)}
+
+
+def left_out(names: Sequence[str], why: str) -> tuple[str, ...]:
+    """A line about what is not in the output, or none."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (f"left out, {why}: {', '.join(names[:3])}{more}",) if names else ()
