@@ -105,7 +105,7 @@ def _sketched(matrix: Tensor, total: float, rank: int) -> Spectrum | None:
     """By subspace iteration from random vectors, until what more passes would gain is little beside the error.
 
     None if that does not come about. The gains of the passes fall, on flat spectra by a third or so each time; that the
-    last one counts twice has kept the error within 1.003 of the least on matrices of all kinds (a test has some).
+    last one counts twice has kept the error within 1.0031 of the least on matrices of all kinds (a test has some).
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     draw = torch.Generator().manual_seed(0)  # the same sketch of the same matrix, always
