@@ -128,7 +128,7 @@ def adapter(path: Path) -> Findings:
     if header is not None:
         found |= tensors_of(header) | {"metadata": header.metadata}
         if loaded.family in FAMILIES:
-            found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, alphas)]
+            found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, alphas, loaded.family)]
     return found
 
 

@@ -1,107 +1,36 @@
 """Which layers of an adapter's file each program of the field would load, and which it would pass over in silence.
 
-Told from the names of the keys, by each program's own map of names, for SD 1.x. A program that does not know a
-key skips it; a file "works" then without effect.
+Told from the names of the keys, by each program's own names of a family's layers (`program_names`). A program that does
+not know a key skips it; a file "works" then without effect. Some refuse a file whole instead, for one key or for many.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from impasto.deltas.told import alpha_of
 from impasto.formats.adapters import load_adapter
+from impasto.formats.detect import TITLES
 from impasto.formats.embeddings import BUNDLE
 from impasto.formats.header import read_header
+from impasto.formats.program_names import ANY, LYCORIS, PEFT_DORA, PROGRAMS, Program
 
-#: families of adapters of which this room can tell
-FAMILIES = ("sd1", "")
-
-# pieces of the patterns, in diffusers' names; in kohya's, `.` is `_`
-_BLOCKS = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)"
-_ATTENTION = _BLOCKS + r"\.attentions\.\d+"
-_TRANSFORMER = _ATTENTION + r"\.transformer_blocks\.\d+"
-_ATTN = _TRANSFORMER + r"\.attn[12]\.to_(?:q|k|v|out\.0)"
-_REST = "|".join((
-    _TRANSFORMER + r"\.ff\.net\.(?:0\.proj|2)",
-    _ATTENTION + r"\.proj_(?:in|out)",
-    _BLOCKS + r"\.resnets\.\d+\.(?:conv[12]|time_emb_proj|conv_shortcut)",
-    r"(?:down_blocks\.\d+\.downsamplers|up_blocks\.\d+\.upsamplers)\.0\.conv",
-))
-_ENDS = r"conv_in|conv_out|time_embedding\.linear_[12]"
-_TEXT = r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
-_NORMS = "|".join((_BLOCKS + r"\.resnets\.\d+\.norm[12]", _ATTENTION + r"\.norm", _TRANSFORMER + r"\.norm[123]"))
-_TEXT_NORMS = r"text_model\.encoder\.layers\.\d+\.layer_norm[12]"
-_KOHYA = r"\.(?:lora_up\.weight|lora_down\.weight|alpha)"
-#: what LyCORIS adds to kohya's
-_LYCORIS = (r"\.(?:lora_mid\.weight|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff|diff_b|w_norm|b_norm|"
-            r"dora_scale)")
-_PEFT = r"\.lora_[AB]\.weight"
-_BUNDLE = r"bundle_emb\.[^.]+\.(?:string_to_param\..+|clip_[lg]|emb_params)"  # new tokens beside the layers
-_PEFT_DORA = r"\.lora_magnitude_vector"
-_OLD = r"\.(?:lora|lora_linear_layer)\.(?:up|down)\.weight"
-_OLD_ATTN = _TRANSFORMER + r"\.attn[12]\.processor\.to_(?:q|k|v|out)_lora\.(?:up|down)\.weight"
-
-
-def _kohya(unet: str, text: str = _TEXT, endings: str = _KOHYA, prefix: str = "lora_unet_") -> str:
-    """A pattern for kohya's keys: of the text encoder's layers and of the UNet's that patterns name."""
-    flat = [pattern.replace(r"\.", "_") for pattern in (unet, text)]
-    return rf"(?:{prefix}(?:{flat[0]})|lora_te_(?:{flat[1]}))(?:{endings})"
-
+#: families of adapters of which this room can tell; without a name, as for the first
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner", "sd3", "")
 
 #: what becomes of new tokens in programs that do not know them
 IGNORES_TOKENS, REFUSES_TOKENS = "ignores the new tokens", "refuses a file with new tokens in it"
 
 
 @dataclass(frozen=True)
-class Program:
-    """`loads`: a key is loaded if one of these patterns matches all of it. `source`: where that is seen."""
-
-    name: str
-    loads: tuple[str, ...]
-    source: str
-    #: what is loaded in place of that if the file holds anything of LyCORIS', and what that takes
-    extended: tuple[str, ...] = ()
-    extension: str = ""
-    #: whether it refuses a whole file for one unknown key among kohya's, or one without the word "lora" in it
-    strict: bool = False
-
-
-# in ComfyUI's map dotted names have `.processor.` before `to_q` and no `.0` after `to_out`, so attention in peft's
-# spelling is not among them
-_BOTH = f"{_KOHYA}|{_LYCORIS}"
-_COMFY = (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}|conv_norm_out", endings=_BOTH,
-                 prefix="(?:lora_unet|lycoris)_"), rf"(?:unet\.)?(?:{_REST}|{_ENDS})(?:{_PEFT}|{_OLD})",
-          rf"(?:unet\.)?{_OLD_ATTN}", rf"text_encoder\.{_TEXT}(?:{_PEFT}|{_OLD})")
-
-PROGRAMS = (
-    # a layer's name is what stands before the first dot of a key: no dotted name is found
-    Program("A1111", (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}", f"{_TEXT}|{_TEXT_NORMS}", _BOTH), _BUNDLE),
-            "AUTOMATIC1111/stable-diffusion-webui: extensions-builtin/Lora/networks.py, network_*.py"),
-    Program("Forge", _COMFY,
-            "lllyasviel/stable-diffusion-webui-forge: packages_3rdparty/comfyui_lora_collection/lora.py"),
-    Program("ComfyUI", _COMFY, "Comfy-Org/ComfyUI: comfy/lora.py, comfy/utils.py, comfy/weight_adapter/*.py"),
-    # what lies inside Transformer2DModel, ResnetBlock2D, Downsample2D, Upsample2D, CLIPAttention and CLIPMLP
-    # in an extension, every module of both networks
-    Program("kohya", (_kohya(f"{_ATTN}|{_REST}"),), "kohya-ss/sd-scripts: networks/lora.py; LyCORIS: kohya.py",
-            (_kohya(f"{_ATTN}|{_REST}|{_ENDS}|{_NORMS}|conv_norm_out",
-                    rf"{_TEXT}|{_TEXT_NORMS}|text_model\.final_layer_norm", _BOTH),),
-            "needs the package lycoris-lora, and --network_module lycoris.kohya"),
-    Program("diffusers",
-            (_kohya(f"{_ATTN}|{_REST}|{_ENDS}"), rf"unet\.(?:{_ATTN}|{_REST}|{_ENDS})(?:{_PEFT}|{_PEFT_DORA}|{_OLD})",
-             rf"unet\.{_OLD_ATTN}", rf"text_encoder\.{_TEXT}(?:{_PEFT}|{_PEFT_DORA}|{_OLD})"),
-            "huggingface/diffusers: src/diffusers/loaders/lora_conversion_utils.py, lora_pipeline.py, peft.py",
-            strict=True),
-)
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What `program` makes of a file: `loaded` of its `total` layers, the keys it ignores, a caution if any.
 
-    A new token is no layer; a program that does not know it says so in the caution.
+    A new token is no layer; a program that does not know it says so in the caution. One that refuses the whole file
+    ignores all keys, and the caution says why.
     """
 
     program: str
@@ -112,46 +41,45 @@ class Verdict:
 
 
 def of_file(path: Path | str) -> list[Verdict]:
-    """One verdict a program on an adapter's file. Raises `UserError` if it is none."""
-    terms = [term for terms in load_adapter(path).deltas.values() for term in terms]
-    alphas = [alpha for term in terms if (alpha := alpha_of(term)) is not None]
-    return verdicts(read_header(path).tensors, alphas)
+    """One verdict a program on an adapter's file, none for a family not in FAMILIES. Raises `UserError` if it is none.
+    """
+    adapter = load_adapter(path)
+    if adapter.family not in FAMILIES:
+        return []
+    alphas = [alpha for terms in adapter.deltas.values() for term in terms if (alpha := alpha_of(term)) is not None]
+    return verdicts(read_header(path).tensors, alphas, adapter.family)
 
 
-def verdicts(keys: Iterable[str], alphas: Iterable[float] = ()) -> list[Verdict]:
-    """One verdict a program on a file of these keys.
+def verdicts(keys: Iterable[str], alphas: Iterable[float] = (), family: str = "") -> list[Verdict]:
+    """One verdict a program on a file of these keys, for a base of that family (one of FAMILIES).
 
     `alphas`: those of the layers, if they are known; one program misreads files in which they differ.
     """
     keys, alphas = sorted(keys), set(alphas)
     layers = {key: _layer(key) for key in keys if not key.startswith(BUNDLE)}
     total = len(set(layers.values()))
-    extended = lycoris(keys)
     found = []
     for program in PROGRAMS:
-        ignored = _ignored(program, keys, extended)
+        ignored = _ignored(program, keys, family or "sd1")
+        refusal = _refusal(program, keys, ignored, family or "sd1")
+        if refusal:
+            ignored = keys
         loaded = total - len({layers[key] for key in ignored if key in layers})
-        found.append(Verdict(program.name, loaded, total, ignored, _caution(program, keys, ignored, alphas)))
+        caution = refusal or _caution(program, keys, ignored, alphas if loaded else set())
+        found.append(Verdict(program.name, loaded, total, tuple(ignored), caution))
     return found
 
 
 def lycoris(keys: Iterable[str]) -> bool:
     """Whether a file of these keys holds more than kohya's own LoRA: `networks.lora` does not read it."""
-    return any(re.search(_LYCORIS + "$", key) for key in keys)
+    return any(re.search(LYCORIS + "$", key) for key in keys)
 
 
-def _ignored(program: Program, keys: list[str], extended: bool) -> tuple[str, ...]:
+def _ignored(program: Program, keys: list[str], family: str) -> list[str]:
     """The keys that a program passes over."""
-    pattern = re.compile("|".join(f"(?:{p})" for p in (extended and program.extended or program.loads)))
-    known = set(keys)
-    ignored = [key for key in keys if not pattern.fullmatch(key) or
-               program.name in ALONE and _alone(key, known)]
-    if program.strict:
-        read = [key for key in keys if not key.endswith(".dora_scale")]  # those it drops beforehand
-        kohyas = all(re.match(r"lora_(?:unet|te\d?)_", key) for key in read)
-        if any("lora" not in key for key in read) or kohyas and not set(read).isdisjoint(ignored):
-            return tuple(keys)
-    return tuple(ignored)
+    patterns = lycoris(keys) and program.extended.get(family) or program.loads.get(family, ())
+    pattern, known = re.compile("|".join(f"(?:{p})" for p in patterns) or "(?!)"), set(keys)
+    return [key for key in keys if not pattern.fullmatch(key) or program.name in ALONE and _alone(key, known)]
 
 
 #: programs that take a bias, and a norm's weight, only beside the other of the two
@@ -165,7 +93,54 @@ def _alone(key: str, known: set[str]) -> bool:
 
 
 def _layer(key: str) -> str:
-    return re.sub(rf"(?:{_BOTH}|{_PEFT}|{_PEFT_DORA}|{_OLD}|_lora\.(?:up|down)\.weight)$", "", key)
+    return re.sub(rf"(?:{ANY}|{PEFT_DORA})$", "", key)
+
+
+# --- whole files refused -----------------------------------------------------------------------------------
+
+#: Forge gives a file up for more keys than these that it does not know
+FORGES_LIMIT = 12
+#: a name as kohya's files have it, in diffusers' eyes
+_KOHYAS = re.compile(r"lora_(?:unet|te|te1|te2)_")
+_LORA = re.compile(r".*\.(?:lora_up\.weight|lora_down\.weight|alpha)")
+
+
+def _refusal(program: Program, keys: Collection[str], ignored: Collection[str], family: str) -> str:
+    """Why a program loads nothing of a file; "" if it does load what it knows."""
+    if family not in program.loads:
+        return f"does not load adapters of {TITLES[family]}"
+    match program.name:
+        case "diffusers":
+            return _refused_by_diffusers(keys, family)
+        case "Forge" if len(ignored) > FORGES_LIMIT:
+            return f"loads nothing of a file with {len(ignored)} keys that it does not know"
+        case "A1111" if family == "sd3" and any(key.count(".") < 2 for key in keys):
+            return "fails on SD 3 files with alphas in kohya's manner"
+        case "kohya" if family == "sd3":
+            names = {key.partition(".")[0] for key in keys if "lora_down" in key}
+            if not all(f"{name}.alpha" in keys for name in names if name.startswith("lora_")):
+                return "fails on SD 3 files without alphas"
+    return ""
+
+
+def _refused_by_diffusers(keys: Iterable[str], family: str) -> str:
+    """It asks for the word "lora" in each key, and for nothing but LoRA's parts where all keys are kohya's."""
+    keys = [key for key in keys if not key.endswith(".dora_scale")]  # those it drops beforehand
+    if any("lora" not in key for key in keys):
+        tokens = any(key.startswith(BUNDLE) for key in keys)
+        return REFUSES_TOKENS if tokens else "refuses a file with a key that lacks the word lora"
+    if family == "sd3" or not all(map(_KOHYAS.match, keys)):
+        return ""
+    if not all(map(_LORA.fullmatch, keys)):
+        return "refuses a file with more than LoRA in it"
+    for blocks in ("input_blocks", "output_blocks"):  # it looks for `input_blocks_1` and finds `input_blocks_10` too
+        numbers = {found[1] for key in keys if (found := re.search(rf"{blocks}_(\d+)", key))}
+        if family.startswith("sdxl") and "1" in numbers and numbers & {"10", "11"}:
+            return "fails on files that have both block 1 and block 10 or 11 in their original names"
+    return ""
+
+
+# --- cautions ----------------------------------------------------------------------------------------------
 
 
 def _caution(program: Program, keys: list[str], ignored: Iterable[str], alphas: set[float]) -> str:
@@ -173,8 +148,6 @@ def _caution(program: Program, keys: list[str], ignored: Iterable[str], alphas: 
     own = _caution_of_layers(program, [key for key in keys if not key.startswith(BUNDLE)], alphas)
     if not any(key.startswith(BUNDLE) for key in ignored):
         return own
-    if program.strict:
-        return REFUSES_TOKENS
     return IGNORES_TOKENS + (f" and {own}" if own else "")
 
 
@@ -183,7 +156,7 @@ def _caution_of_layers(program: Program, keys: list[str], alphas: set[float]) ->
     dora = any(key.endswith(".dora_scale") for key in keys)
     match program.name:
         case "diffusers":
-            if dora and any(not re.search(_LYCORIS + "$", key) for key in keys):
+            if dora and any(not re.search(LYCORIS + "$", key) for key in keys):
                 return "leaves DoRA's magnitudes out, so the rest has another effect"
             return _diffusers_caution(keys, alphas)
         case "A1111" if dora:

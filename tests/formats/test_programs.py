@@ -62,7 +62,7 @@ def test_diffusers_files_load_in_diffusers(tmp_path: Path) -> None:
     counts = loaded(tmp_path / "a.safetensors")
     assert counts == {
         "diffusers": (total, total), "A1111": (0, total), "kohya": (0, total),
-        "ComfyUI": (total - attention, total), "Forge": (total - attention, total)}
+        "ComfyUI": (total - attention, total), "Forge": (0, total)}  # it gives up for more than 12 unknown keys
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])

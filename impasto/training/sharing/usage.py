@@ -9,7 +9,7 @@ from pathlib import PurePath
 from impasto.core.errors import UserError
 from impasto.formats.adapters import load_adapter
 from impasto.formats.header import read_header
-from impasto.formats.programs import REFUSES_TOKENS, Verdict, lycoris, of_file
+from impasto.formats.programs import Verdict, lycoris, of_file
 from impasto.training.sharing.parcel import Parcel
 
 #: how each program that `formats.programs` knows is told to use a LoRA file
@@ -17,8 +17,12 @@ HINTS = {
     "A1111": "put `{file}` into `models/Lora` and write `<lora:{stem}:1>` in the prompt",
     "Forge": "put `{file}` into `models/Lora` and write `<lora:{stem}:1>` in the prompt",
     "ComfyUI": "put `{file}` into `models/loras` and choose it in a *Load LoRA* node",
-    "kohya": "`--network_module {module} --network_weights {file}`, with `gen_img.py` or to train on from it",
+    "kohya": "`--network_module {module} --network_weights {file}`, {where}",
 }
+#: kohya's module, and where its scripts take a file, by family; of any other
+KOHYAS = {"sd3": ("networks.lora_sd3", "to train on from it with `sd3_train_network.py`")}
+KOHYA = ("networks.lora", "with `gen_img.py` or to train on from it")
+LOADS_NOTHING = "it loads no layer of this file's format"
 
 
 def usage(parcel: Parcel, repo: str, base_model: str | None, caption: str) -> Iterator[str]:
@@ -39,14 +43,15 @@ def usage(parcel: Parcel, repo: str, base_model: str | None, caption: str) -> It
 def _adapter(parcel: Parcel, repo: str, base_model: str | None, prompt: str) -> Iterator[str]:
     name = parcel.weights.replace("`", "'")
     base = base_model or "path/to/the/base"
-    module = "lycoris.kohya" if lycoris(read_header(parcel.artifact).tensors) else "networks.lora"
+    module, where = KOHYAS.get(parcel.detected.family, KOHYA)
+    module = "lycoris.kohya" if lycoris(read_header(parcel.artifact).tensors) else module
     verdicts = _verdicts(parcel)
     if "diffusers" not in verdicts or verdicts["diffusers"].loaded:
         yield from _diffusers(base, [f"pipe.load_lora_weights({json.dumps(repo)}, weight_name={json.dumps(name)})"],
                               prompt)
     for program, loads in _programs(verdicts):
         if program in HINTS:
-            hint = HINTS[program].format(file=name, stem=PurePath(name).stem, module=module)
+            hint = HINTS[program].format(file=name, stem=PurePath(name).stem, module=module, where=where)
             yield f"**{program}**: {hint}{loads}.\n"
         elif loads:
             yield f"**{program}**{loads}.\n"
@@ -108,10 +113,9 @@ def _with_hypernetworks(parcel: Parcel, base: str, prompt: str, own: str) -> Ite
 def _verdicts(parcel: Parcel) -> dict[str, Verdict]:
     """What each program makes of this file, if that is known."""
     try:
-        found = of_file(parcel.artifact) if parcel.detected.family in ("", "sd1") else []
+        return {verdict.program: verdict for verdict in of_file(parcel.artifact)}
     except UserError:
-        found = []
-    return {verdict.program: verdict for verdict in found}
+        return {}
 
 
 def _programs(found: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
@@ -120,10 +124,8 @@ def _programs(found: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
         verdict = found.get(program)
         if verdict is None or (verdict.loaded == verdict.total and not verdict.caution):
             yield program, ""
-        elif verdict.caution == REFUSES_TOKENS:
-            yield program, f" ({verdict.caution})"
         elif verdict.loaded == 0:
-            yield program, " (it loads no layer of this file's format)"
+            yield program, f" ({verdict.caution or LOADS_NOTHING})"
         elif verdict.loaded < verdict.total:
             more = f", and {verdict.caution}" if verdict.caution else ""
             yield program, f" (it loads {verdict.loaded} of {verdict.total} layers{more})"
