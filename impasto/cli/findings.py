@@ -33,7 +33,7 @@ def _adapter(found: Mapping[str, Any]) -> list[str]:
     told += _pairs({
         "layers": f"{found['layers']} ({_counts(found['components'])})",
         "rank": _counts(found["ranks"], "in"),
-        "alpha": _counts(found["alphas"], "in"),
+        "alpha": _counts(found["alphas"], "in") + _taken(found.get("without_alpha", 0), found["layers"]),
         "parameters": f"{found['parameters']:,} ({_types(found['dtypes'])})" if "parameters" in found else "",
         "made on": ", ".join(f"{name} {print_[:12]}" for name, print_ in found["base"].items()),
     })
@@ -42,6 +42,14 @@ def _adapter(found: Mapping[str, Any]) -> list[str]:
     if "programs" in found:
         told += ["", "loaded by", *_indent([line for verdict in found["programs"] for line in _verdict(verdict)])]
     return told + _metadata(found["metadata"])
+
+
+def _taken(missing: int, layers: int) -> str:
+    """What is said of alphas that are not in the file."""
+    if not missing:
+        return ""
+    some = f" for {missing} layer{'s' if missing > 1 else ''}" if missing < layers else ""
+    return f" (not in the file{some}: taken to be the rank)"
 
 
 def _hypernetwork(found: Mapping[str, Any]) -> list[str]:

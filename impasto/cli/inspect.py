@@ -126,10 +126,16 @@ def adapter(path: Path) -> Findings:
         "norms": block_norms(loaded), "tokens": tokens_of(loaded), "base": loaded.base, "metadata": loaded.metadata,
     }
     if header is not None:
-        found |= tensors_of(header) | {"metadata": header.metadata}
+        found |= tensors_of(header) | {"metadata": header.metadata, "without_alpha": without_alpha(header)}
         if loaded.family in FAMILIES:
             found["programs"] = [dataclasses.asdict(v) for v in verdicts(header.tensors, alphas, loaded.family)]
     return found
+
+
+def without_alpha(header: Header) -> int:
+    """How many layers in kohya's parts have no alpha, for which it is the rank."""
+    named = (key.removesuffix(".lora_down.weight") for key in header.tensors if key.endswith(".lora_down.weight"))
+    return sum(f"{layer}.alpha" not in header.tensors for layer in named)
 
 
 def hypernetwork(path: Path) -> Findings:

@@ -24,11 +24,17 @@ def stored(layer: str, tensor: Tensor, dtype: torch.dtype, where: object) -> Ten
 
 
 def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
-    """All tensors of a file as fp32. `UserError` where one holds NaN or infinity."""
+    """All tensors of a file as fp32. `UserError` where one holds NaN or infinity, or is of whole numbers.
+
+    Some files have an alpha that is a whole number.
+    """
     tensors = {}
     with open(path, "rb") as file:
         for name, info in header.tensors.items():
             dtype = torch_dtype(info.dtype, where=path)
+            if not dtype.is_floating_point and not name.endswith("alpha"):
+                raise UserError(f"tensor {name!r} is of {info.dtype}, and an adapter's numbers are floating-point ones",
+                                where=path, fix="save it as F16 or F32 with the program that made it")
             file.seek(header.start + info.offsets[0])
             raw = bytearray(file.read(info.offsets[1] - info.offsets[0]))
             flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 #: as the format's own library has it: a longer header is refused unread
 MAX_HEADER = 100_000_000
+#: brackets and commas in a header: a hundred thousand tensors have a tenth of the commas; more is refused unparsed, as
+#: it would fill the memory and take minutes
+MAX_BRACKETS, MAX_COMMAS = 1_000_000, 10_000_000
 
 #: bits of an element, by the format's name of its type
 BITS = {
@@ -132,6 +135,9 @@ def _not_safetensors(path: Path, start: bytes, length: int, size: int) -> UserEr
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
         return UserError("is a pickle file (.ckpt, .pt or .bin) under the name of a safetensors file",
                          where=path, fix="rename it")
+    if MAX_HEADER < length <= size - 8 and start[8:9] == b"{":
+        return UserError(f"has a header of {length} bytes, and {MAX_HEADER} are the most that the format allows",
+                         where=path, fix="it is damaged, or made to fill the memory")
     if 2 <= length <= MAX_HEADER and start[8:9] in (b"{", b""):
         return UserError(f"is truncated: its header takes {length} bytes, the whole file has {size}",
                          where=path, fix="download it again")
@@ -150,6 +156,8 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
             table[name] = value
         return table
 
+    if raw.count(b"{") + raw.count(b"[") > MAX_BRACKETS or raw.count(b",") > MAX_COMMAS:
+        raise _malformed("its header lists more than any model has", path)
     if raw[:1] != b"{":
         raise _malformed("its header is not a JSON object", path)
     try:

@@ -194,5 +194,15 @@ def _check_alike(loaded: Sequence[tuple[Path, Adapter]], checkpoint: Checkpoint 
                             fix="look at both with impasto inspect: one may be for another kind of base")
 
 
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path, adapter in layered:
+        for layer, terms in canonical_layers(adapter, path).items():
+            for shape in (term.shape for term in terms if term.shape):
+                known, name = shapes.setdefault(layer, (shape, path.name))
+                if not alike(shape, known):
+                    raise UserError(f"changes {layer} by {shape}, and {name} by {known}", where=path,
+                                    fix="they were made for bases of different sizes: mix adapters of one family")
+
+
 def _components(adapter: Adapter) -> set[str]:
     return {layer.partition(".")[0] for layer in adapter.deltas}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
 
 from impasto.cli import app
 from impasto.cli.inspect import block_of
@@ -90,6 +91,18 @@ def test_an_adapter_in_words(adapter, capsys) -> None:
     assert "unet down 1" in shown and "█" in shown
     assert "4 in 3, 2 in 1" in shown
     assert "\x1b" not in shown and "?[2J boo" in shown  # a file cannot command the terminal
+
+
+@pytest.mark.parametrize(("kept", "said"), [
+    (0, "(not in the file: taken to be the rank)"), (3, "(not in the file for 1 layer: taken to be the rank)"),
+    (2, "(not in the file for 2 layers: taken to be the rank)"), (4, "")])
+def test_alphas_that_are_not_there(kept: int, said: str, adapter, tmp_path: Path, capsys) -> None:
+    tensors = load_file(adapter[0])
+    dropped = [key for key in sorted(tensors) if key.endswith(".alpha")][kept:]
+    save_file({key: tensors[key] for key in tensors if key not in dropped}, tmp_path / "a.safetensors")
+    assert look(capsys, tmp_path / "a.safetensors")["without_alpha"] == 4 - kept
+    shown = text(capsys, tmp_path / "a.safetensors")
+    assert said in shown and ("taken to be the rank" in shown) == (kept < 4)
 
 
 def test_an_adapter_in_words_in_ascii(adapter) -> None:
