@@ -74,7 +74,9 @@ def _embedding(found: Mapping[str, Any]) -> list[str]:
     several = "s" if len(found["tokens"]) > 1 else ""
     return [f"embedding{several}{family}, in {found['format']} format", *_tokens(found["tokens"]), *_pairs({
         "made on": ", ".join(f"{name} {print_[:12]}" for name, print_ in found["base"].items())}),
-        *_imports(found), *_metadata(found["metadata"])]
+        *_imports(found), *_metadata(found["metadata"]),
+        *(["", *(f"in a {line}" if not at else line for at, line in enumerate(_picture(found["picture"])))]
+          if "picture" in found else [])]
 
 
 def _tokens(tokens: Mapping[str, Any]) -> list[str]:

@@ -165,14 +165,18 @@ def hypernetwork(path: Path) -> Findings:
 def embedding(path: Path) -> Findings:
     """New tokens: how many vectors in each text encoder, and how long they are."""
     from impasto.formats.adapters import CODECS, load_adapter
-    from impasto.formats.probe import is_pickle
+    from impasto.formats.pictured import other_texts
+    from impasto.formats.probe import is_pickle, is_picture
 
     loaded = load_adapter(path)
-    header = None if is_pickle(path) else read_header(path)
+    header = None if is_pickle(path) or is_picture(path) else read_header(path)
     found: Findings = {
         "kind": "embedding", "family": loaded.family, "tokens": tokens_of(loaded),
         "format": next(name for name in CODECS if CODECS.get(name)().claims(path, header)),
         "base": loaded.base, "metadata": loaded.metadata if header is None else header.metadata}
+    if is_picture(path):
+        shown = picture(path)
+        return found | {"picture": shown | {"texts": other_texts(shown["texts"])}}
     return found | (tensors_of(header) if header is not None else {})
 
 

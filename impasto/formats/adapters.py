@@ -22,12 +22,12 @@ from impasto.core.files import atomic_write
 from impasto.core.registry import Registry
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
-from impasto.formats import names
+from impasto.formats import names, pictured
 from impasto.formats.adapter_bytes import read_back, read_tensors, upcast, write_tensors
 from impasto.formats.detect import CONTEXT_WIDTHS, family_told
 from impasto.formats.header import Header, read_header
 from impasto.formats.meaning import check_meaning
-from impasto.formats.probe import is_pickle
+from impasto.formats.probe import is_pickle, is_picture
 
 #: a new format is one file and one line; a file is given to the first that claims it
 CODECS = Registry("adapter format", {
@@ -61,7 +61,7 @@ OTHERS = {
 
 
 class Codec(abc.ABC):
-    """One format. `claims` looks at names alone; `header` is None where `path` is a folder, or pickled."""
+    """One format. `claims` looks at names alone; `header` is None where `path` is a folder, a pickle or a picture."""
 
     name: ClassVar[str]
     #: which parts of an `Adapter` it has a place for: deltas, embeddings, hooks
@@ -112,7 +112,7 @@ def load_adapter(path: Path | str, family: str | None = None) -> Adapter:
     an adapter, truncated, a key that no format knows, a factor of a wrong shape, NaN.
     """
     path = Path(path)
-    header = None if path.is_dir() or is_pickle(path) else read_header(path)
+    header = None if path.is_dir() or is_pickle(path) or is_picture(path) else read_header(path)
     codec = next((c for c in (CODECS.get(name)() for name in CODECS) if c.claims(path, header)), None)
     if codec is None:
         raise _unclaimed(path, header)
@@ -191,6 +191,8 @@ def family_of(widths: Mapping[str, int], metadata: Mapping[str, str]) -> str:
 
 def _unclaimed(path: Path, header: Header | None) -> UserError:
     """The line for a file that no format knows."""
+    if header is None and path.is_file() and is_picture(path):
+        return pictured.refusal(path)
     if header is None and path.is_file():
         return UserError("is a pickle, and adapters of its kind are read from safetensors alone", where=path,
                          fix="save it as safetensors with the program that made it")

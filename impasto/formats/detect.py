@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from impasto.formats.header import read_header
-from impasto.formats.probe import first_bytes, is_pickle, read_json
+from impasto.formats.pictured import holds_embedding
+from impasto.formats.probe import is_pickle, is_picture, read_json
 
 #: family -> how it is called in a sentence
 TITLES = {
@@ -56,7 +57,6 @@ CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
 #: input channels of the UNet -> variant
 VARIANTS = {8: "instruct-pix2pix", 9: "inpainting"}
 
-_PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _ADAPTER = re.compile(r"[._](?:lora_up|lora_down|lora_mid|lora_A|lora_B|hada_w[12]|lokr_w[12]|lora\.up|lora\.down|"
                       r"lora_linear_layer|oft_blocks|oft_diag|glora|dora_scale)\b|[._](?:hada|lokr)_[wt][12]|"
                       r"^(?:lora_(?:unet|te\d?)|lycoris)_\w+\.(?:diff|diff_b|w_norm|b_norm)$")
@@ -86,9 +86,8 @@ def detect(path: Path | str) -> Detected:
     path = Path(path)
     if path.is_dir():
         return _folder(path)
-    start = first_bytes(path)
-    if start.startswith(_PICTURES) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP"):
-        return Detected("picture")
+    if is_picture(path):
+        return Detected("embedding" if holds_embedding(path) else "picture")
     if is_pickle(path):
         return _pickle(path)
     header = read_header(path)

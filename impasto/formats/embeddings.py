@@ -1,7 +1,7 @@
 """Textual inversion embeddings: A1111's file, diffusers' file, and those that lie in a LoRA's file.
 
 - A1111 and ComfyUI, safetensors: `emb_params` (n, d), or `clip_l` and `clip_g` where there are two text encoders; the
-  file's name is the token. Old ones are pickles: `string_to_param` with one entry.
+  file's name is the token. Old ones are pickles: `string_to_param` with one entry; or pictures, see `pictured`.
 - diffusers: one key, which is the token, (d) or (n, d); its loader calls the second vector `token_1`, and so on.
 - bundled in a LoRA's file: `bundle_emb.NAME.string_to_param.*`, or `bundle_emb.NAME.clip_l` and `.clip_g`, as
   extensions-builtin/Lora/networks.py of github.com/AUTOMATIC1111/stable-diffusion-webui and comfy/sd1_clip.py of
@@ -26,6 +26,8 @@ from impasto.formats.adapters import Codec, assemble
 from impasto.formats.detect import CONTEXT_WIDTHS, detect, detect_names
 from impasto.formats.header import Header
 from impasto.formats.pickles import ParameterDict, load_pickle, weights_in
+from impasto.formats.pictured import embedding_in
+from impasto.formats.probe import is_picture
 
 #: a file's name of a text encoder -> the component; the first is everybody's, `emb_params` is it alone
 ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
@@ -82,11 +84,14 @@ class _EmbeddingFile(Codec):
 
 
 class WebuiEmbedding(_EmbeddingFile):
-    """A1111's and ComfyUI's file: safetensors, or a pickle, which is read only."""
+    """A1111's and ComfyUI's file: safetensors; or a pickle or a picture, which are read only."""
 
     name = "webui-embedding"
 
     def load(self, path: Path, header: Header | None) -> Adapter:
+        if header is None and is_picture(path):
+            token, values = embedding_in(path)
+            return _made(path, {"text_encoder": values}, {TOKEN: token})
         if header is None:
             return _made(path, {"text_encoder": _old_entry(path)}, {})
         tensors = read_tensors(path, header)

@@ -21,6 +21,15 @@ def first_bytes(path: Path) -> bytes:
         raise UserError(f"cannot be read ({error.strerror or error})", where=path) from error
 
 
+_PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file begins as pictures do."""
+    start = first_bytes(path)
+    return start.startswith(_PICTURES) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+
+
 def is_pickle(path: Path) -> bool:
     """Whether a file is to be read by the pickle rule: by its first bytes, whatever its name; except that
     nothing that calls itself .safetensors ever is."""
