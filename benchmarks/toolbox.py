@@ -2,6 +2,7 @@
 
     python -m benchmarks.toolbox [--folder DIR] [--threads 1] [--repeats 3] [--only merge extract]
     python -m benchmarks.toolbox --latency          what a merged adapter costs in use, beside an attached one
+    python -m benchmarks.toolbox --others           peft, diffusers and lycoris-lora at the same jobs, beside ours
     python -m benchmarks.toolbox --quick            small networks: does the benchmark run?
 
 Single files of Stable Diffusion 1.5's sizes in fp16, weights drawn at random, are made when they are needed (8 GB):
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ PLANTED, RANK, WIDE = 24, 32, 64
 #: layers of which the least possible error is computed
 SAMPLE = 12
 
+#: what is extracted, and from which file
+TUNED = {"linear and 1×1, planted": "planted-linear", "all, planted": "planted", "all, decaying": "decaying"}
+
 Work = Callable[[Path, Path], Any]
 
 
@@ -75,6 +79,20 @@ def works() -> dict[str, Work]:
     }
 
 
+def all_works(others: bool) -> dict[str, Work]:
+    """Those of `works`, and with `others` those of other programs, each of which follows ours of the same name."""
+    found = works()
+    if others:
+        from benchmarks.toolbox_others import WORKS
+
+        found |= WORKS
+    return found
+
+
+def any_of_others(names: Iterable[str]) -> bool:
+    return any(": " in name for name in names)
+
+
 def two(folder: Path) -> list[Weighted]:
     return [Weighted(str(folder / "lora64.safetensors"), 0.7), Weighted(str(folder / "other64.safetensors"), 0.3)]
 
@@ -86,8 +104,8 @@ def copied(source: Path, out: Path) -> None:
 
 
 # --- inputs ----------------------------------------------------------------------------------------------
-def inputs(folder: Path, size: str) -> None:
-    """Make what is not there yet."""
+def inputs(folder: Path, size: str, names: Iterable[str]) -> None:
+    """Make what is not there yet of what works of these names take."""
     from tests.checkpoints import write_checkpoint  # which imports diffusers' networks: memory that no work needs
 
     base = folder / "base.safetensors"
@@ -98,11 +116,16 @@ def inputs(folder: Path, size: str) -> None:
         convert(base, folder / "folder")
     for name, change in (("planted", planted), ("planted-linear", lambda *of: planted(*of, wide=False)),
                          ("decaying", decaying)):
-        if not (folder / f"{name}.safetensors").exists():
+        if tuned_of(names) >= {name} and not (folder / f"{name}.safetensors").exists():
             rewrite(open_checkpoint(base), folder / f"{name}.safetensors", adding(change))
     for name, rank, seed in (("lora32", 32, 1), ("lora64", WIDE, 2), ("other64", WIDE, 3)):
         if not (folder / f"{name}.safetensors").exists():
             save_adapter(Adapter(dict(factors(base, rank, seed)), family="sd1"), folder / f"{name}.safetensors")
+
+
+def tuned_of(names: Iterable[str]) -> set[str]:
+    """The tuned checkpoints from which works of these names extract."""
+    return {TUNED[kind] for kind in TUNED for name in names if name.startswith(f"extract, {kind}")}
 
 
 def adding(change: Callable[[Tensor, torch.Generator], Tensor | None]) -> Callable[[str, str, Tensor], Tensor | None]:
@@ -155,10 +178,11 @@ def child(name: str, folder: Path, out: Path, threads: int) -> None:
         while not done.wait(0.02):
             most[0] = max(most[0], anonymous())
 
+    work = all_works(any_of_others([name]))[name]  # with the imports that it takes, which are not its own
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
-    made = works()[name](folder, out)
+    made = work(folder, out)
     wall = time.perf_counter() - started
     done.set()
     watcher.join()
@@ -180,7 +204,8 @@ def measured(name: str, folder: Path, out: Path, threads: int) -> dict[str, Any]
         shutil.rmtree(left, ignore_errors=True)
         left.unlink(missing_ok=True)
     done = subprocess.run([sys.executable, "-m", "benchmarks.toolbox", "--folder", str(folder), "--threads",
-                           str(threads), "--child", name, str(out)], check=True, stdout=subprocess.PIPE, text=True,
+                           str(threads), "--child", name, str(out)], check=True, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE if any_of_others([name]) else None,
                           env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -259,6 +284,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="works whose names begin so")
     parser.add_argument("--quick", action="store_true", help="small networks")
     parser.add_argument("--no-least", action="store_true", help="leave the full SVDs out, which take minutes")
+    parser.add_argument("--others", action="store_true", help="other programs at the jobs that they can do, and ours")
     parser.add_argument("--latency", action="store_true", help="the UNet's time with and without an adapter")
     parser.add_argument("--child", nargs=2, metavar=("WORK", "OUT"), help=argparse.SUPPRESS)
     told = parser.parse_args()
@@ -268,20 +294,37 @@ def main() -> None:
     torch.set_num_threads(told.threads)
     if told.latency:
         return latency(told.quick, told.threads, told.repeats)
-    inputs(folder, "mini" if told.quick else "real")
+    names = list(all_works(told.others))
+    if told.others:  # and ours at the same job
+        named = {name.partition(": ")[0] for name in names if any_of_others([name])}
+        names = sorted((name for name in names if name.partition(": ")[0] in {"copy", *named}),
+                       key=lambda name: list(works()).index(name.partition(": ")[0]))
+    names = [name for name in names if name == "copy" or not told.only or name.startswith(tuple(told.only))]
+    size = "mini" if told.quick else "real"
+    inputs(folder, size, names)
+    if told.others:
+        from benchmarks.toolbox_others import inputs as more
+
+        more(folder)
     out = folder / "out.safetensors"
-    names = [name for name in works() if name == "copy" or not told.only or name.startswith(tuple(told.only))]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     least: dict[str, tuple[float, float]] = {}
     for round_ in range(told.repeats):
         for name in names:
-            found[name].append(measured(name, folder, out, told.threads))
+            try:
+                found[name].append(measured(name, folder, out, told.threads))
+            except subprocess.CalledProcessError as error:
+                if not any_of_others([name]):
+                    raise
+                print(f"{name}: fails on these files, {error.stderr.strip().splitlines()[-1]}")
+                continue
             if name.startswith("extract") and not told.no_least and round_ == told.repeats - 1:
-                tuned = {"planted": "planted", "decaying": "decaying"}[name.rpartition(" ")[2]]
-                tuned += "-linear" if "linear" in name else ""
+                (tuned,) = tuned_of([name])
                 least[name] = against_the_least(folder, out, f"{tuned}.safetensors")
     rows = []
     for name, runs in found.items():
+        if len(runs) < told.repeats:
+            continue
         ratios = [run["wall"] / copy["wall"] for run, copy in zip(runs, found["copy"], strict=True)]
         error, (worst, naive) = runs[-1]["error"], least.get(name, (0.0, 0.0))
         rows.append([name, f"{statistics.median(run['wall'] for run in runs):.1f}", f"{statistics.median(ratios):.2f}",
