@@ -19,7 +19,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.rng import picture_generator
 from impasto.diffusion.process import Process
-from impasto.families.base import Base, Caption, TextStates
+from impasto.families.base import Base, Caption, Geometry, TextStates
 from impasto.families.schedulers import canonical, make_scheduler
 
 
@@ -67,7 +67,7 @@ def sample(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption],
     if first and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first * scheduler.order)
     guided = settings.guidance > 1
-    condition = base.condition(_text(base, [*negatives, *prompts] if guided else prompts))
+    condition = _condition(base, prompts, negatives if guided else (), settings)
     x = _beginning(base, scheduler, times, generators, settings, init_images)
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     steps, done = settings.steps - first, 0
@@ -121,11 +121,19 @@ def process_time(process: Process, t: Tensor) -> Tensor:
     return t / process.scheduler_config()["num_train_timesteps"] if process.prediction == "flow" else t
 
 
-def _text(base: Base, captions: Sequence[Caption]) -> TextStates:
+def _condition(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption], settings: SampleSettings) -> Any:
+    """What the denoiser is told, of negative prompts first; the pictures are whole ones of their size."""
+    states = [*_text(base.encode_negatives, negatives), *_text(base.encode_text, prompts)]
+    size = torch.tensor([[settings.height, settings.width]] * len(states))
+    return base.condition(base.stack_text(states), Geometry(size, torch.zeros_like(size), size).to(base.device),
+                          base.sampling_extras(len(negatives), len(prompts)))
+
+
+def _text(encode: Callable[[Sequence[Caption]], TextStates], captions: Sequence[Caption]) -> list[TextStates]:
     """States of captions, each encoded once and by itself, so that they do not depend on the batch."""
     keys = [caption if isinstance(caption, str) else tuple(caption) for caption in captions]
-    states = {key: base.encode_text([key]) for key in dict.fromkeys(keys)}
-    return base.stack_text([states[key] for key in keys])
+    states = {key: encode([key]) for key in dict.fromkeys(keys)}
+    return [states[key] for key in keys]
 
 
 def _first_step(settings: SampleSettings) -> int:

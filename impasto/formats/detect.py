@@ -163,7 +163,8 @@ def family_of_folder(index: Mapping[str, Any], unet: Mapping[str, Any], text: Ma
     pipeline = str(index.get("_class_name", ""))
     for word, family in PIPELINES:
         if pipeline.startswith(word):
-            return family
+            lone = family == "sdxl" and index.get("text_encoder") == [None, None]
+            return "sdxl-refiner" if lone else family
     if not pipeline.startswith(("StableDiffusion", "LatentConsistency")):
         return ""
     return "sd2" if text.get("hidden_act") == "gelu" or unet.get("use_linear_projection") else "sd1"

@@ -89,7 +89,7 @@ def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: 
         left = rewrite(checkpoint, out, lambda *_: None, dtype=dtype, replace=force, report=report)
         return Made((out,), {}, left_out(left, "as they were not read"))
     (to_file if to == "ldm" else to_folder)(checkpoint, out, dtype=dtype, force=force, report=report)
-    left = [key for key in checkpoint.surplus if key not in ("v_pred", "ztsnr")]
+    left = [*checkpoint.surplus, *checkpoint.unused]
     return Made((out,), {}, left_out(left, "as no part of the checkpoint"))
 
 

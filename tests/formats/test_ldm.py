@@ -20,7 +20,8 @@ from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.formats.configs import CONFIGS, FamilyConfig
-from impasto.formats.ldm import clip_config, unet_config, unet_entries, vae_config, vae_entries
+from impasto.formats.ldm import unet_config, unet_entries, vae_config, vae_entries
+from impasto.formats.text_layouts import clip_config
 from tests.checkpoints import build, component_configs, spelled
 
 SD1: FamilyConfig = CONFIGS.get("sd1")
@@ -175,7 +176,7 @@ def test_clips_have_heads_of_64() -> None:
 
 
 @pytest.mark.parametrize("changes", [
-    {"class_embed_type": "timestep"}, {"addition_embed_type": "text_time"}, {"time_cond_proj_dim": 256},
+    {"class_embed_type": "timestep"}, {"addition_embed_type": "text_image"}, {"time_cond_proj_dim": 256},
     {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, {"layers_per_block": [1, 2, 2, 2]},
     {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4},
 ])
