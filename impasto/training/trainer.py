@@ -97,6 +97,7 @@ class Trainer:
         with report.phase("loading the base"):
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
+                                  prediction=recipe.base.prediction,
                                   device=self.device, dtype=self.precision.dtype, report=report,
                                   adapters=recipe.base.adapters,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)
