@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from impasto.families.tokenizer import write_tokenizer
-from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.header import dtype_name, header_bytes
 
 _UNET: dict[str, Any] = {
@@ -147,20 +147,25 @@ def _ldm_tensors(family: str, configs: dict[str, dict[str, Any]], seed: int, dty
                  ) -> Iterator[tuple[str, Tensor]]:
     """Keys and tensors of an LDM file, sorted by key."""
     for name, part in sorted(CONFIGS.get(family).parts.items(), key=lambda item: item[1].prefix):
-        weights = spelled(build(name, configs[name], seed, part.classes[0]))
-        held: dict[str, list[Tensor]] = {}
-        for entry in sorted(part.entries(configs[name]), key=lambda entry: (entry.ldm, entry.piece)):
-            tensor = weights.pop(entry.name)
-            if entry.how == "turned":
-                tensor = tensor.T
-            elif entry.how == "halves":
-                tensor = torch.cat([tensor[len(tensor) // 2:], tensor[:len(tensor) // 2]])
-            held.setdefault(entry.ldm, []).append(tensor.reshape(-1, *entry.ldm_shape[1:]))
-        assert not weights, list(weights)
-        for extra in part.extras(configs[name]):
-            held[extra.ldm] = held[extra.like] if extra.like else [torch.full(extra.shape, extra.value)]
-        for key in sorted(held):
-            yield part.prefix + key, torch.cat(held[key]).to(dtype) if held[key][0].ndim else held[key][0].to(dtype)
+        weights = as_ldm(part, configs[name], spelled(build(name, configs[name], seed, part.classes[0])))
+        for key in sorted(weights):
+            yield key, weights[key].to(dtype)
+
+
+def as_ldm(part: Part, config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights as a single file has them."""
+    left, held = dict(weights), dict[str, list[Tensor]]()
+    for entry in sorted(part.entries(config), key=lambda entry: (entry.ldm, entry.piece)):
+        tensor = left.pop(entry.name)
+        if entry.how == "turned":
+            tensor = tensor.T
+        elif entry.how == "halves":
+            tensor = torch.cat([tensor[len(tensor) // 2:], tensor[:len(tensor) // 2]])
+        held.setdefault(entry.ldm, []).append(tensor.reshape(-1, *entry.ldm_shape[1:]))
+    assert not left, list(left)
+    for extra in part.extras(config):
+        held[extra.ldm] = held[extra.like] if extra.like else [torch.full(extra.shape, extra.value)]
+    return {part.prefix + key: torch.cat(tensors) if tensors[0].ndim else tensors[0] for key, tensors in held.items()}
 
 
 def _write_pickle(path: Path, family: str, configs: dict[str, dict[str, Any]], seed: int, dtype: torch.dtype

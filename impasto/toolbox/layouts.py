@@ -93,8 +93,8 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
     table = _table(checkpoint)
     _check_tokenizer(checkpoint)
     metadata = {"format": "pt", **_untold(checkpoint, table)}
-    if (told := checkpoint.scheduler.get("prediction_type")) != table.scheduler.get("prediction_type"):
-        metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(told, str(told))
+    if (told := str(checkpoint.scheduler.get("prediction_type"))) != str(table.scheduler.get("prediction_type")):
+        metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(told, told)
     rows = [row for name in checkpoint.components for row in _original(checkpoint, table, name, dtype)]
     marks = _marks(checkpoint)
     require_space(out, sum(row.bytes for row in rows), "the file")
