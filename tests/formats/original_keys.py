@@ -3,6 +3,8 @@
 Each list in `original/` begins with lines that name the public repository, its files and the revision. A list
 is the whole `state_dict` of the authors' own module, built from their own configuration; so a layout that is
 held against it is held against neither diffusers nor a converter of ours.
+
+`original/others/` has short lists of files that are none of ours, to tell them by.
 """
 
 from __future__ import annotations
@@ -45,13 +47,18 @@ def unwritten(key: str) -> bool:
     return any(re.fullmatch(pattern, key) for pattern in UNWRITTEN)
 
 
+OTHERS = sorted(path.stem for path in (FOLDER / "others").glob("*.txt"))
+
+
 @functools.cache
 def text_of(name: str) -> str:
     """A list as it is, with the lines that say where it is from."""
+    if name in OTHERS:
+        return (FOLDER / "others" / f"{name}.txt").read_text(encoding="utf-8")
     return gzip.decompress((FOLDER / f"{name}.txt.gz").read_bytes()).decode()
 
 
 def keys_of(name: str) -> dict[str, Shape]:
-    """Key -> shape, sorted by key."""
+    """Key -> shape."""
     rows = [line.split() for line in text_of(name).splitlines() if not line.startswith("#")]
     return {key: tuple(map(int, shape)) for key, *shape in rows}

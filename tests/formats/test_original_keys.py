@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import struct
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 
+from impasto.core.errors import UserError
+from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig, Part
-from impasto.formats.detect import Detected, detect_names
+from impasto.formats.detect import Detected, detect, detect_names
+from impasto.formats.header import header_bytes, read_header
 from impasto.formats.ldm import Config
-from tests.formats.original_keys import FOLDER, LISTS, TWINS, UNWRITTEN, Shape, keys_of, text_of, unwritten
+from tests.formats.original_keys import FOLDER, LISTS, OTHERS, TWINS, UNWRITTEN, Shape, keys_of, text_of, unwritten
 
 NAMES = [name for names in LISTS.values() for name in names]
 #: of the families that are read
@@ -73,8 +80,77 @@ def test_every_row_of_the_table_is_of_use() -> None:
 
 def test_each_list_is_of_a_family_and_says_where_it_is_from() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.gz")) == sorted(f"{name}.txt.gz" for name in NAMES)
-    for name in NAMES:
-        assert "# from github.com/" in text_of(name) and keys_of(name) == dict(sorted(keys_of(name).items()))
+    for name in (*NAMES, *OTHERS):
+        assert re.match(r"# .+\n# from (github\.com/\S+ at [0-9a-f]{40}|diffusers [\d.]+|transformers [\d.]+): ",
+                        text_of(name)) and len(keys_of(name)) >= 20, name
+
+
+# --- files that are none of ours -------------------------------------------------------------------------
+
+SAID = {
+    "auraflow": "an AuraFlow checkpoint", "cascade-b": "a Stable Cascade checkpoint",
+    "cascade-c": "a Stable Cascade checkpoint", "chroma": "a Chroma checkpoint", "controlnet": "a controlnet",
+    "controlnet-diffusers": "a controlnet", "esrgan": "an image upscaler", "flux": "a Flux checkpoint",
+    "flux-diffusers": "a Flux transformer", "hidream": "a HiDream checkpoint",
+    "hunyuandit": "a HunyuanDiT checkpoint", "ip-adapter": "an IP-Adapter", "llama": "a language model",
+    "lumina": "a Lumina checkpoint", "motion-module": "an AnimateDiff motion module",
+    "pixart": "a PixArt checkpoint", "pixart-diffusers": "a PixArt transformer",
+    "qwen-image": "a Qwen-Image checkpoint", "safety-checker": "a safety checker", "t2i-adapter": "a T2I-Adapter",
+    "t2i-adapter-diffusers": "a T2I-Adapter", "unclip": "a Stable unCLIP checkpoint",
+    "upscaler-x4": "a Stable Diffusion upscaler checkpoint", "video": "a Stable Video Diffusion checkpoint",
+    "wan": "a Wan video checkpoint", "z-image": "a Z-Image checkpoint",
+}
+
+
+def sparse(path: Path, name: str) -> Path:
+    """A file with the tensors of a list, all zero; it takes no room."""
+    head, _ = header_bytes({key: ("F16", shape) for key, shape in keys_of(name).items()}, {})
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(len(head) + 2 * sum(map(math.prod, keys_of(name).values())))
+    return path
+
+
+def test_each_has_its_answer() -> None:
+    assert sorted(SAID) == OTHERS
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_named_plainly(name) -> None:
+    keys = keys_of(name)
+    assert detect_names(keys, {}).title == SAID[name]
+    if "checkpoint" in SAID[name] and not any(key.startswith("model.") for key in keys):  # as ComfyUI packs them
+        packed = {f"model.diffusion_model.{key}": shape for key, shape in keys.items()}
+        assert detect_names(packed, {}).title == SAID[name]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_as_a_base_are_refused_in_one_line(tmp_path, name) -> None:
+    with pytest.raises(UserError, match=f"is {SAID[name]}, (not a checkpoint|which is not supported)") as caught:
+        open_checkpoint(sparse(tmp_path / "a.safetensors", name))
+    assert "\n" not in str(caught.value)
+
+
+def test_packed_files_are_named_in_one_line(tmp_path) -> None:
+    """GGUF: the magic, version 3, number of tensors, number of settings (github.com/ggml-org/ggml, docs/gguf.md)."""
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1000, 20) + bytes(4096))
+    for read in (open_checkpoint, detect, read_header):
+        with pytest.raises(UserError, match=r"a\.gguf: is a GGUF file") as caught:
+            read(tmp_path / "a.gguf")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "title"), [
+    # as Real-ESRGAN's and IP-Adapter's authors publish theirs
+    ({"params_ema": {"conv_first.weight": torch.zeros(1)}}, "an image upscaler"),
+    ({"image_proj": {"proj.weight": torch.zeros(1)}, "ip_adapter": {"1.to_k_ip.weight": torch.zeros(1)}},
+     "an IP-Adapter"),
+])
+def test_weights_in_inner_tables(tmp_path, content, title) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    assert detect(tmp_path / "a.pth").title == title
+    with pytest.raises(UserError, match=f"is {title}, not a checkpoint"):
+        open_checkpoint(tmp_path / "a.pth")
 
 
 # --- the lists against published files -------------------------------------------------------------------
