@@ -30,10 +30,7 @@ UNWRITTEN = {
     r"denoiser\.sigmas|model\.model_sampling\.sigmas": "the noise schedule of the sampler",
     r"model_ema\..+": "of the running average in training; decay and num_updates are left in published files",
     r".+\.position_ids": "counts from 0 to 76; a buffer of transformers before 4.31",
-    r".+\.logit_scale": "the temperature of CLIP's contrastive loss, without part in an encoding",
-    r"cond_stage_model\.model\.transformer\.resblocks\.23\..+":
-        "SD 2 is conditioned on the last layer but one: the last has no effect, and diffusers' folders lack it",
-    r"cond_stage_model\.model\.text_projection": "SD 2 is conditioned on states that are not projected",
+    r"text_encoders\..+\.logit_scale": "the temperature of CLIP's contrastive loss, without part in an encoding",
     r"text_encoders\.clip_l\.transformer\.text_projection\.weight":
         "an identity that the program makes by itself; published files lack it",
 }

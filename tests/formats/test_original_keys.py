@@ -17,7 +17,7 @@ from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.detect import Detected, detect, detect_names
 from impasto.formats.header import header_bytes, read_header
-from impasto.formats.ldm import Config
+from impasto.formats.entries import Config
 from tests.formats.original_keys import FOLDER, LISTS, OTHERS, TWINS, UNWRITTEN, Shape, keys_of, text_of, unwritten
 
 NAMES = [name for names in LISTS.values() for name in names]
@@ -34,6 +34,7 @@ def inner(part: Part, keys: dict[str, Shape]) -> dict[str, Shape]:
 def written(part: Part, config: Config) -> dict[str, Shape]:
     """What we write of a part, under the names that the lists have."""
     keys = {part.prefix + entry.ldm: entry.ldm_shape for entry in part.entries(config)}
+    keys |= {part.prefix + extra.ldm: extra.shape for extra in part.extras(config)}
     return {TWINS.get(key, key): shape for key, shape in keys.items()}
 
 
