@@ -16,8 +16,8 @@ from impasto.core.errors import UserError
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.detect import Detected, detect, detect_names
-from impasto.formats.header import header_bytes, read_header
 from impasto.formats.entries import Config
+from impasto.formats.header import header_bytes, read_header
 from tests.formats.original_keys import FOLDER, LISTS, OTHERS, TWINS, UNWRITTEN, Shape, keys_of, text_of, unwritten
 
 NAMES = [name for names in LISTS.values() for name in names]
