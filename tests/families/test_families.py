@@ -72,7 +72,7 @@ def opened(family: str, path: Path) -> Any:
     return pipe
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
