@@ -68,6 +68,7 @@ PIPELINES = (
 #: `ss_base_model_version` and `modelspec.architecture` begin so
 FAMILY_WORDS = (
     ("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sdxl_base", "sdxl"), ("sdxl_refiner", "sdxl-refiner"), ("sd3", "sd3"),
+    ("medium", "sd3"), ("5-medium", "sd3"), ("5-large", "sd3"),  # kohya's sd3_train_network.py
     ("flux", "flux"), ("stable-diffusion-v1", "sd1"), ("stable-diffusion-v2", "sd2"),
     ("stable-diffusion-xl-v1-base", "sdxl"), ("stable-diffusion-xl-v1-refiner", "sdxl-refiner"),
     ("stable-diffusion-3", "sd3"), ("stable-diffusion-v3", "sd3"),
@@ -76,13 +77,21 @@ FAMILY_WORDS = (
 #: width of the text states that cross-attention reads -> family
 CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
 
+#: layers of SD 3's transformer, and its third text encoder, in adapters; others have layers of the same names beside
+#: some of their own, or are wider
+_JOINT = re.compile(r"joint_blocks[._]\d|(?<!single_)transformer_blocks[._]\d+[._]"
+                    r"(?:attn[._](?:to_|add_)|ff_context[._]|norm1_context[._])|^lora_te3_|^text_encoder_3\.|\bt5xxl\.|^t5\.")
+_OTHER_JOINT = re.compile(r"single_transformer_blocks|joint_transformer_blocks|(?:img|txt)_(?:mlp|mod)")
+#: channels of Flux, AuraFlow and Qwen-Image
+WIDER = 3072
+
 #: input channels of the UNet -> variant
 VARIANTS = {8: "instruct-pix2pix", 9: "inpainting"}
 
 _PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _ADAPTER = re.compile(r"[._](?:lora_up|lora_down|lora_mid|lora_A|lora_B|hada_w[12]|lokr_w[12]|lora\.up|lora\.down|"
                       r"lora_linear_layer|oft_blocks|oft_diag|glora|dora_scale)\b|[._](?:hada|lokr)_[wt][12]|"
-                      r"^(?:lora_(?:unet|te\d?)|lycoris)_\w+\.(?:diff|diff_b|w_norm|b_norm)$")
+                      r"^(?:lora_(?:unet|transformer|te\d?)|lycoris)_\w+\.(?:diff|diff_b|w_norm|b_norm)$")
 _CONTEXT = re.compile(r"attn2[._]to_[kv]\.")
 
 
@@ -94,7 +103,7 @@ class Detected:
     #: of OTHERS, unknown
     kind: str
     family: str = ""  # a key of TITLES
-    layout: str = ""  # ldm, diffusers, kohya, peft
+    layout: str = ""  # ldm, diffusers; of adapters kohya, comfyui, peft
     variant: str = ""  # inpainting, instruct-pix2pix
 
     @property
@@ -126,7 +135,8 @@ def detect_names(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, s
     if _has(names, "image_proj.", "ip_adapter."):  # some have a LoRA inside
         return Detected("IP-Adapter")
     if any(_ADAPTER.search(name) for name in names):
-        return Detected("adapter", family_told(metadata) or _by_context(shapes), _adapter_layout(names))
+        return Detected("adapter", family_told(metadata) or _by_context(shapes) or _by_blocks(shapes),
+                        _adapter_layout(names))
     if (embedding := _embedding(shapes, metadata)) is not None:
         return embedding
     for beginnings, kind, family in OTHERS:
@@ -262,6 +272,13 @@ def _by_context(shapes: Mapping[str, tuple[int, ...]]) -> str:
         if _CONTEXT.search(name) and len(shape) == 2 and shape[1] in CONTEXT_WIDTHS:
             return CONTEXT_WIDTHS[shape[1]]
     return ""
+
+
+def _by_blocks(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The family that the names of an adapter's layers tell, if it has a transformer."""
+    found = [shape for name, shape in shapes.items() if _JOINT.search(name)]
+    other = any(_OTHER_JOINT.search(name) for name in shapes)
+    return "sd3" if found and not other and not any(WIDER in shape for shape in found) else ""
 
 
 def _adapter_layout(names: Iterable[str]) -> str:
