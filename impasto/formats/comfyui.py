@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from impasto.core.errors import UserError
-from impasto.formats import mmdit, names, original
+from impasto.formats import mmdit_layers, names, original
 from impasto.formats.header import Header
 from impasto.formats.kohya import PARTS, KohyaParts
 
@@ -44,7 +44,7 @@ class ComfyUI(KohyaParts):
             path = names.canonical(component, path, where=where)
         elif path in original.paths():
             path = original.paths()[path]
-        elif path == mmdit.original(path):
+        elif path == mmdit_layers.original(path):
             component = "transformer"
         else:
             raise UserError(f"key {key!r} names no layer of a UNet or of SD 3's transformer", where=where)

@@ -22,7 +22,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.kronecker import factorization
-from impasto.formats import mmdit, names, original
+from impasto.formats import mmdit_layers, names, original
 from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
 from impasto.formats.adapters import FileCodec, Layers, assemble, family_of
 from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
@@ -89,7 +89,7 @@ class KohyaParts(FileCodec):
 
     def layers(self, contents: Mapping[str, Held], where: Path) -> dict[str, Held]:
         """What the file holds by layer, as it divides a network into layers."""
-        return mmdit.joined(contents, where)
+        return mmdit_layers.joined(contents, where)
 
     def load(self, path: Path, header: Header | None) -> Adapter:
         assert header is not None
@@ -169,10 +169,10 @@ class Kohya(KohyaParts):
 def _changes(layer: str, parts: Parts, family: str, where: Path) -> Layers:
     """The deltas that the parts of one of a file's layers make, by the layers that diffusers has for it."""
     component, _, path = layer.partition(".")
-    if component != "transformer" or not mmdit.original(path):
+    if component != "transformer" or not mmdit_layers.original(path):
         return {layer: deltas_of(layer, parts, where, names.kernel(layer, family))}
-    kernel = names.kernel(f"transformer.{mmdit.parts(path)[0]}")
-    changes = mmdit.split(path, deltas_of(layer, parts, where, kernel), where)
+    kernel = names.kernel(f"transformer.{mmdit_layers.parts(path)[0]}")
+    changes = mmdit_layers.split(path, deltas_of(layer, parts, where, kernel), where)
     return {f"transformer.{name}": terms for name, terms in changes.items()}
 
 
@@ -215,7 +215,8 @@ def describe(layers: Mapping[str, Parts], family: str, title: str) -> dict[str, 
         kind["modelspec.prediction_type"] = "epsilon"
     if family in FAMILIES:
         version, architecture, resolution = FAMILIES[family]
-        if family == "sd3" and (variant := mmdit.variant({layer: _inputs(parts) for layer, parts in layers.items()})):
+        inputs = {layer: _inputs(parts) for layer, parts in layers.items()}
+        if family == "sd3" and (variant := mmdit_layers.variant(inputs)):
             version, architecture = variant, f"{architecture}-{variant}"
         kind |= {"ss_base_model_version": version, "ss_v2": str(family == "sd2"),
                  "modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
@@ -312,7 +313,7 @@ def parsed(key: str, where: Path) -> tuple[str, str]:
         if flat in original.flat_paths():
             return f"unet.{original.flat_paths()[flat]}", PARTS[suffix]
         raise UserError(f"key {key!r} names no layer of a UNet in its authors' names", where=where)
-    if "unet" in PREFIXES[prefix] and (path := mmdit.original(flat)):
+    if "unet" in PREFIXES[prefix] and (path := mmdit_layers.original(flat)):
         return f"transformer.{path}", PARTS[suffix]
     for component in PREFIXES[prefix]:
         try:

@@ -34,7 +34,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "layer_norm1",
         "layer_norm2", "mlp.fc1", "mlp.fc2",
     ),
-    "mmdit": (
+    "mmdit_layers": (
         "pos_embed.proj", "context_embedder", "time_text_embed.timestep_embedder/linears",
         "time_text_embed.text_embedder/linears", "transformer_blocks.#/joint", "norm_out.linear", "proj_out",
     ),
@@ -62,7 +62,7 @@ PATCHES = {"transformer.pos_embed.proj": (2, 2)}
 TABLES = ("_embedding", ".shared", ".embed_tokens", ".relative_attention_bias")
 
 #: the rule that a component's layers begin with, by diffusers' name of the component
-COMPONENTS = {"unet": "unet", "text_encoder": "clip", "text_encoder_2": "clip", "transformer": "mmdit",
+COMPONENTS = {"unet": "unet", "text_encoder": "clip", "text_encoder_2": "clip", "transformer": "mmdit_layers",
               "text_encoder_3": "t5"}
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from impasto.core.errors import UserError
-from impasto.formats import kohya, mmdit, names, original
+from impasto.formats import kohya, mmdit_layers, names, original
 from impasto.formats.comfyui import OTHERS, ending_of
 from impasto.formats.header import Header
 from impasto.formats.kohya import PARTS, KohyaParts
@@ -34,7 +34,7 @@ HEADS = {**{component: component for component in names.COMPONENTS}, "clip_l": "
 OWN = tuple(f".{ending}" for ending in PARTS if ending != "alpha" and not ending.startswith(("hada_", "lokr_")))
 #: how original paths begin
 BEGINNINGS = ("input_blocks.", "middle_block.", "output_blocks.", "label_emb.", "time_embed.", "out.",
-              *(f"{beginning}." for beginning in mmdit.BEGINNINGS if beginning != "context_embedder"))
+              *(f"{beginning}." for beginning in mmdit_layers.BEGINNINGS if beginning != "context_embedder"))
 
 
 class OneTrainer(KohyaParts):
@@ -83,9 +83,9 @@ def _layer(name: str) -> str | None:
         return f"unet.{original.paths()[path]}"
     if component in ("", "transformer"):
         if match := re.fullmatch(r"(.+\.qkv)\.([012])", path):
-            whole = mmdit.original(match[1])
-            return f"transformer.{mmdit.parts(whole)[int(match[2])]}" if whole else None
-        if path == mmdit.original(path):
+            whole = mmdit_layers.original(match[1])
+            return f"transformer.{mmdit_layers.parts(whole)[int(match[2])]}" if whole else None
+        if path == mmdit_layers.original(path):
             return f"transformer.{path}"
     try:
         return f"{component}.{names.canonical(component, path)}" if component else None

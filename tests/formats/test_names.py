@@ -81,7 +81,7 @@ def test_every_layer_of_the_real_t5() -> None:
         assert names.is_embedding(f"text_encoder_3.{path}") == table
 
 
-@pytest.mark.parametrize("rule", ["unet", "clip", "mmdit", "t5"])
+@pytest.mark.parametrize("rule", ["unet", "clip", "mmdit_layers", "t5"])
 def test_a_flat_name_has_one_reading_whatever_the_numbers(rule: str) -> None:
     """Templates whose flat forms agree but for the numbers have their dots in the same places."""
     dots: dict[str, set[str]] = {}

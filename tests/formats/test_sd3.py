@@ -22,7 +22,7 @@ from impasto.deltas.dense import Dense
 from impasto.deltas.lowrank import LowRank
 from impasto.deltas.ranks import Wanted
 from impasto.deltas.told import rank_of
-from impasto.formats import mmdit
+from impasto.formats import mmdit_layers
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.detect import detect
 from impasto.formats.header import read_header
@@ -57,7 +57,8 @@ def kohya_file() -> dict[str, Tensor]:
 
 def as_diffusers_has_it(changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Changes of weights by flat original names, through diffusers' translation of a checkpoint; of two blocks."""
-    own = {name: mmdit.original(name.removeprefix("lora_unet_")) for name in changes if name.startswith("lora_unet_")}
+    own = {name: mmdit_layers.original(name.removeprefix("lora_unet_")) for name in changes
+           if name.startswith("lora_unet_")}
     checkpoint = {f"{path}.weight": changes[name] for name, path in own.items()}
     checkpoint |= {f"{path}.bias": torch.zeros(changes[name].shape[0]) for name, path in own.items()}
     checkpoint["pos_embed"] = torch.zeros(1, 4, 128)
@@ -227,8 +228,8 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
 
 def test_every_layer_has_the_place_that_comfyui_gives_it() -> None:
     for path, (whole, *how) in keys("comfyui").items():
-        parts = mmdit.parts(whole)
-        assert mmdit.original(whole) == mmdit.original(whole.replace(".", "_")) == whole
+        parts = mmdit_layers.parts(whole)
+        assert mmdit_layers.original(whole) == mmdit_layers.original(whole.replace(".", "_")) == whole
         assert parts[how[0] // 128 if len(how) == 2 else 0] == path
         assert (len(parts) == 3) == (len(how) == 2)
 

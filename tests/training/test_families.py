@@ -20,8 +20,13 @@ from impasto.training.trainer import train
 from tests.checkpoints import write_checkpoint
 from tests.training.of_method import EVERY_METHOD, NEEDED, of_method
 
-#: what formats are called that a method's recipes may ask for -> how a file of it ends
-ENDINGS = {"peft": "", "diffusers": ".safetensors", "kohya": ".safetensors"}
+#: formats that hold what a method leaves behind, beside those of all families: of one text encoder alone
+FORMATS = {
+    "lora": ("kohya", "comfyui", "onetrainer", "diffusers", "peft"), "loha": ("kohya", "comfyui", "onetrainer", "peft"),
+    "lokr": ("kohya", "comfyui", "onetrainer", "peft"), "textual_inversion": ("kohya", "webui-embedding"),
+    "hypernetwork": ("hypernetwork",),
+}
+ENDINGS = {"peft": "", "hypernetwork": ".pt"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def test_it_trains_saves_and_loads(bases, photos, tmp_path, family, kind) -> Non
     if adapter.deltas:
         merged = load_base(bases[family], adapters=[str(artifact)])
         torch.testing.assert_close(said(merged), attached, rtol=1e-4, atol=1e-5)
-    for format in METHODS.get(kind).formats:
+    for format in FORMATS[kind]:
         again = load_adapter(saved(adapter, tmp_path, format), family=family)
         with apply(base, again):
             torch.testing.assert_close(said(base), attached, rtol=1e-4, atol=1e-5)
