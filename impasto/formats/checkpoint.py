@@ -111,6 +111,14 @@ class Checkpoint:
     def components(self) -> tuple[str, ...]:
         return tuple(self.sources)
 
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the pictures that the denoiser was made for; 0 where that is not told."""
+        denoiser = self.configs.get("unet") or self.configs.get("transformer") or {}
+        halvings = len(self.configs.get("vae", {}).get("block_out_channels", ())) - 1
+        size = denoiser.get("sample_size")
+        return size * 2**halvings if isinstance(size, int) and halvings >= 0 else 0
+
     def predicting(self, kind: str | None) -> Checkpoint:
         """The checkpoint with the kind of prediction that somebody told, if any. Raises `UserError`."""
         if kind is None:
