@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,28 @@ def write_checkpoint(path: Path | str, family: str = "sd1", size: str = "mini", 
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             written.append(key)
     assert written == order
+    return path
+
+
+def write_large(path: Path, family: str, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a single file of real size at the disk's speed: numbers of a normal distribution over and over, by 0.02.
+
+    Its networks need no memory to be made.
+    """
+    block = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    parts = CONFIGS.get(family).parts
+    shapes = {part.prefix + entry.ldm: getattr(entry, "ldm_shape", entry.shape)
+              for part in parts.values() for entry in (*part.entries(part.config), *part.extras(part.config))}
+    layout = {key: (dtype_name(dtype), shape) for key, shape in shapes.items()}
+    head, order = header_bytes(layout, {"format": "pt", **TOLD.get(family, {})})
+    with open(path, "wb") as file:
+        file.write(head)
+        for key in order:
+            left = math.prod(shapes[key])
+            while left:
+                some = block[:min(left, len(block))]
+                file.write(some.view(torch.uint8).numpy().data)
+                left -= len(some)
     return path
 
 
