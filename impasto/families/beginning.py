@@ -91,10 +91,13 @@ def begin(base: Base, scheduler: Any, times: Tensor, generators: Sequence[torch.
     return Beginning(x, base.seen(extras, noise), kept)
 
 
-def drawn_anew(settings: SampleSettings, count: int) -> dict[str, list[Image.Image]]:
-    """What `sample` is to be given for so many pictures of which a base for inpainting is to keep nothing."""
+def nothing_kept(base: Base, settings: SampleSettings, count: int
+                 ) -> tuple[list[Image.Image] | None, list[Image.Image] | None]:
+    """So many pictures and masks of which a base for inpainting keeps nothing; of others, that need no masks, none."""
+    if "mask" not in base.extras:
+        return None, None
     size = (settings.width, settings.height)
-    return {"init_images": [Image.new("RGB", size)] * count, "masks": [Image.new("L", size, 255)] * count}
+    return [Image.new("RGB", size)] * count, [Image.new("L", size, 255)] * count
 
 
 def noised(base: Base, scheduler: Any, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
