@@ -1,4 +1,4 @@
-"""What some bases are shown beside a picture: holes and pairs, found, refused by name, cut and dropped as they should."""
+"""What some bases are shown beside a picture: holes and pairs, found, refused by name, cut and dropped rightly."""
 
 from __future__ import annotations
 
@@ -133,12 +133,12 @@ def test_a_mask_may_be_the_hole(photos: Path, flip: bool) -> None:
     left[..., :4] = 1
     for batch in batches(source, 8):
         assert batch.mask is None  # it does not weigh the loss too
-        for name, hole in zip(batch.names, batch.extras["mask"], strict=True):
+        for name, mask in zip(batch.names, batch.extras["mask"], strict=True):
             if name == "3.png":
-                assert torch.equal(hole, torch.ones(1, 8, 8))
+                assert torch.equal(mask, torch.ones(1, 8, 8))
                 continue
-            seen.add(torch.equal(hole, left.flip(-1)))
-            assert torch.equal(hole, left) or torch.equal(hole, left.flip(-1))
+            seen.add(torch.equal(mask, left.flip(-1)))
+            assert torch.equal(mask, left) or torch.equal(mask, left.flip(-1))
     assert seen == ({True, False} if flip else {False})
     assert "pictures of which a mask says what is drawn anew: 3 of 4" in source.describe()
 
@@ -206,8 +206,8 @@ def test_shares_of_pairs_without_caption_picture_or_either(pairs: Path) -> None:
             assert sample in (0, 1)
             dropped += not moments.any()
     assert dropped
-    assert "each picture comes with the one that it is made of, 20% of the samples without caption, 10% of the samples " \
-        "without that one, 15% of the samples without either" in source.describe()
+    assert "each picture comes with the one that it is made of, 20% of the samples without caption, 10% of the " \
+        "samples without that one, 15% of the samples without either" in source.describe()
 
 
 def test_captions_are_dropped_as_they_ever_were(pairs: Path) -> None:
