@@ -21,6 +21,8 @@ from impasto.cli.inspect import command
 from impasto.core.rng import picture_generator
 from impasto.families.load import load_base
 from impasto.families.picture_info import open_picture, picture_texts
+from impasto.training.recipe import load_recipe
+from impasto.training.trainer import train as run_from
 from tests.checkpoints import write_checkpoint
 from tests.training.conftest import draw
 
@@ -144,6 +146,17 @@ def test_what_a_picture_tells(work: Path) -> None:
     again = command(json.loads(picture_texts(told)["impasto"]))
     assert "--image-guidance 2" in again and "--init 0.png" in again and "--strength" not in again
     assert "--mask hole.png" in command(facts)
+
+
+@pytest.mark.parametrize("variant", PIPELINES)
+def test_a_run_that_stopped_goes_on_exactly(work: Path, variant: str) -> None:
+    straight = train(work, variant, f"straight-{variant}", "sample.every=0")
+    folder = work / "photos" if variant != "inpainting" else work / "alone"
+    recipe = load_recipe(str(straight / "recipe.toml"), [f"output.dir={work / f'halted-{variant}'}"])
+    assert Path(str(recipe.data and recipe.data.sets[0].folder)) == folder
+    assert run_from(recipe, stop_after=1).step == 1 and run_from(recipe).step == 3
+    ours, theirs = (load_file(run / "dog.safetensors") for run in (straight, work / f"halted-{variant}"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_full_fine_tune_opens_in_its_pipeline(work: Path) -> None:

@@ -199,6 +199,14 @@ class Base(abc.ABC):
         `UserError` for one that is missing or has no place.
         """
 
+    def encode_negatives(self, captions: Sequence[Caption]) -> TextStates:
+        """Text states of negative prompts; a family may have its own for none at all."""
+        return self.encode_text(captions)
+
+    def sampling_extras(self, unwanted: int, wanted: int) -> dict[str, Tensor]:
+        """Extras of the condition for drawing: (B, …) of the negative prompts first, then of the prompts."""
+        return {}
+
     @abc.abstractmethod
     def predict(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
         """The denoiser's prediction (B, C, h, w), of the kind that `process.prediction` names."""

@@ -25,14 +25,14 @@ class Guidance:
             return 1
         return 2 if self.picture is None else 3
 
-    def captions(self, prompts: Sequence[Caption], negatives: Sequence[Caption]) -> list[Caption]:
-        """Those of all conditions, one after another."""
-        return {1: [*prompts], 2: [*negatives, *prompts], 3: [*prompts, *negatives, *negatives]}[self.ways]
+    def negatives(self, negatives: Sequence[Caption]) -> list[Caption]:
+        """Those of all conditions but the last, one after another; the last has the prompts."""
+        return [*negatives] * (self.ways - 1)
 
     def extras(self, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Likewise of what is shown: the last of three conditions lacks the picture too."""
+        """What is shown, of all conditions: the first of three lacks the picture too."""
         if self.ways == 3:
-            return {name: torch.cat([one, one, torch.zeros_like(one)]) for name, one in extras.items()}
+            return {name: torch.cat([torch.zeros_like(one), one, one]) for name, one in extras.items()}
         return {name: torch.cat([one] * self.ways) for name, one in extras.items()}
 
     def joined(self, prediction: Tensor) -> Tensor:
@@ -43,5 +43,5 @@ class Guidance:
             without, with_ = prediction.chunk(2)
             return without + self.text * (with_ - without)  # Ho and Salimans 2022, eq. 6, as 1 + w
         assert self.picture is not None
-        both, picture, neither = prediction.chunk(3)  # Brooks et al. 2023, eq. 3
+        neither, picture, both = prediction.chunk(3)  # Brooks et al. 2023, eq. 3
         return neither + self.picture * (picture - neither) + self.text * (both - picture)

@@ -7,8 +7,9 @@ beyond rounding. It is the one that diffusers' pipeline draws from `torch.Genera
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.core.rng import picture_generator
-from impasto.families.base import Base, Caption, TextStates
+from impasto.families.base import Base, Caption, Geometry, TextStates
 from impasto.families.beginning import begin, first_step, process_time, to_pixels
 from impasto.families.guidance import Guidance
 from impasto.families.schedulers import canonical, make_scheduler
@@ -72,8 +73,7 @@ def sample(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption],
         scheduler.set_begin_index(first * scheduler.order)
     guidance = Guidance(settings.guidance, settings.image_guidance if edits else None)
     begun = begin(base, scheduler, times, generators, settings, init_images, masks)
-    condition = base.condition(_text(base, guidance.captions(prompts, negatives)),
-                               extras=guidance.extras(begun.extras))
+    condition = _condition(base, prompts, guidance.negatives(negatives), settings, guidance.extras(begun.extras))
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x, steps, done = begun.x, settings.steps - first, 0
     for i, t in enumerate(times):
@@ -117,11 +117,20 @@ def check_size(base: Base, width: int, height: int) -> None:
             raise UserError(f"{name} {pixels} is not a multiple of {base.cell} pixels", fix=f"take {near}")
 
 
-def _text(base: Base, captions: Sequence[Caption]) -> TextStates:
+def _condition(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption], settings: SampleSettings,
+               extras: Mapping[str, Tensor]) -> Any:
+    """What the denoiser is told, of negative prompts first; the pictures are whole ones of their size."""
+    states = [*_text(base.encode_negatives, negatives), *_text(base.encode_text, prompts)]
+    size = torch.tensor([[settings.height, settings.width]] * len(states))
+    return base.condition(base.stack_text(states), Geometry(size, torch.zeros_like(size), size).to(base.device),
+                          {**base.sampling_extras(len(negatives), len(prompts)), **extras})
+
+
+def _text(encode: Callable[[Sequence[Caption]], TextStates], captions: Sequence[Caption]) -> list[TextStates]:
     """States of captions, each encoded once and by itself, so that they do not depend on the batch."""
     keys = [caption if isinstance(caption, str) else tuple(caption) for caption in captions]
-    states = {key: base.encode_text([key]) for key in dict.fromkeys(keys)}
-    return base.stack_text([states[key] for key in keys])
+    states = {key: encode([key]) for key in dict.fromkeys(keys)}
+    return [states[key] for key in keys]
 
 
 def _picture(pixels: Tensor) -> Image.Image:

@@ -54,10 +54,10 @@ def seen(extras: Mapping[str, Tensor], latents: Callable[[Tensor, Tensor], Tenso
 def beside(variant: str, extras: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """A condition's own part for what is shown: {"beside": (B, channels, h, w)}, empty of a plain denoiser.
 
-    A mask (B, 1, H, W) in pixels is taken at each latent cell's first pixel (nearest, as in diffusers). Raises
-    `UserError` for what is missing, or is given to a denoiser that has no place for it.
+    A mask (B, 1, H, W) in pixels is taken at each latent cell's first pixel (nearest, as in diffusers). Other extras
+    are the family's own. Raises `UserError` for what is missing, or is shown to a denoiser that has no place for it.
     """
-    given = dict(extras or {})
+    given = {name: one for name, one in (extras or {}).items() if any(name in names for names in EXTRAS.values())}
     wanted = EXTRAS[variant]
     if surplus := [name for name in given if name not in wanted]:
         raise UserError(f"{f'an {variant}' if variant else 'a plain'} base has no place for {' and '.join(surplus)}",

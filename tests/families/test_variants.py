@@ -20,6 +20,7 @@ from impasto.families.sampling import SampleSettings, sample
 from impasto.families.save import save_folder
 from impasto.families.schedulers import SCHEDULERS
 from impasto.families.sd1 import SD1
+from impasto.families.unet_base import UNetBase
 from impasto.families.variants import variant_of
 from tests.checkpoints import write_checkpoint
 from tests.families.conftest import SCHEDULER
@@ -55,13 +56,13 @@ def pipes(folders: dict[str, Path]) -> dict[str, Any]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What our sampler decodes, before rounding to bytes."""
     seen: list[Tensor] = []
-    decode = SD1.decode_latents
+    decode = UNetBase.decode_latents
 
-    def keep(self: SD1, latents: Tensor) -> Tensor:
+    def keep(self: UNetBase, latents: Tensor) -> Tensor:
         seen.append(decode(self, latents))
         return seen[-1]
 
-    monkeypatch.setattr(SD1, "decode_latents", keep)
+    monkeypatch.setattr(UNetBase, "decode_latents", keep)
     return seen
 
 
@@ -177,10 +178,28 @@ def test_edited_as_by_diffusers(bases: dict[str, Any], pipes: dict[str, Any], de
     compare(decoded, theirs)
 
 
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize("variant", PIPELINES)
+def test_other_families_have_them_too(tmp_path: Path, decoded: list[Tensor], family: str, variant: str) -> None:
+    folder = write_checkpoint(tmp_path / "base", family=family, layout="diffusers", variant=variant)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    edits, negatives = variant != "inpainting", ["blurry", "ugly"]
+    shown: dict[str, Any] = {"image_guidance_scale": 2.0} if edits else {"mask_image": masks(), "strength": 1.0}
+    if family == "sdxl" or not edits:
+        shown |= {"width": 32, "height": 24}
+    theirs = pipe(prompt=PROMPTS, image=pictures(), negative_prompt=negatives, num_inference_steps=3,
+                  guidance_scale=5.0, generator=generators(), output_type="pt", **shown).images
+    sample(load_base(folder), PROMPTS, negatives, SEEDS, settings(steps=3, image_guidance=2.0), init_images=pictures(),
+           masks=None if edits else masks())
+    compare(decoded, theirs)
+
+
 def test_guidance_of_three_is_equation_three() -> None:
     """With w = 1 for both it is the whole condition's; each weight is linear in its own difference."""
     both, picture, neither = torch.randn(3, 2, 4, 3, 3)
-    said = torch.cat([both, picture, neither])
+    said = torch.cat([neither, picture, both])
     torch.testing.assert_close(Guidance(1.0, 1.0 + 1e-9).joined(said), both, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(Guidance(1.0, 3.0).joined(said) - Guidance(1.0, 2.0).joined(said), picture - neither,
                                rtol=1e-4, atol=1e-5)
