@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -21,7 +22,9 @@ from impasto.cli.inspect import command
 from impasto.core.rng import picture_generator
 from impasto.families.load import load_base
 from impasto.families.picture_info import open_picture, picture_texts
+from impasto.formats.detect import detect
 from impasto.training.recipe import load_recipe
+from impasto.training.sharing.usage import usage
 from impasto.training.trainer import train as run_from
 from tests.checkpoints import write_checkpoint
 from tests.training.conftest import draw
@@ -168,6 +171,19 @@ def test_a_full_fine_tune_opens_in_its_pipeline(work: Path) -> None:
     name = "conv_in.weight"
     moved = (after.denoiser.state_dict()[name] - before.denoiser.state_dict()[name]).abs()
     assert after.variant == "inpainting" and moved[:, 4:].max() > 0  # what it is shown reaches the network
+
+
+@pytest.mark.parametrize(("variant", "lines"), [
+    ("inpainting", ['mask = load_image("mask.png")', "image=photo, mask_image=mask).images[0]",
+                    "--init photo.png --mask mask.png --download"]),
+    ("instruct-pix2pix", ['"a dog", image=photo).images[0]', '"a dog" --init photo.png --download'])])
+def test_a_model_card_says_what_it_is_shown(work: Path, variant: str, lines: list[str]) -> None:
+    parcel: Any = SimpleNamespace(artifact=work / variant, detected=detect(work / variant), samples=(), weights="")
+    text = "\n".join(usage(parcel, "you/dog", None, "a dog"))
+    assert all(line in text for line in lines)
+    file = write_checkpoint(work / f"card-{variant}.safetensors", variant=variant)
+    parcel = SimpleNamespace(artifact=file, detected=detect(file), samples=(), weights=file.name)
+    assert f"pipe = {PIPELINES[variant]}.from_single_file(file)" in "\n".join(usage(parcel, "you/dog", None, "a dog"))
 
 
 def test_a_plain_base_inpaints_by_what_it_keeps(work: Path) -> None:
