@@ -276,7 +276,11 @@ def command(told: dict[str, Any]) -> str:
     if told["negative"]:
         words += ["--negative", told["negative"]]
     if told["init"]:
-        words += ["--init", told["init"], "--strength", settings["strength"]]
+        words += ["--init", told["init"]]
+        edits = told.get("variant") == "instruct-pix2pix"  # pictures of older versions do not tell
+        words += ["--image-guidance", settings["image_guidance"]] if edits else ["--strength", settings["strength"]]
+    if told.get("mask"):
+        words += ["--mask", told["mask"]]
     if skip := told["text"].get("clip_skip"):
         words += ["--clip-skip", skip]
     return shlex.join(map(str, [*words, "--", told["prompt"]]))

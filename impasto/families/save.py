@@ -29,7 +29,7 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
     """
     table: FamilyConfig = CONFIGS.get(base.family)
     index: dict[str, object] = {
-        "_class_name": table.pipelines[""], "_diffusers_version": "0.39.0", **table.index,
+        "_class_name": table.pipelines[base.variant], "_diffusers_version": "0.39.0", **table.index,
         "scheduler": ["diffusers", base.scheduler.get("_class_name", table.scheduler["_class_name"])]}
     with atomic_folder(path, replace=replace) as folder:
         for name, network in base.components.items():

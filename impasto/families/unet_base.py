@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.diffusion.process import process_from_scheduler_config
-from impasto.families import networks, unet_targets, vae
+from impasto.families import networks, unet_targets, vae, variants
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.families.parts import Places
 from impasto.formats.configs import CONFIGS
@@ -48,9 +48,6 @@ class UNetBase(Base, abc.ABC):
                                 fix="give a VAE with vae=FILE" if name == "vae" else "a whole checkpoint is needed")
         main = checkpoints[cls.denoiser_name]
         main.check_prediction()
-        if main.variant:
-            raise UserError(f"is an {main.variant} checkpoint, which is not supported", where=main.path,
-                            fix="take the plain base")
         components: dict[str, nn.Module] = {}
         surplus = list(main.surplus)
         total = sum(len(checkpoints[name].names(name)) for name in names)
@@ -74,7 +71,7 @@ class UNetBase(Base, abc.ABC):
     def check(self) -> None:
         """That the components fit each other. Raises `UserError`."""
         unet, latents = self.config("unet"), self.latent_channels
-        if unet.in_channels != latents:
+        if variants.variant_of(unet.in_channels, latents) is None:
             raise UserError(f"the VAE makes {latents} channels, the UNet wants {unet.in_channels}",
                             where=self.checkpoints["vae"].path if self.checkpoints else self.source,
                             fix="take a VAE of this family")
@@ -130,18 +127,29 @@ class UNetBase(Base, abc.ABC):
         cast(Any, self.components["vae"]).register_to_config(scaling_factor=scale)
 
     # --- the denoiser --------------------------------------------------------------------------------
+    @property
+    def variant(self) -> str:
+        return variants.variant_of(self.config("unet").in_channels, self.latent_channels) or ""
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        return variants.EXTRAS[self.variant]
+
+    def seen(self, extras: Mapping[str, Tensor], normal: variants.Normal) -> dict[str, Tensor]:
+        return variants.seen(extras, self.latents, normal)
+
     def condition(self, text: TextStates, geometry: Geometry | None = None,
                   extras: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """The UNet's arguments beside latents and time."""
-        return {"encoder_hidden_states": text["states"]}
+        """The UNet's arguments beside latents and time, and what `variants` shows it."""
+        return {"encoder_hidden_states": text["states"], **variants.beside(self.variant, extras)}
 
     def predict(self, latents: Tensor, time: Tensor, condition: dict[str, Any]) -> Tensor:
         """The prediction, computed in the precision of the UNet's weights, in that of `latents`."""
         weight = next(self.denoiser.parameters())
+        x, rest = variants.joined(latents.to(weight.device, weight.dtype), condition)
         told = {name: value.to(weight.device, None if name in self.exact else weight.dtype)
-                for name, value in condition.items()}
-        out = self.denoiser(latents.to(weight.device, weight.dtype), time.to(weight.device), **self.arguments(told),
-                            return_dict=False)[0]
+                for name, value in rest.items()}
+        out = self.denoiser(x, time.to(weight.device), **self.arguments(told), return_dict=False)[0]
         return out.to(latents.dtype)
 
     def arguments(self, condition: dict[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Trainer:
         self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
         self.steps = Steps(self.optimizer, self.trained, self.options.seed)
-        self.previews = Previews(recipe, run.folder / "previews")
+        self.previews = Previews(recipe, run.folder / "previews", self.source.example)
         if self.options.checkpointing:
             self.base.checkpoint_gradients()
         if self.options.compile:
