@@ -56,6 +56,10 @@ def generate(
     ] = None,
     image_guidance: Annotated[float | None, typer.Option(
         min=0, metavar="X", help="Guidance by --init of an instruct-pix2pix base; default: 1.5.")] = None,
+    refiner: Annotated[str | None, typer.Option(
+        metavar="BASE", help="A base that draws the last steps: SDXL's refiner.")] = None,
+    handover: Annotated[float, typer.Option(
+        metavar="X", help="The share of the noise levels that the base draws before --refiner takes over.")] = 0.8,
     clip_skip: Annotated[int, typer.Option(
         min=0, metavar="N", help="Text encoder layers left out (A1111 counts one more).")] = 0,
     vae: Annotated[Path | None, typer.Option(metavar="FILE", help="Another VAE.")] = None,
@@ -93,22 +97,26 @@ def generate(
     precision = _precision(dtype, device)
     loaded = load_base(base, family=family, vae=vae, device=precision.device, dtype=precision.dtype,
                        download=download, report=report, clip_skip=clip_skip, prediction=prediction)
+    finisher = load_base(refiner, device=precision.device, dtype=precision.dtype, download=download, report=report) \
+        if refiner else None
+    pictures.check_refiner(loaded, finisher, begin is not None)
     pictures.check_shown(loaded, begin is not None, hole is not None)
     _check_of_edits("picture" in loaded.extras, loaded.source, strength, image_guidance)
     width, height = wish or _default_size(loaded, begin)
     settings = SampleSettings(
         steps=steps, guidance=guidance, scheduler=scheduler, width=width, height=height,
         strength=strength if strength is not None else 1.0 if mask or loaded.extras else 0.75,
-        image_guidance=image_guidance if image_guidance is not None else 1.5)
+        image_guidance=image_guidance if image_guidance is not None else 1.5, handover=handover)
     hole = pictures.fit_mask(hole, begin, width, height) if hole and begin else None
     begin = pictures.fit_picture(begin, width, height) if begin else None
     drawn, written = [], []
     with precision.autocast(), _memory_is_enough():
         for shot, picture in pictures.draw(loaded, shots, settings, negative=negative, batch=batch, init=begin,
-                                           mask=hole, report=report):
+                                           mask=hole, refiner=finisher, report=report):
             path = _file(out, shot.row, shot.seed)
             save_picture(picture, path, prompt=shot.prompt, negative=negative, seed=shot.seed, settings=settings,
-                         base=loaded, adapters=shot.adapters, init=str(init or ""), mask=str(mask or ""))
+                         base=loaded, adapters=shot.adapters, init=str(init or ""), mask=str(mask or ""),
+                         refiner=finisher)
             written.append({"file": str(path), "prompt": shot.prompt, "seed": shot.seed})
             if not as_json:
                 print(path, flush=True)

@@ -74,6 +74,9 @@ class Base(abc.ABC):
     denoiser_name: ClassVar[str]
     text_encoder_names: ClassVar[tuple[str, ...]]
 
+    #: whether it was made to finish pictures that others began
+    refines: ClassVar[bool] = False
+
     components: dict[str, nn.Module]
     process: Process
     source: Path | None = None

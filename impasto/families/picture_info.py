@@ -33,14 +33,15 @@ SAMPLERS = {
 
 def save_picture(picture: Image.Image, path: Path | str, *, prompt: str, negative: str, seed: int,
                  settings: SampleSettings, base: Base, adapters: Sequence[tuple[Path | str, float]] = (),
-                 init: str = "", mask: str = "") -> None:
+                 init: str = "", mask: str = "", refiner: Base | None = None) -> None:
     """Write a PNG at `path`, whole or not at all, with all that made it. Equal pictures give equal files.
 
     `prompt` as the user wrote it; `adapters`: (file, strength) of those in force, last those that the prompt names;
-    `init`: file of the picture that it began from, if any; `mask`: file of what of that was drawn anew.
+    `init`: file of the picture that it began from, if any; `mask`: file of what of that was drawn anew; `refiner`: the
+    base that drew the last steps, if another one did.
     """
     told = describe(prompt=prompt, negative=negative, seed=seed, settings=settings, base=base, adapters=adapters,
-                    init=init, mask=mask)
+                    init=init, mask=mask, refiner=refiner)
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", parameters_text(told))
     text.add_text("impasto", json.dumps(told))
@@ -50,12 +51,13 @@ def save_picture(picture: Image.Image, path: Path | str, *, prompt: str, negativ
 
 def describe(*, prompt: str, negative: str, seed: int, settings: SampleSettings, base: Base,
              adapters: Sequence[tuple[Path | str, float]] = (), init: str = "",
-             mask: str = "") -> dict[str, Any]:
+             mask: str = "", refiner: Base | None = None) -> dict[str, Any]:
     """All settings of one picture, JSON-able."""
     return {
         "version": impasto.__version__,
         "base": _label(base.source) if base.source else "",
         "family": base.family,
+        "refiner": _label(refiner.source) if refiner is not None and refiner.source else "",
         "text": base.text_settings(),
         "adapters": [{"file": Path(file).name, "strength": strength} for file, strength in adapters],
         "prompt": prompt,
@@ -96,6 +98,9 @@ def parameters_text(told: Mapping[str, Any]) -> str:
         pairs["Image CFG scale"] = f"{settings['image_guidance']:g}"
     elif told["init"]:
         pairs["Denoising strength"] = f"{settings['strength']:g}"
+    if told["refiner"]:
+        pairs["Refiner"] = Path(told["refiner"]).stem
+        pairs["Refiner switch at"] = f"{settings['handover']:g}"
     if skipped := told["text"].get("clip_skip"):
         pairs["Clip skip"] = skipped + 1  # A1111 counts from 1
     pairs["Version"] = f"impasto {told['version']}"

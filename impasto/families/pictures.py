@@ -97,14 +97,35 @@ def check_shown(base: Base, picture: bool, mask: bool) -> None:
                         fix="leave --mask out")
 
 
+def check_refiner(base: Base, refiner: Base | None, picture: bool) -> None:
+    """That a refiner can go on where the base stops, and does not stand in its place.
+
+    Raises `UserError` that names the options of `impasto generate`.
+    """
+    if base.refines and not picture:
+        raise UserError("is a refiner: it finishes pictures, and begins none", where=base.source,
+                        fix="give it as --refiner beside a base, or a picture with --init")
+    if refiner is None:
+        return
+    if refiner.extras:
+        raise UserError(f"is an {refiner.variant} base, and a refiner is shown no picture", where=refiner.source,
+                        fix="take a plain one")
+    same = [(each.latent_channels, each.latent_scale, each.cell, each.process.prediction == "flow")
+            for each in (base, refiner)]
+    if same[0] != same[1]:
+        raise UserError(f"goes on from other latents than {base.family} makes", where=refiner.source,
+                        fix="give SDXL's refiner to SDXL, or another checkpoint of the base's family")
+
+
 def draw(base: Base, shots: Sequence[Shot], settings: SampleSettings, *, negative: str = "", batch: int = 1,
-         init: Image.Image | None = None, mask: Image.Image | None = None,
+         init: Image.Image | None = None, mask: Image.Image | None = None, refiner: Base | None = None,
          report: Reporter = SILENT) -> Iterator[tuple[Shot, Image.Image]]:
     """Draw the shots in their order, each picture as soon as its batch is done.
 
     A picture depends on its own prompt, seed, adapters and the settings, and not on the batch it is drawn in
     (beyond rounding). `init`: a picture of the settings' size to begin from, or to edit; `mask`, of that size: what of
-    it is drawn anew. Adapters are attached for the time of their pictures only. Raises `UserError` for an
+    it is drawn anew. A `refiner` draws the last steps. Adapters are attached, to the base alone, for the time of their
+    pictures only. Raises `UserError` for an
     adapter that cannot be loaded or does not fit.
     """
     loaded: dict[Path, Adapter] = {}
@@ -130,7 +151,7 @@ def draw(base: Base, shots: Sequence[Shot], settings: SampleSettings, *, negativ
                     pictures = sample(base, [language.parse(shot.text) for shot in now],
                                       [language.parse(unwanted)] * len(now), [shot.seed for shot in now], settings,
                                       init_images=[init] * len(now) if init else None,
-                                      masks=[mask] * len(now) if mask else None,
+                                      masks=[mask] * len(now) if mask else None, refiner=refiner,
                                       on_step=_counter(advance, len(now)))
                     yield from zip(now, pictures, strict=True)
 

@@ -40,6 +40,9 @@ class SampleSettings:
     strength: float = 0.75
     #: of bases that edit pictures: guidance by the picture (Brooks et al. 2023, eq. 3; 1.5 is diffusers'); 1: none
     image_guidance: float = 1.5
+    #: with a refiner: the share of the noise levels, from the noisiest, after which it takes over (diffusers'
+    #: `denoising_end`; Podell et al. 2023, section 2.5, have 0.8)
+    handover: float = 0.8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheduler", canonical(self.scheduler))
@@ -47,46 +50,63 @@ class SampleSettings:
             raise UserError(f"steps must be at least 1, not {self.steps}")
         if not 0 < self.strength <= 1:
             raise UserError(f"strength must lie above 0, up to 1, not {self.strength}")
+        if not 0 < self.handover < 1:
+            raise UserError(f"handover must lie between 0 and 1, not {self.handover}")
 
 
 @torch.no_grad()
 def sample(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption], seeds: Sequence[int],
            settings: SampleSettings, *, init_images: Sequence[Image.Image] | None = None,
-           masks: Sequence[Image.Image] | None = None, on_step: Callable[[int, int], None] | None = None
-           ) -> list[Image.Image]:
+           masks: Sequence[Image.Image] | None = None, refiner: Base | None = None,
+           on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
     """One picture for each prompt, all in one batch.
 
     `init_images`, of the settings' size, are where the pictures begin (SDEdit: Meng et al. 2022), by the settings'
     strength; of `masks` with them, what is white is drawn anew. An inpainting base needs both, and one that edits
-    pictures the first, which it begins without. `on_step(done, steps)` is called after each step, and may raise to
-    stop. Raises `UserError` for a size that the base cannot draw, for pictures that it lacks or has no place for, and
-    if the numbers stop being finite.
+    pictures the first, which it begins without. A `refiner` takes the last steps, from the settings' handover on.
+    `on_step(done, steps)` is called after each step, and may raise to stop. Raises `UserError` for a size that the base
+    cannot draw, for pictures that it lacks or has no place for, and if the numbers stop being finite.
     """
     assert len(prompts) == len(negatives) == len(seeds) and prompts, "one negative prompt and one seed a prompt"
     check_size(base, settings.width, settings.height)
     generators, edits = [picture_generator(seed) for seed in seeds], "picture" in base.extras
-    scheduler = make_scheduler(settings.scheduler, base.process, base.scheduler)
-    scheduler.set_timesteps(settings.steps, device=base.device)
-    first = 0 if init_images is None or edits else first_step(settings)
-    times = scheduler.timesteps[first * scheduler.order:]
-    if first and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first * scheduler.order)
-    guidance = Guidance(settings.guidance, settings.image_guidance if edits else None)
-    begun = begin(base, scheduler, times, generators, settings, init_images, masks)
-    condition = _condition(base, prompts, guidance.negatives(negatives), settings, guidance.extras(begun.extras))
-    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    x, steps, done = begun.x, settings.steps - first, 0
-    for i, t in enumerate(times):
-        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        seen = torch.cat([seen] * guidance.ways)
-        prediction = base.predict(seen, process_time(base.process, t).expand(len(seen)), condition).float()
-        x = scheduler.step(guidance.joined(prediction), t, x, **draws, return_dict=False)[0]
-        if begun.kept is not None:
-            x = begun.kept.put_back(base, scheduler, x, times[i + 1:i + 2] if i + 1 < len(times) else None)
-        while on_step and done < (i + 1) * steps // len(times):  # some solvers predict twice a step
-            done += 1
-            on_step(done, steps)
+    begun, x, done = None, torch.empty(0), 0
+    for stage, network in enumerate((base,) if refiner is None else (base, refiner)):
+        scheduler = make_scheduler(settings.scheduler, network.process, network.scheduler)
+        scheduler.set_timesteps(settings.steps, device=base.device)
+        first = 0 if init_images is None or edits else first_step(settings)
+        start, split, end = first * scheduler.order, _split(scheduler, settings), len(scheduler.timesteps)
+        change = end if refiner is None else max(split, start)
+        span = range(start, change) if stage == 0 else range(change, end)
+        if span.start and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(span.start)
+        if begun is None:
+            begun = begin(base, scheduler, scheduler.timesteps[start:], generators, settings, init_images, masks)
+            x = begun.x
+        guidance = Guidance(settings.guidance, settings.image_guidance if edits and stage == 0 else None)
+        condition = _condition(network, prompts, guidance.negatives(negatives), settings,
+                               guidance.extras(begun.extras if stage == 0 else {}))
+        draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        for i in span:
+            t = scheduler.timesteps[i]
+            seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            seen = torch.cat([seen] * guidance.ways)
+            prediction = network.predict(seen, process_time(network.process, t).expand(len(seen)), condition).float()
+            x = scheduler.step(guidance.joined(prediction), t, x, **draws, return_dict=False)[0]
+            if begun.kept is not None:
+                x = begun.kept.put_back(base, scheduler, x, scheduler.timesteps[i + 1:i + 2] if i + 1 < end else None)
+            while on_step and done < (i + 1 - start) * (settings.steps - first) // (end - start):
+                done += 1  # some solvers predict twice a step
+                on_step(done, settings.steps - first)
     return [_picture(base.decode_latents(one[None])) for one in x]  # one by one: it is the peak of memory
+
+
+def _split(scheduler: Any, settings: SampleSettings) -> int:
+    """The first of a scheduler's timesteps at which a refiner takes over, counted as diffusers does; of solvers that
+    predict twice a step, not in the middle of one."""
+    count = scheduler.config.num_train_timesteps
+    split = int((scheduler.timesteps >= round(count - settings.handover * count)).sum())
+    return split + split % scheduler.order
 
 
 @torch.no_grad()

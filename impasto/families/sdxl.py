@@ -128,6 +128,7 @@ class Refiner(SDXL):
     family: ClassVar[str] = "sdxl-refiner"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder_2",)
     zeros_for_nothing: ClassVar[bool] = False
+    refines: ClassVar[bool] = True
 
     def measures(self, count: int, geometry: Geometry | None, extras: Mapping[str, Tensor] | None) -> Tensor:
         """(B, 5) fp32: original height and width, top and left of the crop, and the extra "aesthetic_score" (B,)."""

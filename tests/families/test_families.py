@@ -18,11 +18,14 @@ from diffusers import (
 )
 from PIL import Image
 
+from impasto.core.errors import UserError
 from impasto.families import FAMILIES
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.families.load import load_base
+from impasto.families.pictures import check_refiner
 from impasto.families.sampling import SampleSettings, sample
 from impasto.families.save import save_folder
+from impasto.families.schedulers import make_scheduler
 from impasto.toolbox.convert import convert
 from tests.checkpoints import write_checkpoint
 
@@ -174,3 +177,40 @@ def test_long_captions_are_chunks_side_by_side(base: Base) -> None:
     together = base.predict(x.expand(2, -1, -1, -1), time.expand(2), base.condition(base.stack_text([one, two])))
     for i, text in enumerate((one, two)):
         close(together[i:i + 1], base.predict(x, time, base.condition(text)))
+
+
+# --- a refiner -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++2m"])
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_base_and_its_refiner_as_diffusers(scheduler: str, share: float) -> None:
+    """`denoising_end` and `denoising_start`, which pass latents on."""
+    settings = SampleSettings(steps=6, guidance=5.0, scheduler=scheduler, width=SIZE[1], height=SIZE[0], handover=share)
+    base, refiner = base_of("sdxl"), base_of("sdxl-refiner")
+    told: list[tuple[int, int]] = []
+    ours = sample(base, ["a dog"], ["a cat"], [3], settings, refiner=refiner,
+                  on_step=lambda done, steps: told.append((done, steps)))[0]
+    assert told == [(done, 6) for done in range(1, 7)]
+    common: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": "a cat"}
+    pipes = [opened(family, folder(family)) for family in ("sdxl", "sdxl-refiner")]
+    for pipe, own in zip(pipes, (base, refiner), strict=True):
+        pipe.scheduler = make_scheduler(scheduler, own.process, own.scheduler)
+    latents = pipes[0]("a dog", width=SIZE[1], height=SIZE[0], generator=torch.Generator("cpu").manual_seed(3),
+                       denoising_end=share, output_type="latent", **common).images
+    theirs = pipes[1]("a dog", image=latents, denoising_start=share, output_type="np", original_size=SIZE,
+                      generator=torch.Generator("cpu").manual_seed(4), **common).images[0]
+    assert np.abs(np.asarray(ours) / 255 - theirs).max() < 1.01 / 255
+    alone = sample(base, ["a dog"], ["a cat"], [3], settings)[0]
+    assert np.abs(np.asarray(alone, dtype=float) - np.asarray(ours)).max() > 2
+
+
+def test_who_can_refine_whom() -> None:
+    base, refiner, other = base_of("sdxl"), base_of("sdxl-refiner"), base_of("sd1")
+    check_refiner(base, refiner, picture=False)
+    check_refiner(base, base, picture=False)
+    check_refiner(refiner, None, picture=True)
+    with pytest.raises(UserError, match="is a refiner: it finishes pictures.*give it as --refiner beside a base"):
+        check_refiner(refiner, None, picture=False)
+    with pytest.raises(UserError, match="goes on from other latents than sd1 makes"):
+        check_refiner(other, refiner, picture=False)
