@@ -226,7 +226,7 @@ def against_the_least(folder: Path, out: Path, tuned: str) -> tuple[float, float
         if i % max(len(layers) // SAMPLE, 1):
             continue
         name = layer.removeprefix("unet.") + ".weight"
-        one, other = (tensor_of(checkpoint, name) for checkpoint in (first, second))
+        one, other = (checkpoint.tensor("unet", name) for checkpoint in (first, second))
         change = (other.float() - one.float()).flatten(1)
         started = time.perf_counter()
         torch.linalg.svd(change, full_matrices=False)
@@ -237,13 +237,6 @@ def against_the_least(folder: Path, out: Path, tuned: str) -> tuple[float, float
         if min(rows, columns) > RANK:  # else nothing is lost but rounding
             worst = max(worst, found / least)
     return worst, spent * whole / looked
-
-
-def tensor_of(checkpoint: Any, name: str) -> Tensor:
-    source = checkpoint.sources["unet"]
-    key, shape = source.places[name]
-    ((_, tensor),) = source.file.read([key])
-    return tensor.reshape(shape)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,56 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from impasto.families.tokenizer import write_tokenizer
-from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.header import dtype_name, header_bytes
 
+_UNET: dict[str, Any] = {
+    "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+_VAE: dict[str, Any] = {
+    "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64}
+#: heads of 64, as these have
+_BIG: dict[str, Any] = {"hidden_size": 128, "projection_dim": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+                        "num_attention_heads": 2}
 #: family -> component -> what differs from the real thing
 MINI: dict[str, dict[str, dict[str, Any]]] = {
     "sd1": {
-        "unet": {
-            "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8,
-            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-            "cross_attention_dim": 32, "attention_head_dim": 4,
-        },
+        "unet": _UNET | {"cross_attention_dim": 32, "attention_head_dim": 4},
         "text_encoder": {"hidden_size": 32, "projection_dim": 32, "intermediate_size": 64,
                          "num_hidden_layers": 2, "num_attention_heads": 4},
-        "vae": {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 8,
-                "sample_size": 64},
+        "vae": _VAE,
+    },
+    "sd2": {
+        "unet": _UNET | {"cross_attention_dim": 128, "attention_head_dim": [2, 4]},
+        "text_encoder": _BIG, "vae": _VAE,
+    },
+    "sdxl": {
+        "unet": _UNET | {
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": [2, 4],
+            "transformer_layers_per_block": [1, 2], "cross_attention_dim": 160, "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 48},
+        "text_encoder": {"hidden_size": 32, "projection_dim": 32, "intermediate_size": 64,
+                         "num_hidden_layers": 2, "num_attention_heads": 4},
+        "text_encoder_2": _BIG | {"projection_dim": 48}, "vae": _VAE,
+    },
+    "sdxl-refiner": {
+        "unet": _UNET | {
+            "block_out_channels": [32, 64, 64],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": [2, 4, 4],
+            "transformer_layers_per_block": 2, "cross_attention_dim": 128, "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 5 * 8 + 48},
+        "text_encoder_2": _BIG | {"projection_dim": 48}, "vae": _VAE,
     },
 }
+#: family -> what its single files have to tell beside their weights
+TOLD = {"sd2": {"modelspec.prediction_type": "epsilon"}}
+#: classes, where none is told
+KINDS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 #: variant -> input channels of the UNet
 CHANNELS = {"": 4, "instruct-pix2pix": 8, "inpainting": 9}
 
@@ -53,16 +83,19 @@ def component_configs(family: str = "sd1", size: str = "mini", variant: str = ""
     return configs
 
 
-def build(component: str, config: dict[str, Any], seed: int = 0) -> nn.Module:
+def build(component: str, config: dict[str, Any], seed: int = 0, kind: str = "") -> nn.Module:
     """The library's own network with its own initial weights, drawn from `seed`. Leaves torch's generator alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if component == "unet":
-            network = UNet2DConditionModel.from_config(config)
-        elif component == "vae":
-            network = AutoencoderKL.from_config(config)
-        else:
-            network = CLIPTextModel(CLIPTextConfig(**config))
+        match kind or KINDS[component]:
+            case "UNet2DConditionModel":
+                network = UNet2DConditionModel.from_config(config)
+            case "AutoencoderKL":
+                network = AutoencoderKL.from_config(config)
+            case "CLIPTextModelWithProjection":
+                network = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+            case _:
+                network = CLIPTextModel(CLIPTextConfig(**config))
         assert isinstance(network, nn.Module)
         return network.eval().requires_grad_(False)
 
@@ -90,9 +123,10 @@ def write_checkpoint(path: Path | str, family: str = "sd1", size: str = "mini", 
         return _write_pickle(path, family, configs, seed, dtype)
     shapes = {}
     for name, part in CONFIGS.get(family).parts.items():
-        for entry in part.entries(configs[name]):
-            shapes[part.prefix + entry.ldm] = (dtype_name(dtype), entry.ldm_shape)
-    head, order = header_bytes(shapes, {"impasto.config": untold(family, configs), "format": "pt"})
+        for entry in (*part.entries(configs[name]), *part.extras(configs[name])):
+            shapes[part.prefix + entry.ldm] = (dtype_name(dtype), getattr(entry, "ldm_shape", entry.shape))
+    told = {"impasto.config": untold(family, configs), "format": "pt", **TOLD.get(family, {})}
+    head, order = header_bytes(shapes, told)
     with open(path, "wb") as file:
         file.write(head)
         written = []
@@ -101,6 +135,28 @@ def write_checkpoint(path: Path | str, family: str = "sd1", size: str = "mini", 
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             written.append(key)
     assert written == order
+    return path
+
+
+def write_large(path: Path, family: str, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a single file of real size at the disk's speed: numbers of a normal distribution over and over, by 0.02.
+
+    Its networks need no memory to be made.
+    """
+    block = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    parts = CONFIGS.get(family).parts
+    shapes = {part.prefix + entry.ldm: getattr(entry, "ldm_shape", entry.shape)
+              for part in parts.values() for entry in (*part.entries(part.config), *part.extras(part.config))}
+    layout = {key: (dtype_name(dtype), shape) for key, shape in shapes.items()}
+    head, order = header_bytes(layout, {"format": "pt", **TOLD.get(family, {})})
+    with open(path, "wb") as file:
+        file.write(head)
+        for key in order:
+            left = math.prod(shapes[key])
+            while left:
+                some = block[:min(left, len(block))]
+                file.write(some.view(torch.uint8).numpy().data)
+                left -= len(some)
     return path
 
 
@@ -114,16 +170,32 @@ def _ldm_tensors(family: str, configs: dict[str, dict[str, Any]], seed: int, dty
                  ) -> Iterator[tuple[str, Tensor]]:
     """Keys and tensors of an LDM file, sorted by key."""
     for name, part in sorted(CONFIGS.get(family).parts.items(), key=lambda item: item[1].prefix):
-        weights = spelled(build(name, configs[name], seed))
-        for entry in sorted(part.entries(configs[name]), key=lambda entry: entry.ldm):
-            yield part.prefix + entry.ldm, weights.pop(entry.name).reshape(entry.ldm_shape).to(dtype)
-        assert not weights, list(weights)
+        weights = as_ldm(part, configs[name], spelled(build(name, configs[name], seed, part.classes[0])))
+        for key in sorted(weights):
+            yield key, weights[key].to(dtype)
+
+
+def as_ldm(part: Part, config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights as a single file has them."""
+    left, held = dict(weights), dict[str, list[Tensor]]()
+    for entry in sorted(part.entries(config), key=lambda entry: (entry.ldm, entry.piece)):
+        tensor = left.pop(entry.name)
+        if entry.how == "turned":
+            tensor = tensor.T
+        elif entry.how == "halves":
+            tensor = torch.cat([tensor[len(tensor) // 2:], tensor[:len(tensor) // 2]])
+        held.setdefault(entry.ldm, []).append(tensor.reshape(-1, *entry.ldm_shape[1:]))
+    assert not left, list(left)
+    for extra in part.extras(config):
+        held[extra.ldm] = held[extra.like] if extra.like else [torch.full(extra.shape, extra.value)]
+    return {part.prefix + key: torch.cat(tensors) if tensors[0].ndim else tensors[0] for key, tensors in held.items()}
 
 
 def _write_pickle(path: Path, family: str, configs: dict[str, dict[str, Any]], seed: int, dtype: torch.dtype
                   ) -> Path:
     weights = dict(_ldm_tensors(family, configs, seed, dtype))
-    torch.save({"epoch": 0, "global_step": 1, "state_dict": weights, "impasto.config": untold(family, configs)}, path)
+    torch.save({"epoch": 0, "global_step": 1, "state_dict": weights, "impasto.config": untold(family, configs),
+                **TOLD.get(family, {})}, path)
     return path
 
 
@@ -134,20 +206,19 @@ def _write_folder(path: Path, family: str, configs: dict[str, dict[str, Any]], s
     path.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = {
         "_class_name": table.pipelines[variant],
-        "_diffusers_version": "0.30.0",
-        "feature_extractor": [None, None], "safety_checker": [None, None], "image_encoder": [None, None],
-        "requires_safety_checker": False,
+        "_diffusers_version": "0.30.0", **table.index,
         "scheduler": ["diffusers", table.scheduler["_class_name"]],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **{name: ["transformers", words.classes[0]] for name, words in table.tokenizers.items()},
     }
     for name, part in table.parts.items():
-        network: Any = build(name, configs[name], seed).to(dtype)
+        network: Any = build(name, configs[name], seed, part.classes[0]).to(dtype)
         network.save_pretrained(path / name)
         index[name] = ["transformers" if name.startswith("text") else "diffusers", part.classes[0]]
     (path / "scheduler").mkdir()
-    (path / "scheduler/scheduler_config.json").write_text(json.dumps(table.scheduler))
+    (path / "scheduler/scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"} | table.scheduler))
     (path / "model_index.json").write_text(json.dumps(index, indent=1))
-    write_tokenizer(path / "tokenizer")
+    for name, words in table.tokenizers.items():
+        write_tokenizer(path / name, pad=words.pad)
     return path
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from impasto.cli.console import RichReporter, emit
-from impasto.cli.options import Force, Json, picture_size, refuse_existing, weighted
+from impasto.cli.options import Force, Json, Prediction, picture_size, refuse_existing, weighted
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
 
@@ -47,12 +47,23 @@ def generate(
         min=0, metavar="N", help="Of each prompt's first picture; default: a new one.")] = None,
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures of each prompt, seeds counting up.")] = 1,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures drawn at once.")] = 1,
-    init: Annotated[Path | None, typer.Option(metavar="IMAGE", help="A picture to begin from.")] = None,
-    strength: Annotated[float, typer.Option(
-        min=0, max=1, metavar="X", help="How much of --init is drawn anew, 0 to 1.")] = 0.75,
+    init: Annotated[Path | None, typer.Option(
+        metavar="IMAGE", help="A picture to begin from; for an instruct-pix2pix base, to edit.")] = None,
+    mask: Annotated[Path | None, typer.Option(
+        metavar="IMAGE", help="What of --init is drawn anew: white. For inpainting bases, and others.")] = None,
+    strength: Annotated[float | None, typer.Option(
+        min=0, max=1, metavar="X", help="How much of --init is drawn anew, 0 to 1; default: 0.75, 1 with --mask.")
+    ] = None,
+    image_guidance: Annotated[float | None, typer.Option(
+        min=0, metavar="X", help="Guidance by --init of an instruct-pix2pix base; default: 1.5.")] = None,
+    refiner: Annotated[str | None, typer.Option(
+        metavar="BASE", help="A base that draws the last steps: SDXL's refiner.")] = None,
+    handover: Annotated[float, typer.Option(
+        metavar="X", help="The share of the noise levels that the base draws before --refiner takes over.")] = 0.8,
     clip_skip: Annotated[int, typer.Option(
         min=0, metavar="N", help="Text encoder layers left out (A1111 counts one more).")] = 0,
     vae: Annotated[Path | None, typer.Option(metavar="FILE", help="Another VAE.")] = None,
+    prediction: Prediction = None,
     family: Annotated[str | None, typer.Option(metavar="NAME", help="Where the base's own word is not enough.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Let a hub id be fetched from the internet.")] = False,
     dtype: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16", help="Precision.")] = "auto",
@@ -80,21 +91,32 @@ def generate(
     folders = [*(adapter_dir or []), Path()]
     files = tuple((pictures.find_adapter(name, folders), weight) for name, weight in map(weighted, adapter or []))
     shots = pictures.plan_shots(prompts, seeds, files, lambda name: pictures.find_adapter(name, folders))
-    begin = open_picture(init) if init else None
+    if mask and not init:
+        raise UserError("a mask is of a picture", where=mask, fix="give the picture with --init")
+    begin, hole = open_picture(init) if init else None, open_picture(mask) if mask else None
     precision = _precision(dtype, device)
     loaded = load_base(base, family=family, vae=vae, device=precision.device, dtype=precision.dtype,
-                       download=download, report=report, clip_skip=clip_skip)
+                       download=download, report=report, clip_skip=clip_skip, prediction=prediction)
+    finisher = load_base(refiner, device=precision.device, dtype=precision.dtype, download=download, report=report) \
+        if refiner else None
+    pictures.check_refiner(loaded, finisher, begin is not None)
+    pictures.check_shown(loaded, begin is not None, hole is not None)
+    _check_of_edits("picture" in loaded.extras, loaded.source, strength, image_guidance)
     width, height = wish or _default_size(loaded, begin)
-    settings = SampleSettings(steps=steps, guidance=guidance, scheduler=scheduler, width=width, height=height,
-                              strength=strength)
+    settings = SampleSettings(
+        steps=steps, guidance=guidance, scheduler=scheduler, width=width, height=height,
+        strength=strength if strength is not None else 1.0 if mask or loaded.extras else 0.75,
+        image_guidance=image_guidance if image_guidance is not None else 1.5, handover=handover)
+    hole = pictures.fit_mask(hole, begin, width, height) if hole and begin else None
     begin = pictures.fit_picture(begin, width, height) if begin else None
     drawn, written = [], []
     with precision.autocast(), _memory_is_enough():
         for shot, picture in pictures.draw(loaded, shots, settings, negative=negative, batch=batch, init=begin,
-                                           report=report):
+                                           mask=hole, refiner=finisher, report=report):
             path = _file(out, shot.row, shot.seed)
             save_picture(picture, path, prompt=shot.prompt, negative=negative, seed=shot.seed, settings=settings,
-                         base=loaded, adapters=shot.adapters, init=str(init or ""))
+                         base=loaded, adapters=shot.adapters, init=str(init or ""), mask=str(mask or ""),
+                         refiner=finisher)
             written.append({"file": str(path), "prompt": shot.prompt, "seed": shot.seed})
             if not as_json:
                 print(path, flush=True)
@@ -111,6 +133,15 @@ def generate(
 def _file(folder: Path, row: int, seed: int) -> Path:
     """The file of one picture: which prompt it shows, counted from 1, and its seed."""
     return folder / f"{row + 1:03}-{seed}.png"
+
+
+def _check_of_edits(edits: bool, source: Path | None, strength: float | None, image_guidance: float | None) -> None:
+    """That options which only a base that edits pictures has, or only the others, are not given in vain."""
+    if edits and strength is not None:
+        raise UserError("is an instruct-pix2pix base: it edits a picture and does not begin from it", where=source,
+                        fix="leave --strength out; --image-guidance says how much stays")
+    if not edits and image_guidance is not None:
+        raise UserError("is no instruct-pix2pix base, which --image-guidance is of", where=source, fix="leave it out")
 
 
 def _default_size(base: Base, begin: Image.Image | None) -> tuple[int, int]:

@@ -216,9 +216,10 @@ def layer_norm(loaded: Adapter, layer: str) -> float:
 
 
 def block_of(layer: str) -> str:
-    """Where in the network a layer is: `unet down 1`, `unet mid`, `text_encoder 11`, `unet other`."""
+    """Where in the network a layer is: `unet down 1`, `unet mid`, `text_encoder 11`, `transformer 23`, `unet other`."""
     component = layer.partition(".")[0]
-    if match := re.search(r"\.(down|up)_blocks\.(\d+)\.|\.(mid)_block\.|\.layers\.(\d+)\.", layer):
+    if match := re.search(r"\.(down|up)_blocks\.(\d+)\.|\.(mid)_block\.|\.(?:layers|block)\.(\d+)\.|"
+                          r"^transformer\.transformer_blocks\.(\d+)\.", layer):
         return " ".join([component, *(part for part in match.groups() if part)])
     return f"{component} other"
 
@@ -285,7 +286,11 @@ def command(told: dict[str, Any]) -> str:
     if told["negative"]:
         words += ["--negative", told["negative"]]
     if told["init"]:
-        words += ["--init", told["init"], "--strength", settings["strength"]]
+        words += ["--init", told["init"]]
+        edits = told.get("variant") == "instruct-pix2pix"  # pictures of older versions do not tell
+        words += ["--image-guidance", settings["image_guidance"]] if edits else ["--strength", settings["strength"]]
+    if told.get("mask"):
+        words += ["--mask", told["mask"]]
     if skip := told["text"].get("clip_skip"):
         words += ["--clip-skip", skip]
     return shlex.join(map(str, [*words, "--", told["prompt"]]))

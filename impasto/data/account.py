@@ -42,8 +42,17 @@ def accounts(data: DataOptions | DataSets, pictures: Sequence[Item], class_pictu
         if one.mask != "none":
             own, where = of_set(pictures, number), f" of {label(number, data)}" if len(data.sets) > 1 else ""
             names = {item.picture.name for item in own if item.mask is not None}
-            lines.append(f"pictures{where} of which parts count by a mask: {len(names)} of "
-                         f"{len({item.picture.name for item in own})}; the rest of each weighs {one.mask_floor:g}")
+            count = f"{len(names)} of {len({item.picture.name for item in own})}"
+            lines.append(f"pictures{where} of which a mask says what is drawn anew: {count}" if one.inpaint == "mask"
+                         else f"pictures{where} of which parts count by a mask: {count}; the rest of each weighs "
+                         f"{one.mask_floor:g}")
+    for number, one in enumerate(data.sets):
+        if one.pairs != "none":
+            where = f" of {label(number, data)}" if len(data.sets) > 1 else ""
+            shares = [f"{share:.0%} of the samples without {what}" for share, what in (
+                (one.caption_dropout, "caption"), (one.source_dropout, "that one"), (one.both_dropout, "either"))
+                if share]
+            lines.append(", ".join([f"each picture{where} comes with the one that it is made of", *shares]))
     for number, one in enumerate(data.sets):
         lines += _weights(one, of_set(pictures, number), f" of {label(number, data)}" if len(data.sets) > 1 else "")
     shares = [one.share or 0.0 for one in data.sets]

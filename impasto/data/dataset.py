@@ -93,6 +93,7 @@ class Listing:
     unreadable: list[str]  # pictures of kinds that have no decoder here
     tables: list[str] = field(default_factory=list)  # files that may hold captions of many pictures
     masks: list[str] = field(default_factory=list)  # pictures beside others that are their masks, by their names
+    sources: list[str] = field(default_factory=list)  # likewise, those that others are made of, where there are pairs
 
 
 def refuse(problems: Sequence[Problem], folder: Path, fix: str = "") -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from impasto.core.progress import Reporter
 from impasto.data import cache as caching
 from impasto.data.augment import Variant
+from impasto.data.beside import encode_extra, extra_key, load_extra, versions
 from impasto.data.cache import Cache
 from impasto.data.frontier import Frontier
 from impasto.data.many import Many
@@ -58,6 +59,7 @@ class Encoding:
         self.latents: dict[str, Callable[[], dict[str, Tensor]]] = {}
         self.texts: dict[str, Callable[[], TextStates]] = {}
         self.masks: dict[str, Callable[[], dict[str, Tensor]]] = {}
+        self.extras: dict[str, Callable[[], dict[str, Tensor]]] = {}
 
     def keyed(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items with their cache keys, and what those keys stand for noted down."""
@@ -84,6 +86,8 @@ class Encoding:
             for key, variant in zip(item.mask_keys, _variants(uses, item) if item.mask_keys else (), strict=True):
                 assert item.mask is not None
                 self.masks[key] = functools.partial(_cells, item.mask, variant, self.base.cell)
+            for key, shown in self._beside(uses, item):
+                self.extras[key] = functools.partial(self._encode_beside, item, *shown)
         return found
 
     def _with_keys(self, uses: Uses, item: Item) -> Item:
@@ -91,9 +95,20 @@ class Encoding:
                    for variant, flip in (uses.shown(item) if self.rule.latents else ())]
         texts = uses.said(item) if self.rule.text else ()
         masks = [caching.mask_key(item.mask, variant, self.base.cell) for variant in _variants(uses, item)] \
-            if item.mask is not None else ()
+            if item.mask is not None and not item.handling.hole_of_mask else ()
         return replace(item, latent_keys=tuple(latents), mask_keys=tuple(masks),
+                       extra_keys=tuple(key for key, _ in self._beside(uses, item)),
                        text_keys={words: self._text_key(words, item.phrasing) for words in texts})
+
+    def _beside(self, uses: Uses, item: Item) -> list[tuple[str, tuple[Variant, bool, int]]]:
+        """What is shown beside an item: keys, and of what."""
+        extras = self.rule.extras
+        return [(extra_key(item, variant, flip, number, extras, self.image_encoder), (variant, flip, number))
+                for variant, flip in (uses.shown(item) if extras else ()) for number in range(versions(item, extras))]
+
+    def _encode_beside(self, item: Item, variant: Variant, flip: bool, number: int) -> dict[str, Tensor]:
+        return encode_extra(self.base, load_extra(item, variant, flip, number, self.rule.extras), self.device,
+                            (item.source or item.picture).path)
 
     def _text_key(self, words: str, phrasing: Phrasing) -> str:
         return caching.text_key(phrasing.encoded_as(words), self.text_encoder)
@@ -112,6 +127,9 @@ class Encoding:
             self._run_many(items, uses, report, rank, world)
         if self.latents:
             self.cache.fill(self.latents, "encoding pictures", "pictures", report, rank, world)
+        if self.extras:
+            what = "pictures to edit" if "picture" in self.rule.extras else "pictures with holes"
+            self.cache.fill(self.extras, f"encoding {what}", "pictures", report, rank, world)
         if self.masks:
             self.cache.fill(self.masks, "cutting masks", "masks", report, rank, world)
         if self.texts:
@@ -135,6 +153,13 @@ class Encoding:
             return {key: Making(functools.partial(load, variant, flip), encode)
                     for key, (variant, flip) in zip(item.latent_keys, uses.shown(item), strict=True)}
 
+        def beside(i: int) -> dict[str, Making]:
+            item = items[i]
+            return {key: Making(functools.partial(load_extra, item, *shown, self.rule.extras),
+                                lambda loaded, item=item: encode_extra(self.base, loaded, self.device,
+                                                                       item.picture.name))
+                    for key, shown in self._beside(uses, item)}
+
         def captions(i: int) -> dict[str, Making]:
             item = items[i]
             return {key: Making(functools.partial(item.phrasing.encoded_as, words),
@@ -143,8 +168,10 @@ class Encoding:
 
         one = items[0]
         facts = (items.facts, one.latent_keys, dict(one.text_keys), one.phrasing.facts,
-                 one.handling.augment.facts)
-        for wanted, making, what in ((self.rule.latents, pictures, "pictures"), (self.rule.text, captions, "captions")):
+                 one.handling.augment.facts, *([one.extra_keys] if one.extra_keys else []))
+        for wanted, making, what in ((self.rule.latents, pictures, "pictures"),
+                                     (bool(self.rule.extras), beside, "pictures with holes"),
+                                     (self.rule.text, captions, "captions")):
             if wanted:
                 self.cache.fill_many(len(items), making, caching.key_of(what, facts), f"encoding {what}", what, report,
                                      rank, world)

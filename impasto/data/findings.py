@@ -97,6 +97,10 @@ def refusals(inventory: Inventory) -> Iterator[Finding]:
         yield Finding(Level.REFUSED, "mask", f"{number(len(inventory.mask_problems), 'picture')} without a mask that "
                       "fits", "draw those masks, or let pictures without one count in full with "
                       "data.missing_masks=whole", _named(inventory.mask_problems))
+    if inventory.pair_problems:
+        yield Finding(Level.REFUSED, "pair", f"{number(len(inventory.pair_problems), 'picture')} without a picture "
+                      "to edit that fits", "put it beside each, or take the picture out of the folder",
+                      _named(inventory.pair_problems))
     if of_files:
         yield Finding(Level.REFUSED, "caption file", f"{number(len(of_files), 'caption file')} that cannot be used",
                       mend, _named(of_files))
@@ -284,7 +288,8 @@ def _stored(inventory: Inventory) -> Iterator[Finding]:
                       f"{data.background}", "choose another colour with data.background", clear)
     unmasked = len(looks) - inventory.masked
     if data.mask != "none" and inventory.masked and unmasked and not inventory.mask_problems:
-        yield Finding(Level.NOTE, "no mask", f"{number(unmasked, 'picture')} without a mask, and counted in full", "",
+        yield Finding(Level.NOTE, "no mask", f"{number(unmasked, 'picture')} without a mask, and "
+                      f"{'drawn anew as a whole' if data.inpaint == 'mask' else 'counted in full'}", "",
                       {})
     if data.mask != "files" and inventory.listing.masks:
         yield Finding(Level.NOTE, "unread masks", f"{number(len(inventory.listing.masks), 'mask')} not read",

@@ -32,16 +32,18 @@ class Frontier:
     flips: tuple[bool, ...]
     #: components that the step needs beside the denoiser
     needs: frozenset[str]
+    #: what the denoiser is shown beside latents, by name; always cached
+    extras: tuple[str, ...] = ()
 
 
 def frontier(trains: Collection[str], text_encoders: Collection[str], data: DataOptions | DataSets,
-             reads: Collection[str] = READS, *, many: bool = False) -> Frontier:
+             reads: Collection[str] = READS, *, many: bool = False, extras: tuple[str, ...] = ()) -> Frontier:
     """What is cached when the components named in `trains` are trained, on a base with these `text_encoders`, for
     an objective that looks at what `reads` names.
 
     One trained text encoder of several keeps all of them in the step: their states are one entry. So does chance
     over more captions than are worth encoding beforehand: tags that are shuffled or left out, or `many`, where a
-    picture has more than `phrasing.MOST_VARIANTS` of them by its wildcards.
+    picture has more than `phrasing.MOST_VARIANTS` of them by its wildcards. `extras`: what `beside.wanted` names.
     """
     pictures, captions = "pictures" in reads, "captions" in reads
     pixels = pictures and VAE in trains
@@ -49,4 +51,4 @@ def frontier(trains: Collection[str], text_encoders: Collection[str], data: Data
     texts = captions and (chance or bool(set(text_encoders) & set(trains)))
     needs = frozenset((VAE,) if pixels else ()) | frozenset(text_encoders if texts else ())
     return Frontier(pictures and not pixels, pixels, captions and not texts, texts,
-                    (False, True) if any(one.flip for one in data.sets) else (False,), needs)
+                    (False, True) if any(one.flip for one in data.sets) else (False,), needs, extras)

@@ -13,8 +13,9 @@ from impasto.data.buckets import Placement, bucket_sizes, check_sizes, cuts
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Problem, Size, list_folder, located, memory_of
 from impasto.data.looks import Look, look_over
-from impasto.data.masks import read_masks, without_masks
+from impasto.data.masks import read_masks
 from impasto.data.options import DataOptions, PriorOptions, of_class_pictures
+from impasto.data.pairs import read_sources, set_apart
 from impasto.data.phrasing import Phrasing
 from impasto.data.sets import DataSets, label
 from impasto.data.wording import count_chunks, file_oddities
@@ -44,6 +45,7 @@ class Inventory:
     more_cuts: dict[str, list[Placement]] = field(default_factory=dict)  # at smaller resolutions
     of_class: bool = False  # [prior]'s
     mask_problems: list[Problem] = field(default_factory=list)  # of pictures
+    pair_problems: list[Problem] = field(default_factory=list)  # likewise
     masked: int = 0  # pictures with a mask
     company: Counter[Size] = field(default_factory=Counter)  # uses of other sets' pictures in an epoch, by bucket
 
@@ -93,13 +95,14 @@ def take_inventories(data: DataOptions | DataSets, prior: PriorOptions | None, b
 def take_inventory(listing: Listing, data: DataOptions, batch: int, report: Reporter = SILENT,
                    title: str = "pictures") -> Inventory:
     """Look at every file of a folder, or remember it from last time."""
-    listing = without_masks(listing, data)
+    listing = set_apart(listing, data)
     looks, problems = look_over(listing, memory_of(listing.folder), report, title)
     sized = [(one, bucket_sizes(one)) for one in data.by_resolution]
     found = {name: cuts(look.size, sized) for name, look in looks.items()}
     placements = {name: own[-1] if own else None for name, own in found.items()}
     captions, phrasing = read_captions(listing, data), Phrasing.of(data)
-    masks, maskless = read_masks(listing, {name: look.size for name, look in looks.items()}, data, report)
+    sizes = {name: look.size for name, look in looks.items()}
+    masks, maskless = read_masks(listing, sizes, data, report)
     said = {text: phrasing.plain(text) for text in captions.texts.values()}
     chunks = dict(zip(said, count_chunks(list(said.values())), strict=True))
     lost = {text: phrasing.lost(text) for text in said} if data.max_tokens is not None else {}
@@ -108,7 +111,7 @@ def take_inventory(listing: Listing, data: DataOptions, batch: int, report: Repo
                      {name: chunks[text] for name, text in captions.texts.items()}, files, captions.overruled,
                      captions.unread, {name: lost[text] for name, text in captions.texts.items() if lost.get(text)},
                      more_cuts={name: own[:-1] for name, own in found.items() if own[1:]}, mask_problems=maskless,
-                     masked=len(masks))
+                     pair_problems=read_sources(listing, sizes, data, report)[1], masked=len(masks))
 
 
 def _odd_files(listing: Listing, lines: bool) -> dict[str, list[str]]:

@@ -12,8 +12,9 @@ from impasto.data.buckets import Placement, bucket_sizes, cuts, too_small
 from impasto.data.captions import read_captions
 from impasto.data.dataset import Listing, Picture, Problem, memory_of, refuse, survey
 from impasto.data.drawn import Drawn
-from impasto.data.masks import Mask, read_masks, without_masks
+from impasto.data.masks import Mask, read_masks
 from impasto.data.options import DataOptions
+from impasto.data.pairs import read_sources, set_apart
 from impasto.data.phrasing import PLAIN, Phrasing
 
 
@@ -28,12 +29,17 @@ class Handling:
     augment: Augment = Augment()
     mask_floor: float = 0.0
     mask_normalised: bool = False
+    holes: int = 4  # random ones of each picture, for a base for inpainting
+    hole_of_mask: bool = False  # its own mask in place of them, which then does not weigh the loss
+    source_dropout: float = 0.0
+    both_dropout: float = 0.0
 
     @classmethod
     def of(cls, data: DataOptions, number: int = 0) -> Handling:
         """The handling that set `number` asks for."""
         return cls(data.flip, data.background, data.caption_dropout, number, Augment.of(data), data.mask_floor,
-                   data.mask_normalised)
+                   data.mask_normalised, data.inpaint_masks, data.inpaint == "mask", data.source_dropout,
+                   data.both_dropout)
 
     @property
     def flips(self) -> tuple[bool, ...]:
@@ -56,13 +62,19 @@ class Item:
     handling: Handling = Handling()  # what is done with it
     mask: Mask | None = None  # which parts of it count; None: all
     own_weight: float = 1.0  # what of the weight is by its own file and its caption
-    mask_keys: tuple[str, ...] = ()  # of each variant's cells, not mirrored; empty without a mask
+    mask_keys: tuple[str, ...] = ()  # of each variant's cells, not mirrored; empty without a mask that weighs
+    source: Picture | None = None  # what it is made of, of a pair
+    extra_keys: tuple[str, ...] = ()  # what is shown beside each variant, plain, then mirrored: its versions in turn
 
     @property
     def own_facts(self) -> tuple[object, ...]:
         """What is its own beside content, caption and cut, for fingerprints; nothing of most pictures."""
         handling, mask = self.handling, self.mask
-        weighs = () if self.own_weight == 1 else ("weighs", self.own_weight)
+        weighs: tuple[object, ...] = () if self.own_weight == 1 else ("weighs", self.own_weight)
+        if self.source is not None:
+            weighs = (*weighs, "made of", self.source.digest)
+        if handling.hole_of_mask or handling.holes != Handling().holes:
+            weighs = (*weighs, "holes", handling.hole_of_mask, handling.holes)
         return weighs if mask is None else (*weighs, mask.digest, mask.alpha, handling.mask_floor,
                                             handling.mask_normalised)
 
@@ -93,10 +105,12 @@ def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = 
 
     What is there and not used is told in `notes`.
     """
-    listing = without_masks(listing, data)
+    listing = set_apart(listing, data)
     pictures, problems = survey(listing, memory_of(listing.folder), report, title)
     captions = read_captions(listing, data)
-    masks, maskless = read_masks(listing, {picture.name: picture.size for picture in pictures}, data, report)
+    sizes = {picture.name: picture.size for picture in pictures}
+    masks, maskless = read_masks(listing, sizes, data, report)
+    sources, alone = read_sources(listing, sizes, data, report)
     phrasing, handling = Phrasing.of(data), Handling.of(data, number)
     sized = [(one, bucket_sizes(one)) for one in data.by_resolution]
     items = []
@@ -108,8 +122,9 @@ def collect(listing: Listing, data: DataOptions, report: Reporter, title: str = 
             caption = captions.texts[picture.name]
             own = captions.weights.get(picture.name, 1.0) * data.caption_weight(caption)
             items += [Item(picture, caption, placement, weight * own, phrasing=phrasing, handling=handling,
-                           mask=masks.get(picture.name), own_weight=own) for placement in placements]
-    of_files = [*problems, *captions.problems]
+                           mask=masks.get(picture.name), own_weight=own, source=sources.get(picture.name))
+                      for placement in placements]
+    of_files = [*problems, *captions.problems, *alone]
     refuse([*of_files, *maskless], listing.folder, "" if of_files else
            "mend masks that are wrong; pictures without one count in full with data.missing_masks=whole")
     if notes is not None:

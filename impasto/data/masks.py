@@ -102,21 +102,26 @@ def cell_weights(white: Tensor, floor: float, normalised: bool) -> Tensor:
 
 
 def without_masks(listing: Listing, data: DataOptions) -> Listing:
-    """A folder's listing without what lies in `data.masks`, where that is a folder inside.
+    """A folder's listing without what lies in `data.masks`. Raises `UserError` as `without_folder` does."""
+    return without_folder(listing, data.masks, "data.masks", "masks")
+
+
+def without_folder(listing: Listing, inner: str | None, key: str, what: str) -> Listing:
+    """A folder's listing without what lies in `inner`, which the recipe's `key` names, where that is a folder inside.
 
     Raises `UserError` if nothing is left.
     """
-    if data.masks is None:
+    if inner is None:
         return listing
-    folder, outer = located(data.masks).absolute(), listing.folder.absolute()
+    folder, outer = located(inner).absolute(), listing.folder.absolute()
     if folder == outer or not folder.is_relative_to(outer):
         return listing
     inside = folder.relative_to(outer).as_posix()
     kept = {key: [name for name in getattr(listing, key) if not name.startswith(f"{inside}/")]
             for key in ("pictures", "captions", "unreadable", "tables", "masks")}
     if listing.pictures and not kept["pictures"]:
-        raise UserError("there are no pictures beside the masks", where=listing.folder,
-                        fix="data.masks is the folder of the masks alone")
+        raise UserError(f"there are no pictures beside the {what}", where=listing.folder,
+                        fix=f"{key} is the folder of the {what} alone")
     return dataclasses.replace(listing, **kept)
 
 
@@ -155,6 +160,10 @@ def read_masks(listing: Listing, sizes: Mapping[str, Size], data: DataOptions,
         elif not fits((height, width), sizes[name]):
             problems.append(Problem(name, f"its mask {path.name} is of another shape: {width}x{height} pixels, the "
                                     f"picture has {sizes[name][1]}x{sizes[name][0]}"))
+        elif not white and data.inpaint == "mask":
+            problems.append(Problem(name, "is transparent all over, and nothing of it would be drawn anew"
+                                    if data.mask == "alpha" else
+                                    f"its mask {path.name} is all black, and nothing would be drawn anew"))
         elif not white and not data.mask_floor:
             problems.append(Problem(name, "is transparent all over, and nothing of it would count (data.mask_floor)"
                                     if data.mask == "alpha" else

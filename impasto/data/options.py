@@ -76,8 +76,8 @@ class DataOptions(Section):
                                   "in prompts (kohya's weighted_captions). Off, as in all trainers: read as written.")
     max_tokens: int | None = Field(None, ge=1, description="CLIP tokens after which a caption is cut, at the end of a "
                                    "word; what is lost is reported. Default: any length, in chunks of 75.")
-    resolution: int = Field(512, ge=8, description="Pixels: side of the square whose area buckets have; "
-                            "512 is what SD 1.x was trained at.")
+    resolution: int = Field(512, ge=8, description="Pixels: side of the square whose area buckets have; default: what "
+                            "the base was made for, 512 for SD 1.x, 1024 for SDXL.")
     resolutions: list[Annotated[int, Field(ge=8)]] | None = Field(
         None, description="Several resolutions, in place of one: each picture comes at each of them, but for those at "
         "which it would be enlarged, and at the smallest one anyhow. Class pictures are drawn, and previews made, at "
@@ -128,6 +128,24 @@ class DataOptions(Section):
     missing_masks: Literal["error", "whole"] = Field(
         "error", description="What a picture without a mask, or without an alpha channel, is: an error by name, or "
         "counted in full.")
+    inpaint: Literal["random", "mask"] = Field(
+        "random", description="Of a base for inpainting: which part of a picture is to be drawn anew. random: the "
+        "whole of it in a quarter of the uses (RunwayML), else rectangles, ellipses or brush strokes. mask: what is "
+        "white in the picture's mask, which then does not weigh the loss; without one (missing_masks) the whole.")
+    inpaint_masks: int = Field(4, ge=1, description="Random holes of each picture, as a function of its content. All "
+                               "are encoded once and kept, for each of its variants and mirrored or not, so that the "
+                               "VAE need not stay; each use takes one of them.")
+    pairs: Literal["none", "files"] = Field(
+        "none", description="Of an instruct-pix2pix base, which needs it: where the pictures to edit are. files: one "
+        "for each, NAME-source.png beside NAME.jpg or as sources says; of the picture's size, or the same smaller or "
+        "larger. It is cut, turned and mirrored with its picture, and the caption is the instruction.")
+    sources: str | None = Field(None, description="Folder of the pictures to edit, each called like the picture that "
+                                "is made of it, inner folders and all.")
+    source_dropout: float = Field(0.0, ge=0, le=1, description="Share of samples that are trained without the picture "
+                                  "to edit alone, as caption_dropout without the caption alone; guidance by the "
+                                  "picture needs it when a base is trained (Brooks et al. 2023: 0.05 for each).")
+    both_dropout: float = Field(0.0, ge=0, le=1, description="Share that is trained without either (Brooks et al. "
+                                "2023: 0.05).")
     cache: str | None = Field(None, description="Folder for encoded pictures and captions; default: the "
                               "user's cache directory. Several sets have one.")
     repeats: int = Field(1, ge=1, description="How often each picture comes in an epoch (kohya's num_repeats).")
@@ -261,6 +279,32 @@ class DataOptions(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _holes_of_something(self) -> DataOptions:
+        fields = DataOptions.model_fields
+        if self.inpaint == "mask":
+            if self.mask == "none":
+                raise ValueError("inpaint = \"mask\" is of masks: say where they are with mask = \"alpha\" or "
+                                 "\"files\"")
+            for name, why in (("inpaint_masks", "random holes"), ("mask_floor", "masks that weigh the loss"),
+                              ("mask_normalised", "masks that weigh the loss")):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"{name} is of {why}, and inpaint = \"mask\" has none")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _pairs_of_something(self) -> DataOptions:
+        if self.pairs == "none":
+            for name in ("sources", "source_dropout", "both_dropout"):
+                if getattr(self, name) != DataOptions.model_fields[name].default:
+                    raise ValueError(f"{name} is of pairs of pictures: give pairs = \"files\"")
+        elif self.source != "folder":
+            raise ValueError(f"source = \"{self.source}\" has no pairs of pictures: they are files in a folder")
+        if self.caption_dropout + self.source_dropout + self.both_dropout > 1:
+            raise ValueError("caption_dropout, source_dropout and both_dropout are parts of all samples, and more than "
+                             "all of them")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _one_frequency(self) -> DataOptions:
         if self.share is not None and self.repeats != 1:
             raise ValueError("give repeats or share, not both")
@@ -343,7 +387,8 @@ def of_class_pictures(data: DataOptions, prior: PriorOptions) -> DataOptions:
     would put the words of what is learned into it."""
     change: dict[str, object] = {"caption": prior.caption, "caption_template": None, "mask": "none", "masks": None,
                                  "mask_floor": DataOptions.model_fields["mask_floor"].default,
-                                 "mask_normalised": False, "missing_masks": "error", "caption_loss_weights": {}}
+                                 "mask_normalised": False, "missing_masks": "error", "inpaint": "random",
+                                 "caption_loss_weights": {}}
     if prior.caption is not None:
         change |= {"shuffle_tags": False, "tag_dropout": 0.0, "wildcards": False, "keep_tags_separator": "",
                    "caption_weights": False, "max_tokens": None}

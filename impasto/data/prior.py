@@ -17,6 +17,7 @@ from impasto.data.cache import image_encoder_key, key_of, precision, text_encode
 from impasto.data.dataset import Listing
 from impasto.data.options import PriorOptions
 from impasto.families.base import Base
+from impasto.families.beginning import nothing_kept
 from impasto.families.sampling import SampleSettings, sample
 
 
@@ -39,7 +40,7 @@ def draw_prior(base: Base, fingerprint: Mapping[str, str], prior: PriorOptions, 
     """
     assert prior.caption is not None, "the options ask for it where pictures are to be drawn"
     settings = SampleSettings(steps=prior.steps, guidance=prior.guidance, scheduler=prior.scheduler,
-                              width=side, height=side)
+                              width=side, height=side, strength=1.0)
     folder = prior_folder(base, fingerprint, prior, settings)
     names = [f"{i:06d}.png" for i in range(prior.images)]
     missing = {i for i, name in enumerate(names) if not (folder / name).exists()}
@@ -63,7 +64,9 @@ def _draw(base: Base, prior: PriorOptions, numbers: range, settings: SampleSetti
           wanted: Mapping[int, Path]) -> None:
     """Draw one whole batch, whatever of it is wanted: the others' absence would change the last bits."""
     count = len(numbers)
-    pictures = sample(base, [str(prior.caption)] * count, [""] * count, list(numbers), settings)
+    blank, masks = nothing_kept(base, settings, count)
+    pictures = sample(base, [str(prior.caption)] * count, [""] * count, list(numbers), settings, init_images=blank,
+                      masks=masks)
     for number, picture in zip(numbers, pictures, strict=True):
         if number in wanted:
             with atomic_write(wanted[number]) as file:

@@ -15,6 +15,7 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
 from impasto.data.account import accounts, of_set, wordings
 from impasto.data.augment import Variant
+from impasto.data.beside import Example, example, in_batch, versions, wanted
 from impasto.data.buckets import check_sizes
 from impasto.data.cache import Cache
 from impasto.data.encoding import Encoding
@@ -152,7 +153,16 @@ class Source:
                 for item, number, flip in zip(items, numbers, flips, strict=True)]
         masks = [item.mask_keys[number] if item.mask_keys else ""
                  for item, number in zip(items, numbers, strict=True)]
-        return self._made(samples, items, shown, flips, keys, said, masks)
+        beside = [(item.extra_keys[self._which(item, step, s, number, flip)], self.keeps_source(item, step, s))
+                  for item, s, number, flip in zip(items, samples, numbers, flips, strict=True)
+                  if self.rule.extras]
+        return self._made(samples, items, shown, flips, keys, said, masks, beside)
+
+    def _which(self, item: Item, step: int, sample: int, number: int, flip: bool) -> int:
+        """The place of what is shown beside an item in one use, among its `extra_keys`."""
+        count = versions(item, self.rule.extras)
+        version = seed_for(self.share.seed, step, sample, "hole") % count
+        return (number * len(item.handling.flips) + flip) * count + version
 
     def validation_batch(self, places: Sequence[int]) -> Batch:
         """Held-out pictures of one shape, by their places in `held_out`: as they are, with their whole captions."""
@@ -160,13 +170,16 @@ class Source:
         said = [item.phrasing.plain(item.caption) for item in items]
         keys = [item.latent_keys[0] if self.rule.latents else "" for item in items]
         masks = [item.mask_keys[0] if item.mask_keys else "" for item in items]
+        beside = [(item.extra_keys[0], True) for item in items if self.rule.extras]
         return self._made(places, items, [Variant(item.placement) for item in items], [False] * len(items), keys, said,
-                          masks)
+                          masks, beside)
 
     def _made(self, samples: Sequence[int], items: Sequence[Item], shown: Sequence[Variant], flips: Sequence[bool],
-              keys: Sequence[str], said: Sequence[str], masks: Sequence[str]) -> Batch:
+              keys: Sequence[str], said: Sequence[str], masks: Sequence[str], beside: Sequence[tuple[str, bool]]
+              ) -> Batch:
         """A batch of items, shown so, mirrored or not, of which this is said; `keys` are those of cached moments,
-        `masks` those of cut masks, empty for pictures without one."""
+        `masks` those of cut masks, empty for pictures without one; `beside`: the key of what is shown beside each, and
+        whether it is, empty where nothing is."""
         placements = [variant.placement.flipped() if flip else variant.placement
                       for variant, flip in zip(shown, flips, strict=True)]
         geometry = Geometry(original=torch.tensor([p.original for p in placements]),
@@ -184,6 +197,9 @@ class Source:
             batch.pixels = torch.stack(list(self._decoders.map(
                 lambda item, variant, flip: variant.show(item.picture.read(item.handling.background), flip),
                 items, shown, flips)))
+        if beside:
+            batch.extras = in_batch(self.cache.load_all([key for key, _ in beside]), self.rule.extras,
+                                    [kept for _, kept in beside])
         if self.rule.text:
             texts = [item.text_keys[words] if words else self.no_caption or item.text_keys[""]
                     for item, words in zip(items, said, strict=True)]
@@ -203,16 +219,27 @@ class Source:
 
     def says(self, item: Item, step: int, sample: int) -> str:
         """A picture's caption in one use: a function of the seed, the step and its place in the batch."""
-        share = item.handling.caption_dropout
+        share = item.handling.caption_dropout + item.handling.both_dropout
         if share > 0 and seed_for(self.share.seed, step, sample, "caption") / 2**63 < share:
             return ""
         return item.phrasing.say(item.caption, functools.partial(seed_for, self.share.seed, step, sample, "caption"))
+
+    def keeps_source(self, item: Item, step: int, sample: int) -> bool:
+        """Whether the picture that another is made of is shown in one use: by the draw that drops captions, of which
+        the parts without caption, without either and without the picture lie side by side (as in diffusers)."""
+        alone, rest = item.handling.caption_dropout, item.handling.both_dropout + item.handling.source_dropout
+        return rest <= 0 or not alone <= seed_for(self.share.seed, step, sample, "caption") / 2**63 < alone + rest
 
     def captions(self) -> Iterator[str]:
         """What may be said of each picture to learn from: all that chance may make of it, or its whole text where that
         is endless. Each is looked up when it is asked for."""
         return (text for item in self.pictures for text in item.phrasing.variants(item.caption) or
                 (item.phrasing.plain(item.caption), item.caption, item.phrasing.template or ""))
+
+    def example(self, place: int, width: int, height: int) -> Example:
+        """A picture to draw with, of that size, for bases that are shown one: held out, where any is."""
+        items = self.held_out or self.pictures
+        return example(items[place % len(items)], self.rule.extras, width, height)
 
     # --- what the user is told ---------------------------------------------------------------------------
     def describe(self) -> list[str]:
@@ -224,6 +251,9 @@ class Source:
             ("captions", self.rule.text, self.rule.captions, "as they vary" if self.varied else trained))
             if once or live]
         length = self.epoch_steps
+        holes = {one.inpaint_masks for one in self.data.sets if "mask" in self.rule.extras and one.inpaint == "random"}
+        lines += [f"each picture is shown with {count} random hole{'s' * (count > 1)}; kept encoded"
+                  for count in sorted(holes)]
         return [*lines, *self._wordings(), *self.notes, "; ".join(encoded),
                 f"an epoch is {length} step{'s' if length > 1 else ''}"]
 
@@ -248,6 +278,7 @@ def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions
     share = Share(batch_size, accumulation, seed, rank, world)
     for number, one in enumerate(data.sets):
         check_sizes(one, base.cell, label(number, data))
+    extras = wanted(base, data, reads, trains)
     fingerprint = base.fingerprint()
     found = pictures or pictures_of(data, prior, validation, seed, report)
     items, held_out, class_items = found.learned, found.held_out, found.of_class or ()
@@ -257,11 +288,12 @@ def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions
         class_items = collect(listing, class_data, report, "class pictures", prior.weight)
     many = any(one.wildcards for one in data.sets) and any(item.phrasing.variants(item.caption) is None
                                                            for item in itertools.chain(items, class_items))
-    rule = frontier(trains, base.text_encoder_names, data, reads, many=many)
+    rule = frontier(trains, base.text_encoder_names, data, reads, many=many, extras=extras)
     cache = (Packs if isinstance(items, Many) else Cache).at(cache_folder(data))
     encoding = Encoding(base, fingerprint, cache, rule, torch.device(device))
     items, class_items, held_out = encoding.keyed(items), encoding.keyed(class_items), encoding.keyed_plain(held_out)
-    no_caption = encoding.caption("") if any(one.caption_dropout for one in data.sets) else ""
+    no_caption = encoding.caption("") if any(one.caption_dropout + one.both_dropout for one in data.sets) \
+        else ""
     encoding.run(report, rank, world)
     return Source(_kept(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
                   LABEL_SIZES if any(one.source == "world" for one in data.sets) else (), notes=found.notes,

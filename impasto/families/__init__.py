@@ -4,4 +4,7 @@ from impasto.core.registry import Registry
 
 FAMILIES = Registry("family", {
     "sd1": "impasto.families.sd1:SD1",
+    "sd2": "impasto.families.sd2:SD2",
+    "sdxl": "impasto.families.sdxl:SDXL",
+    "sdxl-refiner": "impasto.families.sdxl:Refiner",
 })

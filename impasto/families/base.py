@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -73,6 +73,9 @@ class Base(abc.ABC):
     #: component name of the denoiser ("unet", "transformer") and of the text encoders, diffusers' names
     denoiser_name: ClassVar[str]
     text_encoder_names: ClassVar[tuple[str, ...]]
+
+    #: whether it was made to finish pictures that others began
+    refines: ClassVar[bool] = False
 
     components: dict[str, nn.Module]
     process: Process
@@ -174,10 +177,38 @@ class Base(abc.ABC):
         """Write tokenizers into a diffusers folder; their entries in its model_index.json."""
 
     # --- the denoiser --------------------------------------------------------------------------------
+    @property
+    def variant(self) -> str:
+        """What kind of denoiser of its family it is: "inpainting", "instruct-pix2pix", or "", a plain one."""
+        return ""
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What `condition` must be given beside text, by name: "mask" and "masked", the picture without what the mask
+        covers, or "picture", one to edit; of a plain denoiser nothing."""
+        return ()
+
+    def seen(self, extras: Mapping[str, Tensor], normal: Callable[[str, Sequence[int]], Tensor]) -> dict[str, Tensor]:
+        """Extras as `condition` takes them, of masks and of pictures' moments (B, 2C, h, w); `normal` draws standard
+        normal noise (B, *shape) for a use."""
+        return dict(extras)
+
     @abc.abstractmethod
     def condition(self, text: TextStates, geometry: Geometry | None = None,
                   extras: Mapping[str, Tensor] | None = None) -> Any:
-        """All that the denoiser is told beside latents and time. Opaque to callers."""
+        """All that the denoiser is told beside latents and time. Opaque to callers.
+
+        `extras`: masks (B, 1, h, w) or (B, 1, H, W) and latents (B, C, h, w) under the names in `self.extras`. Raises
+        `UserError` for one that is missing or has no place.
+        """
+
+    def encode_negatives(self, captions: Sequence[Caption]) -> TextStates:
+        """Text states of negative prompts; a family may have its own for none at all."""
+        return self.encode_text(captions)
+
+    def sampling_extras(self, unwanted: int, wanted: int) -> dict[str, Tensor]:
+        """Extras of the condition for drawing: (B, …) of the negative prompts first, then of the prompts."""
+        return {}
 
     @abc.abstractmethod
     def predict(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +20,20 @@ from transformers import CLIPTokenizer
 from impasto.core.errors import UserError
 from impasto.families.base import Caption
 from impasto.families.networks import ClipText
+from impasto.families.tokenizer import clip_tokenizer
 from impasto.families.tokens import Vocabulary, Words
+from impasto.formats.configs import CONFIGS
+
+if TYPE_CHECKING:
+    from impasto.formats.checkpoint import Checkpoint
 
 #: a token and its weight
 Token = tuple[int, float]
+
+
+def tokenizer_of(checkpoint: Checkpoint, family: str, name: str = "tokenizer") -> CLIPTokenizer:
+    """The checkpoint's own tokenizer of that folder name, or CLIP's as the family has it. Raises `UserError`."""
+    return clip_tokenizer(checkpoint.tokenizers.get(name), CONFIGS.get(family).tokenizers[name].pad)
 
 
 def vocabulary(tokenizer: CLIPTokenizer, encoder: ClipText) -> Vocabulary:
@@ -70,22 +81,64 @@ def marks(tokenizer: CLIPTokenizer) -> tuple[int, int, int]:
     return cast(tuple[int, int, int], ids)
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """Captions as a text encoder takes them: all chunks of all of them, N, one after the other."""
+
+    #: (N, L)
+    ids: Tensor
+    #: (N, L), or None where all weigh 1
+    weights: Tensor | None
+    #: chunks of each caption
+    counts: list[int]
+    #: (N,) the place of each chunk's end mark
+    ends: Tensor
+
+    @classmethod
+    def of(cls, captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, words: Words | None) -> Self:
+        """On the encoder's device."""
+        device = next(encoder.parameters()).device
+        each = [chunks_of(caption, tokenizer, encoder.length, words) for caption in captions]
+        chunks = [chunk for own in each for chunk in own]
+        end = marks(tokenizer)[1]
+        weighted = any(weight != 1.0 for chunk in chunks for _, weight in chunk)
+        return cls(
+            torch.tensor([[token for token, _ in chunk] for chunk in chunks], device=device),
+            torch.tensor([[weight for _, weight in chunk] for chunk in chunks], device=device) if weighted else None,
+            [len(own) for own in each],
+            torch.tensor([[token for token, _ in chunk].index(end) for chunk in chunks], device=device))
+
+    def together(self, states: Tensor, length: int) -> Tensor:
+        """States (B, n·L, C) of captions out of the chunks' (N, L, C), weighed."""
+        if self.weights is not None:
+            states = weigh(states, self.weights)
+        return stack([part.flatten(0, 1)[None] for part in states.split(self.counts)], length)
+
+    def first(self, pooled: Tensor) -> Tensor:
+        """Of the chunks' (N, C) the one of each caption's first chunk, (B, C): everybody's practice (A1111, kohya)."""
+        return torch.stack([part[0] for part in pooled.split(self.counts)])
+
+
 def encode(captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, skip: int = 0,
            words: Words | None = None) -> Tensor:
     """States (B, n·L, C) of captions, n the least common multiple of their numbers of chunks.
 
     New tokens' rows take part whether a caption has one or not, so that every batch has a gradient to them.
     """
-    device = next(encoder.parameters()).device
-    captions_chunks = [chunks_of(caption, tokenizer, encoder.length, words) for caption in captions]
-    chunks = [chunk for chunks in captions_chunks for chunk in chunks]  # encoded all at once
-    ids = torch.tensor([[token for token, _ in chunk] for chunk in chunks], device=device)
-    states = encoder(ids, skip, None if words is None else words.rows)
-    weights = [[weight for _, weight in chunk] for chunk in chunks]
-    if any(weight != 1.0 for chunk in weights for weight in chunk):
-        states = weigh(states, torch.tensor(weights, device=device))
-    parts = states.split([len(chunks) for chunks in captions_chunks])
-    return stack([part.flatten(0, 1)[None] for part in parts], encoder.length)
+    chunks = Chunks.of(captions, tokenizer, encoder, words)
+    return chunks.together(encoder(chunks.ids, skip, None if words is None else words.rows), encoder.length)
+
+
+def encode_unnormed(captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, skip: int = 1,
+                    words: Words | None = None) -> tuple[Tensor, Tensor | None]:
+    """States (B, n·L, C) of captions as SDXL takes them, of the last layer but `skip` and before the final norm; and
+    the pooled embeddings (B, P), if the encoder has a projection."""
+    chunks = Chunks.of(captions, tokenizer, encoder, words)
+    rows = None if words is None else words.rows
+    if not hasattr(encoder, "text_projection"):
+        return chunks.together(encoder(chunks.ids, skip, rows, normed=False), encoder.length), None
+    states, pooled = encoder.with_pooled(chunks.ids, chunks.ends, skip, rows)
+    return chunks.together(states, encoder.length), chunks.first(pooled)
 
 
 def weigh(states: Tensor, weights: Tensor) -> Tensor:

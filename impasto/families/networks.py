@@ -7,14 +7,14 @@ time: at no moment is there a second copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from impasto.core.errors import UserError, nearest
 from impasto.core.rng import seed_for
@@ -27,12 +27,15 @@ Config = Mapping[str, Any]
 class ClipText(nn.Module):
     """transformers' CLIPTextModel under the name that files give it: `text_model.encoder.layers.0…`.
 
-    transformers 5.6 took `text_model.` out of the module's paths; files, and other programs, have it.
+    transformers 5.6 took `text_model.` out of the module's paths; files, and other programs, have it. With a
+    `projection` it is CLIPTextModelWithProjection.
     """
 
-    def __init__(self, model: CLIPTextModel) -> None:
+    def __init__(self, model: CLIPTextModel, projection: nn.Linear | None = None) -> None:
         super().__init__()
         self.text_model = model
+        if projection is not None:
+            self.text_projection = projection
         self.gradient_checkpointing = False
 
     @property
@@ -40,27 +43,40 @@ class ClipText(nn.Module):
         """Tokens in one chunk, beginning and end included (77)."""
         return self.text_model.config.max_position_embeddings
 
-    def forward(self, ids: Tensor, skip: int = 0, rows: Tensor | None = None) -> Tensor:
-        """States (B, length, C) of token ids (B, length), after the final norm, `skip` last layers left out.
+    def forward(self, ids: Tensor, skip: int = 0, rows: Tensor | None = None, normed: bool = True) -> Tensor:
+        """States (B, length, C) of token ids (B, length), `skip` last layers left out, after the final norm, or before.
 
         Ids from the end of the vocabulary on are new tokens': their vectors are `rows` (m, C).
 
         The layers that are skipped are not computed. The norm after an earlier layer is everybody's practice
-        (A1111, kohya, diffusers).
+        (A1111, kohya, diffusers); SDXL is told the states before it.
         """
-        model = self.text_model
+        layers = self.text_model.encoder.layers
+        hidden = self._through(layers[:len(layers) - skip], self._embedded(ids, rows))
+        return self.text_model.final_layer_norm(hidden) if normed else hidden
+
+    def with_pooled(self, ids: Tensor, ends: Tensor, skip: int = 0, rows: Tensor | None = None
+                    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, the states before the norm; and what the whole network says at the places `ends` (B,) of the
+        texts' ends, projected (B, projection)."""
+        layers = self.text_model.encoder.layers
+        states = self._through(layers[:len(layers) - skip], self._embedded(ids, rows))
+        last = self.text_model.final_layer_norm(self._through(layers[len(layers) - skip:], states))
+        return states, self.text_projection(last[torch.arange(len(ids), device=ids.device), ends])
+
+    def _embedded(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        embeddings = self.text_model.embeddings
         if rows is None:
-            hidden = model.embeddings(ids)
-        else:
-            vectors = looked_up(model.embeddings.token_embedding, ids, rows)
-            hidden = model.embeddings(inputs_embeds=vectors)
-        layers = model.encoder.layers
-        for layer in layers[:len(layers) - skip]:
+            return embeddings(ids)
+        return embeddings(inputs_embeds=looked_up(embeddings.token_embedding, ids, rows))
+
+    def _through(self, layers: Iterable[nn.Module], hidden: Tensor) -> Tensor:
+        for layer in layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, None, is_causal=True, use_reentrant=False)
+                hidden = cast(Tensor, checkpoint(layer, hidden, None, is_causal=True, use_reentrant=False))
             else:
                 hidden = layer(hidden, None, is_causal=True)
-        return model.final_layer_norm(hidden)
+        return hidden
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute each layer again in the backward instead of keeping what it made."""
@@ -86,42 +102,55 @@ def _clip(config: Config) -> nn.Module:
     return ClipText(CLIPTextModel._from_config(known, attn_implementation="sdpa"))
 
 
+def _projected_clip(config: Config) -> nn.Module:
+    known = CLIPTextConfig.from_dict(_plain(config))
+    model = CLIPTextModelWithProjection._from_config(known, attn_implementation="sdpa")
+    return ClipText(model.text_model, model.text_projection)
+
+
 def _plain(config: Config) -> dict[str, Any]:
     """Without what tells the program that wrote it (`_class_name`, `_diffusers_version`, `torch_dtype` …)."""
     return {key: value for key, value in config.items()
             if not key.startswith("_") and key not in ("architectures", "dtype", "torch_dtype", "transformers_version")}
 
 
-def config_of(component: str, network: nn.Module) -> dict[str, Any]:
+def kind_of(network: nn.Module) -> str:
+    """The name of a network's class in its library."""
+    if isinstance(network, ClipText):
+        return "CLIPTextModelWithProjection" if hasattr(network, "text_projection") else "CLIPTextModel"
+    return type(network).__name__
+
+
+def config_of(network: nn.Module) -> dict[str, Any]:
     """A network's configuration as its library writes it to config.json."""
     if isinstance(network, ClipText):
         told = network.text_model.config.to_dict()
         return {key: value for key, value in told.items() if value is not None and not key.startswith("_")} | {
-            "architectures": ["CLIPTextModel"]}
+            "architectures": [kind_of(network)]}
     inner: Any = network
-    return _plain(inner.config) | {"_class_name": CLASSES[component]}
+    return _plain(inner.config) | {"_class_name": kind_of(network)}
 
 
-#: diffusers' class of each component
-CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+#: builders by the class's name in its library
+BUILDERS: dict[str, Callable[[Config], nn.Module]] = {
+    "UNet2DConditionModel": _unet, "AutoencoderKL": _vae, "CLIPTextModel": _clip,
+    "CLIPTextModelWithProjection": _projected_clip,
+}
 
-#: builders by diffusers' name of the component
-BUILDERS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "vae": _vae, "text_encoder": _clip}
 
-
-def build(component: str, config: Config) -> nn.Module:
-    """The network of a component on the meta device, in eval mode, frozen. Raises `UserError` for a bad config."""
+def build(kind: str, config: Config) -> nn.Module:
+    """A network of the class `kind` on the meta device, in eval mode, frozen. Raises `UserError` for a bad config."""
     with torch.device("meta"):
-        return _built(component, config)
+        return _built(kind, config)
 
 
-def random_init(component: str, config: Config, seed: int = 0, *, device: torch.device | str = "cpu",
+def random_init(component: str, kind: str, config: Config, seed: int = 0, *, device: torch.device | str = "cpu",
                 dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The network with the weights that its library begins training with, a function of `seed`. On the CPU,
-    then moved, so that they are the same on each device."""
+    """The network with the weights that its library begins training with, a function of `seed` and the component's
+    name. On the CPU, then moved, so that they are the same on each device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "init", component))
-        network = _built(component, config)
+        network = _built(kind, config)
     for module in network.modules():  # not by `Module.to`, which cannot move fake tensors
         for leaf, weight in module._parameters.items():
             if weight is not None:
@@ -132,11 +161,11 @@ def random_init(component: str, config: Config, seed: int = 0, *, device: torch.
     return network
 
 
-def _built(component: str, config: Config) -> nn.Module:
+def _built(kind: str, config: Config) -> nn.Module:
     try:
-        network = BUILDERS[component](config)
+        network = BUILDERS[kind](config)
     except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, StrictDataclassError) as error:
-        raise UserError(f"its config describes no network ({str(error).splitlines()[0]})", where=component,
+        raise UserError(f"its config describes no network ({str(error).splitlines()[0]})", where=kind,
                         fix="the config.json of this component is damaged or of another kind") from error
     return network.eval().requires_grad_(False)
 

@@ -20,6 +20,7 @@ from impasto.core.files import atomic_write, no_such_file
 from impasto.families.base import Base
 from impasto.families.prompts import extract_loras
 from impasto.families.sampling import SampleSettings
+from impasto.families.variants import PIX2PIX
 
 #: our samplers by A1111's names
 SAMPLERS = {
@@ -32,15 +33,15 @@ SAMPLERS = {
 
 def save_picture(picture: Image.Image, path: Path | str, *, prompt: str, negative: str, seed: int,
                  settings: SampleSettings, base: Base, adapters: Sequence[tuple[Path | str, float]] = (),
-                 init: str = "") -> None:
+                 init: str = "", mask: str = "", refiner: Base | None = None) -> None:
     """Write a PNG at `path`, whole or not at all, with all that made it. Equal pictures give equal files.
 
     `prompt` as the user wrote it; `adapters`: (file, strength) of those in force, last those that the prompt names;
-    `init`: file of the picture
-    that it began from, if any.
+    `init`: file of the picture that it began from, if any; `mask`: file of what of that was drawn anew; `refiner`: the
+    base that drew the last steps, if another one did.
     """
     told = describe(prompt=prompt, negative=negative, seed=seed, settings=settings, base=base, adapters=adapters,
-                    init=init)
+                    init=init, mask=mask, refiner=refiner)
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", parameters_text(told))
     text.add_text("impasto", json.dumps(told))
@@ -49,18 +50,22 @@ def save_picture(picture: Image.Image, path: Path | str, *, prompt: str, negativ
 
 
 def describe(*, prompt: str, negative: str, seed: int, settings: SampleSettings, base: Base,
-             adapters: Sequence[tuple[Path | str, float]] = (), init: str = "") -> dict[str, Any]:
+             adapters: Sequence[tuple[Path | str, float]] = (), init: str = "",
+             mask: str = "", refiner: Base | None = None) -> dict[str, Any]:
     """All settings of one picture, JSON-able."""
     return {
         "version": impasto.__version__,
         "base": _label(base.source) if base.source else "",
         "family": base.family,
+        "refiner": _label(refiner.source) if refiner is not None and refiner.source else "",
         "text": base.text_settings(),
         "adapters": [{"file": Path(file).name, "strength": strength} for file, strength in adapters],
         "prompt": prompt,
         "negative": negative,
         "seed": seed,
+        "variant": base.variant,
         "init": Path(init).name,
+        "mask": Path(mask).name,
         "settings": dataclasses.asdict(settings),
     }
 
@@ -89,8 +94,13 @@ def parameters_text(told: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": Path(told["base"]).stem,
     }
-    if told["init"]:
+    if told["variant"] == PIX2PIX:
+        pairs["Image CFG scale"] = f"{settings['image_guidance']:g}"
+    elif told["init"]:
         pairs["Denoising strength"] = f"{settings['strength']:g}"
+    if told["refiner"]:
+        pairs["Refiner"] = Path(told["refiner"]).stem
+        pairs["Refiner switch at"] = f"{settings['handover']:g}"
     if skipped := told["text"].get("clip_skip"):
         pairs["Clip skip"] = skipped + 1  # A1111 counts from 1
     pairs["Version"] = f"impasto {told['version']}"

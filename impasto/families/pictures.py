@@ -72,13 +72,61 @@ def fit_picture(picture: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
 
 
+def fit_mask(mask: Image.Image, picture: Image.Image, width: int, height: int) -> Image.Image:
+    """A `mask` of `picture`, of whatever size, as `fit_picture` fits that one: greys, black where it is transparent."""
+    grey = ImageOps.exif_transpose(mask)
+    if grey.mode in ("RGBA", "LA", "PA") or "transparency" in grey.info:
+        grey = Image.alpha_composite(Image.new("RGBA", grey.size, "black"), grey.convert("RGBA"))
+    whole = grey.convert("L").resize(ImageOps.exif_transpose(picture).size, Image.Resampling.BILINEAR)
+    return ImageOps.fit(whole, (width, height), Image.Resampling.BILINEAR)
+
+
+def check_shown(base: Base, picture: bool, mask: bool) -> None:
+    """That a base is given the picture and the mask that it needs, and no more than it has a place for.
+
+    Raises `UserError` that names the options of `impasto generate`.
+    """
+    what = f"is an {base.variant} base"
+    if "mask" in base.extras and not (picture and mask):
+        raise UserError(f"{what}: it fills the hole that a mask makes in a picture", where=base.source,
+                        fix="give --init PICTURE and --mask MASK")
+    if "picture" in base.extras and not picture:
+        raise UserError(f"{what}: it edits a picture", where=base.source, fix="give --init PICTURE")
+    if "picture" in base.extras and mask:
+        raise UserError(f"{what}: it edits whole pictures, and has no place for a mask", where=base.source,
+                        fix="leave --mask out")
+
+
+def check_refiner(base: Base, refiner: Base | None, picture: bool) -> None:
+    """That a refiner can go on where the base stops, and does not stand in its place.
+
+    Raises `UserError` that names the options of `impasto generate`.
+    """
+    if base.refines and not picture:
+        raise UserError("is a refiner: it finishes pictures, and begins none", where=base.source,
+                        fix="give it as --refiner beside a base, or a picture with --init")
+    if refiner is None:
+        return
+    if refiner.extras:
+        raise UserError(f"is an {refiner.variant} base, and a refiner is shown no picture", where=refiner.source,
+                        fix="take a plain one")
+    same = [(each.latent_channels, each.latent_scale, each.cell, each.process.prediction == "flow")
+            for each in (base, refiner)]
+    if same[0] != same[1]:
+        raise UserError(f"goes on from other latents than {base.family} makes", where=refiner.source,
+                        fix="give SDXL's refiner to SDXL, or another checkpoint of the base's family")
+
+
 def draw(base: Base, shots: Sequence[Shot], settings: SampleSettings, *, negative: str = "", batch: int = 1,
-         init: Image.Image | None = None, report: Reporter = SILENT) -> Iterator[tuple[Shot, Image.Image]]:
+         init: Image.Image | None = None, mask: Image.Image | None = None, refiner: Base | None = None,
+         report: Reporter = SILENT) -> Iterator[tuple[Shot, Image.Image]]:
     """Draw the shots in their order, each picture as soon as its batch is done.
 
     A picture depends on its own prompt, seed, adapters and the settings, and not on the batch it is drawn in
-    (beyond rounding). `init`: a picture of the settings' size to begin from. Adapters are attached for the
-    time of their pictures only. Raises `UserError` for an adapter that cannot be loaded or does not fit.
+    (beyond rounding). `init`: a picture of the settings' size to begin from, or to edit; `mask`, of that size: what of
+    it is drawn anew. A `refiner` draws the last steps. Adapters are attached, to the base alone, for the time of their
+    pictures only. Raises `UserError` for an
+    adapter that cannot be loaded or does not fit.
     """
     loaded: dict[Path, Adapter] = {}
     for path in dict.fromkeys(path for shot in shots for path, _ in shot.adapters):
@@ -87,7 +135,8 @@ def draw(base: Base, shots: Sequence[Shot], settings: SampleSettings, *, negativ
             told = notices(base, loaded[path])
         for line in told:
             report.note(f"{path.name}: {line}")
-    steps = settings.steps if init is None else max(int(settings.steps * settings.strength), 1)
+    whole = init is None or "picture" in base.extras
+    steps = settings.steps if whole else max(int(settings.steps * settings.strength), 1)
     unwanted = _without_adapters(negative)
     with report.phase("drawing", len(shots) * steps, "steps") as advance:
         for adapters, group in itertools.groupby(shots, key=lambda shot: shot.adapters):
@@ -102,6 +151,7 @@ def draw(base: Base, shots: Sequence[Shot], settings: SampleSettings, *, negativ
                     pictures = sample(base, [language.parse(shot.text) for shot in now],
                                       [language.parse(unwanted)] * len(now), [shot.seed for shot in now], settings,
                                       init_images=[init] * len(now) if init else None,
+                                      masks=[mask] * len(now) if mask else None, refiner=refiner,
                                       on_step=_counter(advance, len(now)))
                     yield from zip(now, pictures, strict=True)
 

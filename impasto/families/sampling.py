@@ -7,19 +7,19 @@ beyond rounding. It is the one that diffusers' pipeline draws from `torch.Genera
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.core.rng import picture_generator
-from impasto.diffusion.process import Process
-from impasto.families.base import Base, Caption, TextStates
+from impasto.families.base import Base, Caption, Geometry, TextStates
+from impasto.families.beginning import begin, first_step, process_time, to_pixels
+from impasto.families.guidance import Guidance
 from impasto.families.schedulers import canonical, make_scheduler
 
 
@@ -38,6 +38,11 @@ class SampleSettings:
     height: int = 512
     #: with initial pictures: how much of the way is drawn anew, 1 is all of it (diffusers' img2img)
     strength: float = 0.75
+    #: of bases that edit pictures: guidance by the picture (Brooks et al. 2023, eq. 3; 1.5 is diffusers'); 1: none
+    image_guidance: float = 1.5
+    #: with a refiner: the share of the noise levels, from the noisiest, after which it takes over (diffusers'
+    #: `denoising_end`; Podell et al. 2023, section 2.5, have 0.8)
+    handover: float = 0.8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheduler", canonical(self.scheduler))
@@ -45,44 +50,63 @@ class SampleSettings:
             raise UserError(f"steps must be at least 1, not {self.steps}")
         if not 0 < self.strength <= 1:
             raise UserError(f"strength must lie above 0, up to 1, not {self.strength}")
+        if not 0 < self.handover < 1:
+            raise UserError(f"handover must lie between 0 and 1, not {self.handover}")
 
 
 @torch.no_grad()
 def sample(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption], seeds: Sequence[int],
            settings: SampleSettings, *, init_images: Sequence[Image.Image] | None = None,
+           masks: Sequence[Image.Image] | None = None, refiner: Base | None = None,
            on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
     """One picture for each prompt, all in one batch.
 
-    `init_images`, of the settings' size, are where the pictures begin (SDEdit: Meng et al. 2022), by the
-    settings' strength. `on_step(done, steps)` is called after each step, and may raise to stop. Raises
-    `UserError` for a size that the base cannot draw, and if the numbers stop being finite.
+    `init_images`, of the settings' size, are where the pictures begin (SDEdit: Meng et al. 2022), by the settings'
+    strength; of `masks` with them, what is white is drawn anew. An inpainting base needs both, and one that edits
+    pictures the first, which it begins without. A `refiner` takes the last steps, from the settings' handover on.
+    `on_step(done, steps)` is called after each step, and may raise to stop. Raises `UserError` for a size that the base
+    cannot draw, for pictures that it lacks or has no place for, and if the numbers stop being finite.
     """
     assert len(prompts) == len(negatives) == len(seeds) and prompts, "one negative prompt and one seed a prompt"
     check_size(base, settings.width, settings.height)
-    device, generators = base.device, [picture_generator(seed) for seed in seeds]
-    scheduler = make_scheduler(settings.scheduler, base.process, base.scheduler)
-    scheduler.set_timesteps(settings.steps, device=device)
-    first = 0 if init_images is None else _first_step(settings)
-    times = scheduler.timesteps[first * scheduler.order:]
-    if first and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first * scheduler.order)
-    guided = settings.guidance > 1
-    condition = base.condition(_text(base, [*negatives, *prompts] if guided else prompts))
-    x = _beginning(base, scheduler, times, generators, settings, init_images)
-    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    steps, done = settings.steps - first, 0
-    for i, t in enumerate(times):
-        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        seen = torch.cat([seen, seen]) if guided else seen
-        prediction = base.predict(seen, process_time(base.process, t).expand(len(seen)), condition).float()
-        if guided:
-            without, with_ = prediction.chunk(2)
-            prediction = without + settings.guidance * (with_ - without)
-        x = scheduler.step(prediction, t, x, **draws, return_dict=False)[0]
-        while on_step and done < (i + 1) * steps // len(times):  # some solvers predict twice a step
-            done += 1
-            on_step(done, steps)
+    generators, edits = [picture_generator(seed) for seed in seeds], "picture" in base.extras
+    begun, x, done = None, torch.empty(0), 0
+    for stage, network in enumerate((base,) if refiner is None else (base, refiner)):
+        scheduler = make_scheduler(settings.scheduler, network.process, network.scheduler)
+        scheduler.set_timesteps(settings.steps, device=base.device)
+        first = 0 if init_images is None or edits else first_step(settings)
+        start, split, end = first * scheduler.order, _split(scheduler, settings), len(scheduler.timesteps)
+        change = end if refiner is None else max(split, start)
+        span = range(start, change) if stage == 0 else range(change, end)
+        if span.start and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(span.start)
+        if begun is None:
+            begun = begin(base, scheduler, scheduler.timesteps[start:], generators, settings, init_images, masks)
+            x = begun.x
+        guidance = Guidance(settings.guidance, settings.image_guidance if edits and stage == 0 else None)
+        condition = _condition(network, prompts, guidance.negatives(negatives), settings,
+                               guidance.extras(begun.extras if stage == 0 else {}))
+        draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        for i in span:
+            t = scheduler.timesteps[i]
+            seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            seen = torch.cat([seen] * guidance.ways)
+            prediction = network.predict(seen, process_time(network.process, t).expand(len(seen)), condition).float()
+            x = scheduler.step(guidance.joined(prediction), t, x, **draws, return_dict=False)[0]
+            if begun.kept is not None:
+                x = begun.kept.put_back(base, scheduler, x, scheduler.timesteps[i + 1:i + 2] if i + 1 < end else None)
+            while on_step and done < (i + 1 - start) * (settings.steps - first) // (end - start):
+                done += 1  # some solvers predict twice a step
+                on_step(done, settings.steps - first)
     return [_picture(base.decode_latents(one[None])) for one in x]  # one by one: it is the peak of memory
+
+
+def _split(scheduler: Any, settings: SampleSettings) -> int:
+    """The first of a scheduler's timesteps at which a refiner takes over, counted as diffusers does; of solvers that
+    predict twice a step, not in the middle of one."""
+    count = scheduler.config.num_train_timesteps
+    split = int((scheduler.timesteps >= round(count - settings.handover * count)).sum())
+    return split + split % scheduler.order
 
 
 @torch.no_grad()
@@ -97,7 +121,7 @@ def given_back(base: Base, pictures: Sequence[Image.Image], seed: int, *, noise:
     generator = picture_generator(seed)
     for start in range(0, len(pictures), batch):
         part = pictures[start:start + batch]
-        pixels = torch.cat([_pixels(picture, *part[0].size) for picture in part])
+        pixels = torch.cat([to_pixels(picture, *part[0].size) for picture in part])
         moments = base.encode_images(pixels.to(base.device))
         latents = base.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))
         draws = torch.randn(latents.shape, generator=generator).to(latents)
@@ -113,57 +137,20 @@ def check_size(base: Base, width: int, height: int) -> None:
             raise UserError(f"{name} {pixels} is not a multiple of {base.cell} pixels", fix=f"take {near}")
 
 
-def process_time(process: Process, t: Tensor) -> Tensor:
-    """A diffusers scheduler's timestep as the process's own time: a flow's runs from 0 to 1.
+def _condition(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption], settings: SampleSettings,
+               extras: Mapping[str, Tensor]) -> Any:
+    """What the denoiser is told, of negative prompts first; the pictures are whole ones of their size."""
+    states = [*_text(base.encode_negatives, negatives), *_text(base.encode_text, prompts)]
+    size = torch.tensor([[settings.height, settings.width]] * len(states))
+    return base.condition(base.stack_text(states), Geometry(size, torch.zeros_like(size), size).to(base.device),
+                          {**base.sampling_extras(len(negatives), len(prompts)), **extras})
 
-    For DDPM it may lie between two steps (Euler's do), which the network does not mind.
-    """
-    return t / process.scheduler_config()["num_train_timesteps"] if process.prediction == "flow" else t
 
-
-def _text(base: Base, captions: Sequence[Caption]) -> TextStates:
+def _text(encode: Callable[[Sequence[Caption]], TextStates], captions: Sequence[Caption]) -> list[TextStates]:
     """States of captions, each encoded once and by itself, so that they do not depend on the batch."""
     keys = [caption if isinstance(caption, str) else tuple(caption) for caption in captions]
-    states = {key: base.encode_text([key]) for key in dict.fromkeys(keys)}
-    return base.stack_text([states[key] for key in keys])
-
-
-def _first_step(settings: SampleSettings) -> int:
-    """The step that img2img begins with (as diffusers counts)."""
-    left = min(int(settings.steps * settings.strength), settings.steps)
-    if left < 1:
-        raise UserError(f"strength {settings.strength} of {settings.steps} steps leaves none to do",
-                        fix="raise one of them")
-    return settings.steps - left
-
-
-def _beginning(base: Base, scheduler: Any, times: Tensor, generators: list[torch.Generator],
-               settings: SampleSettings, init_images: Sequence[Image.Image] | None) -> Tensor:
-    """Latents (B, C, h, w), fp32, in the scheduler's own scale, at the first of `times`."""
-    shape = (base.latent_channels, settings.height // base.cell, settings.width // base.cell)
-
-    def noise() -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(base.device)
-
-    if init_images is None:
-        return noise() * getattr(scheduler, "init_noise_sigma", 1.0)
-    assert len(init_images) == len(generators), "one initial picture a prompt"
-    moments = torch.cat([base.encode_images(_pixels(picture, settings.width, settings.height))
-                         for picture in init_images])
-    latents = base.latents(moments.to(base.device), noise())
-    if base.process.prediction == "flow":
-        time = process_time(base.process, times[:1]).expand(len(latents))
-        return base.process.add_noise(latents, noise(), time)
-    return scheduler.add_noise(latents, noise(), times[:1])
-
-
-def _pixels(picture: Image.Image, width: int, height: int) -> Tensor:
-    """(1, 3, H, W) in [-1, 1]."""
-    if picture.size != (width, height):
-        raise UserError(f"the initial picture is {picture.width}x{picture.height} pixels, not {width}x{height}",
-                        fix="fit it first")
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
+    states = {key: encode([key]) for key in dict.fromkeys(keys)}
+    return [states[key] for key in keys]
 
 
 def _picture(pixels: Tensor) -> Image.Image:

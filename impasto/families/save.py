@@ -11,7 +11,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, write_json
 from impasto.families.base import Base
-from impasto.families.networks import config_of
+from impasto.families.networks import config_of, kind_of
 from impasto.formats.configs import CONFIGS, FamilyConfig
 from impasto.formats.written import holds, save_tensors
 
@@ -29,14 +29,13 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
     """
     table: FamilyConfig = CONFIGS.get(base.family)
     index: dict[str, object] = {
-        "_class_name": table.pipelines[""], "_diffusers_version": "0.39.0", "requires_safety_checker": False,
-        **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")},
+        "_class_name": table.pipelines[base.variant], "_diffusers_version": "0.39.0", **table.index,
         "scheduler": ["diffusers", base.scheduler.get("_class_name", table.scheduler["_class_name"])]}
     with atomic_folder(path, replace=replace) as folder:
         for name, network in base.components.items():
             stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
             (folder / name).mkdir()
-            write_json(folder / name / "config.json", config_of(name, network))
+            write_json(folder / name / "config.json", config_of(network))
             tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in
                        _weights(base, name, changed).items() if not key.endswith("position_ids")}
             file = folder / name / f"{stem}.safetensors"
@@ -44,7 +43,7 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
             if not holds(file, tensors):
                 raise UserError(f"its {name} was written and reads back as something else", where=path,
                                 fix="the disk is failing: save to another one")
-            index[name] = ["transformers" if name.startswith("text") else "diffusers", table.parts[name].classes[0]]
+            index[name] = ["transformers" if name.startswith("text") else "diffusers", kind_of(network)]
         index |= base.save_tools(folder)
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", base.scheduler or dict(table.scheduler))

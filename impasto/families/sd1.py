@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast, final
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from transformers import CLIPTokenizer
 
-from impasto.core.errors import UserError
 from impasto.families import clip
 from impasto.families.base import Caption, TextStates
 from impasto.families.networks import ClipText
-from impasto.families.tokenizer import clip_tokenizer, write_tokenizer
+from impasto.families.tokenizer import write_tokenizer
 from impasto.families.tokens import Vocabulary
 from impasto.families.unet_base import UNetBase
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from impasto.formats.checkpoint import Checkpoint
 
 
-@final
 @dataclass(kw_only=True)
 class SD1(UNetBase):
     """Stable Diffusion 1.x. Text states: "states" (B, n·77, 768) for captions of up to n chunks."""
@@ -35,21 +33,11 @@ class SD1(UNetBase):
 
     @classmethod
     def tools(cls, checkpoints: Mapping[str, Checkpoint], clip_skip: int) -> dict[str, Any]:
-        return {"tokenizer": clip_tokenizer(checkpoints["text_encoder"].tokenizer), "clip_skip": clip_skip}
+        return {"tokenizer": clip.tokenizer_of(checkpoints["text_encoder"], cls.family), "clip_skip": clip_skip}
 
     def check(self) -> None:
         super().check()
-        config = self.text_encoder.text_model.config
-        if not 0 <= self.clip_skip < config.num_hidden_layers:
-            raise UserError(f"clip_skip {self.clip_skip} leaves none of {config.num_hidden_layers} layers",
-                            where=self.source, fix=f"give 0 … {config.num_hidden_layers - 1}")
-        if len(self.tokenizer) > config.vocab_size:
-            raise UserError(f"the tokenizer knows {len(self.tokenizer)} tokens, the text encoder {config.vocab_size}",
-                            where=self.source, fix="give a folder with the tokenizer that belongs to it")
-        width = self.config("unet").cross_attention_dim
-        if width != config.hidden_size:
-            raise UserError(f"the text encoder makes {config.hidden_size} channels, the UNet wants {width}",
-                            where=self.source, fix="its components are of different models")
+        self.check_text({"text_encoder": self.tokenizer}, self.clip_skip)
 
     @property
     def text_encoder(self) -> ClipText:

@@ -24,14 +24,17 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 49_408 - 2 * 256 - 2
 
 
-def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
+def clip_tokenizer(folder: Path | None = None, pad: str = END) -> CLIPTokenizer:
     """The tokenizer of `folder` (a checkpoint's own, whatever its vocabulary), or CLIP's own without one.
+
+    `pad`: what fills CLIP's own up after the end: its mark (OpenAI), or "!", the token 0 (OpenCLIP).
 
     Raises `UserError` if the folder holds no readable CLIP tokenizer.
     """
     if folder is None:
         vocabulary, merges = clip_table()
-        return CLIPTokenizer(vocab=vocabulary, merges=cast(list[str], merges), model_max_length=77)  # pairs do
+        return CLIPTokenizer(vocab=vocabulary, merges=cast(list[str], merges), model_max_length=77,  # pairs do
+                             pad_token=pad)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):
         raise UserError("holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json)", where=folder,
@@ -69,15 +72,17 @@ def table_of(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[tuple[str, 
     return model["vocab"], [(left, right) for left, right in pairs]
 
 
-def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer | None = None) -> None:
-    """Write a tokenizer, by default CLIP's own, as the folder that diffusers and transformers, old and new, open."""
+def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer | None = None, pad: str = END) -> None:
+    """Write a tokenizer, by default CLIP's own with `pad`, as the folder that diffusers and transformers, old and new,
+    open."""
     vocabulary, merges = clip_table() if tokenizer is None else table_of(tokenizer)
     length = 77 if tokenizer is None else tokenizer.model_max_length
     with atomic_write(folder / "vocab.json") as file:
         file.write(json.dumps(vocabulary, ensure_ascii=False).encode())
     with atomic_write(folder / "merges.txt") as file:
         file.write("".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in merges)]).encode())
-    marks = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
+    pad = pad if tokenizer is None else str(tokenizer.pad_token)
+    marks = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}
     write_json(folder / "special_tokens_map.json", marks)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": length, "add_prefix_space": False,

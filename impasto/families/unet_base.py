@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.diffusion.process import process_from_scheduler_config
-from impasto.families import networks, unet_targets, vae
+from impasto.families import networks, unet_targets, vae, variants
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.families.parts import Places
+from impasto.formats.configs import CONFIGS
 
 if TYPE_CHECKING:
     from impasto.formats.checkpoint import Checkpoint
@@ -26,6 +27,8 @@ class UNetBase(Base, abc.ABC):
     """A UNet on latents that attends to text states (Rombach et al. 2022)."""
 
     denoiser_name: ClassVar[str] = "unet"
+    #: of the condition, what is told as it is, whatever precision the UNet has
+    exact: ClassVar[frozenset[str]] = frozenset()
 
     # --- loading -------------------------------------------------------------------------------------
     @classmethod
@@ -44,20 +47,19 @@ class UNetBase(Base, abc.ABC):
                 raise UserError(f"holds no {name}", where=where,
                                 fix="give a VAE with vae=FILE" if name == "vae" else "a whole checkpoint is needed")
         main = checkpoints[cls.denoiser_name]
-        if main.variant:
-            raise UserError(f"is an {main.variant} checkpoint, which is not supported", where=main.path,
-                            fix="take the plain base")
+        main.check_prediction()
         components: dict[str, nn.Module] = {}
         surplus = list(main.surplus)
         total = sum(len(checkpoints[name].names(name)) for name in names)
         with report.phase("reading weights", total, "tensors") as advance:
             for name in names:
                 source, width = checkpoints[name], vae.DTYPE if name == "vae" else dtype
+                kind = CONFIGS.get(cls.family).parts[name].classes[0]
                 if init_seed is not None:
-                    components[name] = networks.random_init(name, source.configs[name], init_seed, device=device,
+                    components[name] = networks.random_init(name, kind, source.configs[name], init_seed, device=device,
                                                             dtype=width)
                     continue
-                components[name] = networks.build(name, source.configs[name])
+                components[name] = networks.build(kind, source.configs[name])
                 surplus += networks.fill(components[name], _counted(source.tensors(name), advance),
                                          where=source.path, device=device, dtype=width)
         base = cls(components=components, process=process_from_scheduler_config(main.scheduler), source=main.path,
@@ -69,10 +71,31 @@ class UNetBase(Base, abc.ABC):
     def check(self) -> None:
         """That the components fit each other. Raises `UserError`."""
         unet, latents = self.config("unet"), self.latent_channels
-        if unet.in_channels != latents:
+        if variants.variant_of(unet.in_channels, latents) is None:
             raise UserError(f"the VAE makes {latents} channels, the UNet wants {unet.in_channels}",
                             where=self.checkpoints["vae"].path if self.checkpoints else self.source,
                             fix="take a VAE of this family")
+
+    def check_text(self, tokenizers: Mapping[str, Any], skip: int, least: int = 0) -> None:
+        """That tokenizers, text encoders and UNet fit each other, and `skip` leaves layers: `least` are never used.
+
+        Raises `UserError`.
+        """
+        width = 0
+        for name, tokenizer in tokenizers.items():
+            config = cast(Any, self.components[name]).text_model.config
+            layers, width = config.num_hidden_layers - least, width + config.hidden_size
+            if not 0 <= skip < layers:
+                raise UserError(f"clip_skip {skip} leaves none of {layers} layers", where=self.source,
+                                fix=f"give 0 … {layers - 1}")
+            if len(tokenizer) > config.vocab_size:
+                raise UserError(f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {config.vocab_size}",
+                                where=self.source, fix="give a folder with the tokenizer that belongs to it")
+        wanted = self.config("unet").cross_attention_dim
+        if width != wanted:
+            verb = "s make" if len(tokenizers) > 1 else " makes"
+            raise UserError(f"the text encoder{verb} {width} channels, the UNet wants {wanted}",
+                            where=self.source, fix="its components are of different models")
 
     def config(self, component: str) -> Any:
         """A diffusers component's config."""
@@ -104,18 +127,34 @@ class UNetBase(Base, abc.ABC):
         cast(Any, self.components["vae"]).register_to_config(scaling_factor=scale)
 
     # --- the denoiser --------------------------------------------------------------------------------
+    @property
+    def variant(self) -> str:
+        return variants.variant_of(self.config("unet").in_channels, self.latent_channels) or ""
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        return variants.EXTRAS[self.variant]
+
+    def seen(self, extras: Mapping[str, Tensor], normal: variants.Normal) -> dict[str, Tensor]:
+        return variants.seen(extras, self.latents, normal)
+
     def condition(self, text: TextStates, geometry: Geometry | None = None,
                   extras: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """The UNet's arguments beside latents and time."""
-        return {"encoder_hidden_states": text["states"]}
+        """The UNet's arguments beside latents and time, and what `variants` shows it."""
+        return {"encoder_hidden_states": text["states"], **variants.beside(self.variant, extras)}
 
     def predict(self, latents: Tensor, time: Tensor, condition: dict[str, Any]) -> Tensor:
         """The prediction, computed in the precision of the UNet's weights, in that of `latents`."""
         weight = next(self.denoiser.parameters())
-        told = {name: value.to(weight.device, weight.dtype) for name, value in condition.items()}
-        out = self.denoiser(latents.to(weight.device, weight.dtype), time.to(weight.device), **told,
-                            return_dict=False)[0]
+        x, rest = variants.joined(latents.to(weight.device, weight.dtype), condition)
+        told = {name: value.to(weight.device, None if name in self.exact else weight.dtype)
+                for name, value in rest.items()}
+        out = self.denoiser(x, time.to(weight.device), **self.arguments(told), return_dict=False)[0]
         return out.to(latents.dtype)
+
+    def arguments(self, condition: dict[str, Any]) -> dict[str, Any]:
+        """What the condition is to diffusers' UNet."""
+        return condition
 
     def targets(self, word: str) -> list[str]:
         """See `unet_targets` for the exact set that each word names."""

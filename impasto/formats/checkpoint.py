@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from impasto.core.errors import UserError
+from impasto.core.errors import UserError, nearest
 from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.detect import Detected, detect_names, family_of_folder, variant_of
-from impasto.formats.ldm import Entry
+from impasto.formats.entries import Entry
 from impasto.formats.probe import read_json
 from impasto.formats.tensor_files import NoTensors, TensorFile, open_tensors
 
@@ -42,12 +42,47 @@ PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_p
 MOST_TENSORS = 20_000
 
 
+class Place(NamedTuple):
+    """Where a tensor is: the key of the file's tensor, the shape it has itself, and how it lies in there (`Entry`)."""
+
+    key: str
+    shape: tuple[int, ...]
+    piece: tuple[int, int] = (0, 1)
+    how: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the file's tensor itself."""
+        return self.piece == (0, 1) and not self.how
+
+    def out_of(self, tensor: Tensor) -> Tensor:
+        """The tensor itself, a view where one will do."""
+        index, count = self.piece
+        if count > 1:
+            tensor = tensor.chunk(count)[index]
+        return turned(tensor, self.how).reshape(self.shape)
+
+
+def turned(tensor: Tensor, how: str) -> Tensor:
+    """Between the two layouts, in either direction: see `Entry`."""
+    if how == "halves":
+        return torch.cat(tensor.chunk(2)[::-1])
+    return tensor.T if how == "turned" else tensor
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a component's tensors are: `places` is diffusers' name -> key in the file and shape of the tensor."""
+    """Where a component's tensors are, by diffusers' names."""
 
     file: TensorFile
-    places: dict[str, tuple[str, tuple[int, ...]]]
+    places: dict[str, Place]
+
+    def owners(self) -> dict[str, list[str]]:
+        """The file's keys, and the names of the tensors in each, in the order in which they lie there."""
+        found: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            found.setdefault(place.key, []).append(name)
+        return {key: sorted(names, key=lambda name: self.places[name].piece) for key, names in found.items()}
 
 
 @dataclass(frozen=True)
@@ -55,7 +90,8 @@ class Checkpoint:
     """A checkpoint whose tensors are still on the disk, named as in diffusers (a text encoder's with `text_model.`).
 
     `configs`: each component's configuration in diffusers' or transformers' terms. `scheduler`: the noise process,
-    as a diffusers scheduler's configuration. `surplus`: keys that no component takes. `tokenizer`: the folder's own.
+    as a diffusers scheduler's configuration; without `prediction_type` where nothing tells it. `surplus`: keys that no
+    component takes; `unused`: those that belong there, and that nothing computes with. `tokenizers`: the folder's own.
     `family` is "" for a VAE alone, which does not tell; `variant`: "inpainting", "instruct-pix2pix" or "".
     """
 
@@ -66,7 +102,8 @@ class Checkpoint:
     scheduler: dict[str, Any]
     sources: dict[str, Source]
     surplus: list[str] = field(default_factory=list)
-    tokenizer: Path | None = None
+    unused: list[str] = field(default_factory=list)
+    tokenizers: dict[str, Path] = field(default_factory=dict)
     variant: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -74,28 +111,62 @@ class Checkpoint:
     def components(self) -> tuple[str, ...]:
         return tuple(self.sources)
 
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the pictures that the denoiser was made for; 0 where that is not told."""
+        denoiser = self.configs.get("unet") or self.configs.get("transformer") or {}
+        halvings = len(self.configs.get("vae", {}).get("block_out_channels", ())) - 1
+        size = denoiser.get("sample_size")
+        return size * 2**halvings if isinstance(size, int) and halvings >= 0 else 0
+
+    def predicting(self, kind: str | None) -> Checkpoint:
+        """The checkpoint with the kind of prediction that somebody told, if any. Raises `UserError`."""
+        if kind is None:
+            return self
+        if kind not in PREDICTIONS:
+            raise UserError(f"there is no kind of prediction {kind!r}", fix=nearest(kind, PREDICTIONS))
+        told = {**self.scheduler, "prediction_type": PREDICTIONS[kind]}
+        configs = self.configs if self.layout != "ldm" else _sized(self.configs, told, CONFIGS.get(self.family))
+        return replace(self, scheduler=told, configs=configs)
+
+    def check_prediction(self) -> None:
+        """Raise a `UserError` where nothing tells what the network predicts."""
+        if self.scheduler and "prediction_type" not in self.scheduler and \
+                "Flow" not in str(self.scheduler.get("_class_name")):
+            raise UserError("does not tell whether its network predicts the noise or the velocity", where=self.path,
+                            fix="say epsilon (SD 2 base, of 512 pixels) or v_prediction (of 768), as --prediction "
+                            "or base.prediction")
+
     def names(self, component: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each tensor, by name. No tensor is read."""
         source = self.sources[component]
-        return {name: (shape, source.file.dtype(key)) for name, (key, shape) in source.places.items()}
+        return {name: (place.shape, source.file.dtype(place.key)) for name, place in source.places.items()}
 
     def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, one at a time, mapped from the file in the file's type; not in the order of `names`."""
         source = self.sources[component]
-        names = {key: name for name, (key, _) in source.places.items()}
-        for key, tensor in source.file.read(key for key in source.file.shapes if key in names):
-            yield names[key], tensor.reshape(source.places[names[key]][1])
+        owners = source.owners()
+        for key, tensor in source.file.read(key for key in source.file.shapes if key in owners):
+            for name in owners[key]:
+                yield name, source.places[name].out_of(tensor)
+
+    def tensor(self, component: str, name: str) -> Tensor:
+        """One tensor, mapped from the file in the file's type."""
+        source = self.sources[component]
+        ((_, tensor),) = source.file.read([source.places[name].key])
+        return source.places[name].out_of(tensor)
 
     def files(self, component: str) -> list[Path]:
         """The files that hold the component, sorted."""
         source = self.sources[component]
-        return source.file.files(key for key, _ in source.places.values())
+        return source.file.files(place.key for place in source.places.values())
 
 
-def open_checkpoint(path: Path | str, *, weights: bool = True) -> Checkpoint:
+def open_checkpoint(path: Path | str, *, weights: bool = True, family: str = "") -> Checkpoint:
     """Open a single file (.safetensors, .ckpt) or a diffusers folder; also a VAE alone, in either layout.
 
-    Without `weights` the configurations are all that is wanted, and a folder need hold no more.
+    Without `weights` the configurations are all that is wanted, and a folder need hold no more. `family`: whose VAE it
+    is, if it is one alone, which does not tell its scale.
 
     Raises `UserError` in one line: no such file, damaged, not a checkpoint, of a family that is not read,
     tensors missing or of a wrong shape. Surplus tensors are listed, not refused.
@@ -106,7 +177,7 @@ def open_checkpoint(path: Path | str, *, weights: bool = True) -> Checkpoint:
     file = open_tensors(path)
     found = detect_names(file.shapes, file.metadata)
     if found.kind == "vae":
-        return _open_vae(path, file, found)
+        return _open_vae(path, file, found, family)
     if found.kind not in ("checkpoint", "unet") or found.layout != "ldm":
         raise UserError(f"is {found.title}, not a checkpoint", where=path,
                         fix="a base is a single file with UNet, VAE and text encoder, or a diffusers folder")
@@ -130,6 +201,7 @@ def _open_single(path: Path, file: TensorFile, found: Detected, table: FamilyCon
     bare = any(key.startswith("input_blocks.") for key in rest)  # a UNet alone, without prefix
     configs: dict[str, dict[str, Any]] = {}
     sources: dict[str, Source] = {}
+    unused: list[str] = []
     for name, part in table.parts.items():
         prefix = "" if bare and name == "unet" else part.prefix
         spelled = _spelled((key for key in rest if key.startswith(prefix)), prefix, part.ldm_spelling)
@@ -137,17 +209,19 @@ def _open_single(path: Path, file: TensorFile, found: Detected, table: FamilyCon
             continue
         configs[name] = _derived(path, name, part, spelled, file)
         sources[name] = _place(path, name, part, configs[name], spelled, file, ldm=True)
-        for key, _ in sources[name].places.values():
+        for key in sources[name].owners():
             del rest[key]
+        unused += [key for extra in part.extras(configs[name]) if (key := prefix + extra.ldm) in rest]
+    marks, scheduler = ("v_pred", "ztsnr"), _scheduler(path, file, table)
     return Checkpoint(
-        path=path, family=table.name, layout="ldm", configs=configs, scheduler=_scheduler(path, file, table),
-        sources=sources, surplus=[key for key in rest if not key.endswith("position_ids")], variant=found.variant,
-        metadata=file.metadata)
+        path=path, family=table.name, layout="ldm", configs=_sized(configs, scheduler, table), scheduler=scheduler,
+        sources=sources, variant=found.variant, metadata=file.metadata, unused=unused,
+        surplus=[key for key in rest if not key.endswith("position_ids") and key not in (*unused, *marks)])
 
 
-def _open_vae(path: Path, file: TensorFile, found: Detected) -> Checkpoint:
+def _open_vae(path: Path, file: TensorFile, found: Detected, family: str) -> Checkpoint:
     """A VAE alone. One in diffusers' names and without a config.json beside it is taken for the published one."""
-    table: FamilyConfig = CONFIGS.get("sd1")  # all families read here have this network
+    table: FamilyConfig = CONFIGS.get(family or "sd1")
     part = table.parts["vae"]
     ldm = found.layout == "ldm"
     prefix = part.prefix if ldm and any(key.startswith(part.prefix) for key in file.shapes) else ""
@@ -181,13 +255,28 @@ def _recorded(path: Path, name: str, part: Part, metadata: Mapping[str, str]) ->
     try:
         told = json.loads(metadata.get("impasto.config", "{}")).get(name, {})
         kinds = {key: type(part.config[key]) for key in part.untold}
-        good = all(type(value) is kinds[key] and (kinds[key] is str or value > 0) for key, value in told.items())
+        good = all(type(value) is kinds[key] and (kinds[key] is str or min(_listed(value)) > 0)
+                   for key, value in told.items())
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
         raise UserError(f"has metadata impasto.config that cannot be read for its {name}", where=path,
                         fix="known settings: " + ", ".join(part.untold))
     return told
+
+
+def _sized(configs: dict[str, dict[str, Any]], scheduler: Mapping[str, Any], table: FamilyConfig
+           ) -> dict[str, dict[str, Any]]:
+    """The configurations, with the size that networks of velocity have in this family."""
+    usual = table.parts["unet"].config.get("sample_size") if "unet" in table.parts else None
+    if table.velocity_size and scheduler.get("prediction_type") == "v_prediction" and "unet" in configs \
+            and configs["unet"].get("sample_size") == usual:
+        return {**configs, "unet": {**configs["unet"], "sample_size": table.velocity_size}}
+    return configs
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _scheduler(path: Path, file: TensorFile, table: FamilyConfig) -> dict[str, Any]:
@@ -227,12 +316,16 @@ def _open_folder(path: Path, weights: bool) -> Checkpoint:
         configs[name], sources[name] = _read_component(path / name, name, part, weights)
         surplus += [f"{name}.{key}" for key in _unused(sources[name])]
     scheduler = path / "scheduler" / "scheduler_config.json"
-    tokenizer = path / "tokenizer"
     return Checkpoint(
         path=path, family=table.name, layout="diffusers", configs=configs,
-        scheduler=read_json(scheduler) if scheduler.exists() else dict(table.scheduler), sources=sources,
-        surplus=surplus, tokenizer=tokenizer if tokenizer.is_dir() else None,
+        scheduler=_told(read_json(scheduler)) if scheduler.exists() else dict(table.scheduler), sources=sources,
+        surplus=surplus, tokenizers={name: path / name for name in table.tokenizers if (path / name).is_dir()},
         variant=variant_of(configs.get("unet", {}).get("in_channels")))
+
+
+def _told(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """A folder's scheduler; where a discrete one does not say what is predicted, it is the noise, as in diffusers."""
+    return scheduler if "Flow" in str(scheduler.get("_class_name")) else {"prediction_type": "epsilon"} | scheduler
 
 
 def _open_component(path: Path) -> Checkpoint:
@@ -275,7 +368,7 @@ def _spelled(keys: Iterable[str], prefix: str, spelling: Callable[[str], str]) -
 def _place(path: Path, name: str, part: Part, config: Mapping[str, Any], spelled: Mapping[str, str],
            file: TensorFile, *, ldm: bool) -> Source:
     """Find every tensor that the configuration wants. `UserError` for those missing, or of another shape."""
-    places: dict[str, tuple[str, tuple[int, ...]]] = {}
+    places: dict[str, Place] = {}
     missing: list[str] = []
     wrong: list[str] = []
     for entry in _entries(path, part, config):
@@ -283,10 +376,10 @@ def _place(path: Path, name: str, part: Part, config: Mapping[str, Any], spelled
         key = spelled.get(wanted)
         if key is None:
             missing.append(wanted)
-        elif _squeezed(file.shapes[key]) != _squeezed(entry.shape):
-            wrong.append(f"{key} is {file.shapes[key]}, where {entry.shape} belongs")
+        elif _squeezed(file.shapes[key]) != _squeezed(shape := entry.ldm_shape if ldm else entry.shape):
+            wrong.append(f"{key} is {file.shapes[key]}, where {shape} belongs")
         else:
-            places[entry.name] = (key, entry.shape)
+            places[entry.name] = Place(key, entry.shape, entry.piece, entry.how) if ldm else Place(key, entry.shape)
     if missing:
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         total = len(missing) + len(wrong) + len(places)
@@ -324,7 +417,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _unused(source: Source) -> list[str]:
     """The file's keys that the component does not take."""
-    taken = {key for key, _ in source.places.values()}
+    taken = {place.key for place in source.places.values()}
     return [key for key in source.file.shapes if key not in taken and not key.endswith("position_ids")]
 
 

@@ -1,9 +1,7 @@
-"""The names of Stable Diffusion's networks in two layouts: the original one (LDM) and diffusers'.
+"""The names of UNets and VAEs in two layouts: the original one (LDM) and diffusers'.
 
-Each network is walked once, layer by layer, from its configuration; the walk gives every tensor's name and
-shape in both layouts. All else follows from that one table: translation in both directions, what is
-missing, what has a wrong shape, what is surplus. `*_config` go the other way, from the shapes of an LDM file
-to the configuration. Any number of levels, layers and channels will do, so miniatures are read too.
+`*_config` go the other way, from the shapes of an LDM file to the configuration. Any number of levels, layers and
+channels will do, so miniatures are read too.
 
 LDM: github.com/CompVis/latent-diffusion, `openaimodel.py` (UNet) and `model.py` (autoencoder).
 """
@@ -12,33 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from impasto.core.errors import UserError
-
-Shape = tuple[int, ...]
-Config = Mapping[str, Any]
-
-
-class Entry(NamedTuple):
-    """One tensor. They differ in shape where LDM has a 1×1 convolution and diffusers a linear layer."""
-
-    name: str
-    shape: Shape
-    ldm: str
-    ldm_shape: Shape
-
-
-def _layer(name: str, ldm: str, shape: Shape, bias: bool = True, ldm_shape: Shape = ()) -> Iterator[Entry]:
-    """The weight of a layer, and its bias."""
-    yield Entry(f"{name}.weight", shape, f"{ldm}.weight", ldm_shape or shape)
-    if bias:
-        yield Entry(f"{name}.bias", shape[:1], f"{ldm}.bias", shape[:1])
-
-
-def _conv(name: str, ldm: str, into: int, out: int, k: int = 3) -> Iterator[Entry]:
-    return _layer(name, ldm, (out, into, k, k))
-
+from impasto.formats.entries import Config, Entry, Shape, conv_entries, layer_entries, numbers, refuse_unknown, shape_of
 
 # --- the UNet --------------------------------------------------------------------------------------------
 
@@ -51,12 +26,12 @@ VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "co
 #: settings of diffusers' UNet that change its tensors, and the values that are understood here
 UNET_PLAIN: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,), "num_class_embeds": (None,), "time_cond_proj_dim": (None,),
-    "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "addition_embed_type": (None,),
+    "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",), "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
     "resnet_time_scale_shift": ("default",), "dual_cross_attention": (False,), "conv_in_kernel": (3,),
     "conv_out_kernel": (3,), "only_cross_attention": (False,), "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,), "resnet_out_scale_factor": (1, 1.0), "cross_attention_norm": (None,),
-    "reverse_transformer_layers_per_block": (None,), "addition_time_embed_dim": (None,),
+    "reverse_transformer_layers_per_block": (None,),
     "class_embeddings_concat": (False,), "mid_block_only_cross_attention": (None, False),
     "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
 }
@@ -65,7 +40,7 @@ UNET_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpB
 
 def unet_entries(config: Config) -> Iterator[Entry]:
     """Every tensor of a `UNet2DConditionModel` of this configuration. `UserError` for what is not known here."""
-    _refuse_unknown(config, UNET_PLAIN, "UNet")
+    refuse_unknown(config, UNET_PLAIN, "UNet")
     widths: list[int] = list(config["block_out_channels"])
     blocks, layers = list(config["down_block_types"]), config["layers_per_block"]
     if not isinstance(layers, int) or len(blocks) != len(widths):
@@ -78,9 +53,13 @@ def unet_entries(config: Config) -> Iterator[Entry]:
     depths = [depths] * len(widths) if isinstance(depths, int) else list(depths)
     embed, top = 4 * widths[0], len(widths) - 1
 
-    yield from _layer("time_embedding.linear_1", "time_embed.0", (embed, widths[0]))
-    yield from _layer("time_embedding.linear_2", "time_embed.2", (embed, embed))
-    yield from _conv("conv_in", "input_blocks.0.0", config["in_channels"], widths[0])
+    yield from layer_entries("time_embedding.linear_1", "time_embed.0", (embed, widths[0]))
+    yield from layer_entries("time_embedding.linear_2", "time_embed.2", (embed, embed))
+    if config.get("addition_embed_type"):
+        told = config["projection_class_embeddings_input_dim"]
+        yield from layer_entries("add_embedding.linear_1", "label_emb.0.0", (embed, told))
+        yield from layer_entries("add_embedding.linear_2", "label_emb.0.2", (embed, embed))
+    yield from conv_entries("conv_in", "input_blocks.0.0", config["in_channels"], widths[0])
     skips, width, index = [widths[0]], widths[0], 1
     for level, out in enumerate(widths):
         for i in range(layers):
@@ -92,7 +71,7 @@ def unet_entries(config: Config) -> Iterator[Entry]:
             skips.append(out)
             width, index = out, index + 1
         if level < top:
-            yield from _conv(f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{index}.0.op", out, out)
+            yield from conv_entries(f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{index}.0.op", out, out)
             skips.append(out)
             index += 1
     yield from _resnet("mid_block.resnets.0", "middle_block.0", width, width, UNET_RESNET, embed)
@@ -110,9 +89,9 @@ def unet_entries(config: Config) -> Iterator[Entry]:
                                         depths[level], config)
         if level > 0:
             last = f"output_blocks.{index - 1}.{2 if attends[level] else 1}"
-            yield from _conv(f"up_blocks.{block}.upsamplers.0.conv", f"{last}.conv", width, width)
-    yield from _layer("conv_norm_out", "out.0", (width,))
-    yield from _conv("conv_out", "out.2", width, config["out_channels"])
+            yield from conv_entries(f"up_blocks.{block}.upsamplers.0.conv", f"{last}.conv", width, width)
+    yield from layer_entries("conv_norm_out", "out.0", (width,))
+    yield from conv_entries("conv_out", "out.2", width, config["out_channels"])
 
 
 def _resnet(name: str, ldm: str, into: int, out: int, words: Mapping[str, str], embed: int = 0
@@ -120,22 +99,22 @@ def _resnet(name: str, ldm: str, into: int, out: int, words: Mapping[str, str], 
     def at(layer: str) -> tuple[str, str]:
         return f"{name}.{layer}", f"{ldm}.{words[layer]}"
 
-    yield from _layer(*at("norm1"), (into,))
-    yield from _conv(*at("conv1"), into, out)
+    yield from layer_entries(*at("norm1"), (into,))
+    yield from conv_entries(*at("conv1"), into, out)
     if embed:
-        yield from _layer(*at("time_emb_proj"), (out, embed))
-    yield from _layer(*at("norm2"), (out,))
-    yield from _conv(*at("conv2"), out, out)
+        yield from layer_entries(*at("time_emb_proj"), (out, embed))
+    yield from layer_entries(*at("norm2"), (out,))
+    yield from conv_entries(*at("conv2"), out, out)
     if into != out:
-        yield from _conv(*at("conv_shortcut"), into, out, 1)
+        yield from conv_entries(*at("conv_shortcut"), into, out, 1)
 
 
 def _transformer(name: str, ldm: str, width: int, depth: int, config: Config) -> Iterator[Entry]:
     """A spatial transformer; its inner names are the same in both layouts."""
     outer = (width, width) if config.get("use_linear_projection", False) else (width, width, 1, 1)
     context = config["cross_attention_dim"]
-    yield from _layer(f"{name}.norm", f"{ldm}.norm", (width,))
-    yield from _layer(f"{name}.proj_in", f"{ldm}.proj_in", outer)
+    yield from layer_entries(f"{name}.norm", f"{ldm}.norm", (width,))
+    yield from layer_entries(f"{name}.proj_in", f"{ldm}.proj_in", outer)
     for i in range(depth):
         inner = f"transformer_blocks.{i}"
         rows: list[tuple[str, Shape, bool]] = []
@@ -145,15 +124,15 @@ def _transformer(name: str, ldm: str, width: int, depth: int, config: Config) ->
         rows += [("ff.net.0.proj", (8 * width, width), True), ("ff.net.2", (width, 4 * width), True)]
         rows += [(f"norm{n}", (width,), True) for n in (1, 2, 3)]
         for layer, shape, bias in rows:
-            yield from _layer(f"{name}.{inner}.{layer}", f"{ldm}.{inner}.{layer}", shape, bias)
-    yield from _layer(f"{name}.proj_out", f"{ldm}.proj_out", outer)
+            yield from layer_entries(f"{name}.{inner}.{layer}", f"{ldm}.{inner}.{layer}", shape, bias)
+    yield from layer_entries(f"{name}.proj_out", f"{ldm}.proj_out", outer)
 
 
 def unet_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """What the shapes of an LDM UNet (names without prefix) tell of its configuration, in diffusers' terms."""
     first = shape_of(shapes, "input_blocks.0.0.weight", 4)
-    count = 1 + max(_numbers(shapes, r"input_blocks\.(\d{1,3})\."), default=0)
-    ends = sorted(_numbers(shapes, r"input_blocks\.(\d{1,3})\.0\.op\.weight"))
+    count = 1 + max(numbers(shapes, r"input_blocks\.(\d{1,3})\."), default=0)
+    ends = sorted(numbers(shapes, r"input_blocks\.(\d{1,3})\.0\.op\.weight"))
     bounds = [0, *ends, count]
     levels = [range(a + 1, b) for a, b in zip(bounds, bounds[1:], strict=False)]
     if len({len(level) for level in levels}) != 1 or not levels[0]:
@@ -162,7 +141,7 @@ def unet_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     depths, linear, context = [], False, 0
     for level in levels:
         attention = f"input_blocks.{level[0]}.1"
-        found = _numbers(shapes, re.escape(attention) + r"\.transformer_blocks\.(\d{1,3})\.")
+        found = numbers(shapes, re.escape(attention) + r"\.transformer_blocks\.(\d{1,3})\.")
         depths.append(1 + max(found, default=-1))
         if found:
             context = shape_of(shapes, f"{attention}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
@@ -180,10 +159,21 @@ def unet_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "cross_attention_dim": context,
         "use_linear_projection": linear,
     }
-    middle = 1 + max(_numbers(shapes, r"middle_block\.1\.transformer_blocks\.(\d{1,3})\."), default=0)
+    middle = 1 + max(numbers(shapes, r"middle_block\.1\.transformer_blocks\.(\d{1,3})\."), default=0)
     if set(depths) | {middle} != {0, 1} and set(depths) | {middle} != {1}:
         config["transformer_layers_per_block"] = [*(depth or 1 for depth in depths[:-1]), depths[-1] or middle]
+    if "label_emb.0.0.weight" in shapes:
+        config["projection_class_embeddings_input_dim"] = shape_of(shapes, "label_emb.0.0.weight", 2)[1]
     return config
+
+
+def unet_config_of_64(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """As `unet_config`, of a UNet whose attention heads have 64 channels each: of SD 2 and SDXL.
+
+    diffusers says `attention_head_dim` where it means their number.
+    """
+    config = unet_config(shapes)
+    return config | {"attention_head_dim": [max(1, width // 64) for width in config["block_out_channels"]]}
 
 
 # --- the VAE ---------------------------------------------------------------------------------------------
@@ -198,14 +188,14 @@ VAE_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 
 def vae_entries(config: Config) -> Iterator[Entry]:
     """Every tensor of an `AutoencoderKL` of this configuration. `UserError` for what is not known here."""
-    _refuse_unknown(config, VAE_PLAIN, "VAE")
+    refuse_unknown(config, VAE_PLAIN, "VAE")
     for kind in (*config["down_block_types"], *config["up_block_types"]):
         if kind not in ("DownEncoderBlock2D", "UpDecoderBlock2D"):
             raise UserError(f"has a VAE with the block {kind}, which is not supported")
     widths, layers = list(config["block_out_channels"]), config["layers_per_block"]
     latent, top = config["latent_channels"], len(widths) - 1
 
-    yield from _conv("encoder.conv_in", "encoder.conv_in", config["in_channels"], widths[0])
+    yield from conv_entries("encoder.conv_in", "encoder.conv_in", config["in_channels"], widths[0])
     width = widths[0]
     for level, out in enumerate(widths):
         block, ldm = f"encoder.down_blocks.{level}", f"encoder.down.{level}"
@@ -213,12 +203,12 @@ def vae_entries(config: Config) -> Iterator[Entry]:
             yield from _resnet(f"{block}.resnets.{i}", f"{ldm}.block.{i}", width, out, VAE_RESNET)
             width = out
         if level < top:
-            yield from _conv(f"{block}.downsamplers.0.conv", f"{ldm}.downsample.conv", out, out)
+            yield from conv_entries(f"{block}.downsamplers.0.conv", f"{ldm}.downsample.conv", out, out)
     yield from _vae_middle("encoder", width)
     yield from _vae_end("encoder", width, 2 * latent)
-    yield from _conv("quant_conv", "quant_conv", 2 * latent, 2 * latent, 1)
-    yield from _conv("post_quant_conv", "post_quant_conv", latent, latent, 1)
-    yield from _conv("decoder.conv_in", "decoder.conv_in", latent, width)
+    yield from conv_entries("quant_conv", "quant_conv", 2 * latent, 2 * latent, 1)
+    yield from conv_entries("post_quant_conv", "post_quant_conv", latent, latent, 1)
+    yield from conv_entries("decoder.conv_in", "decoder.conv_in", latent, width)
     yield from _vae_middle("decoder", width)
     for up, level in enumerate(range(top, -1, -1)):
         block, ldm, out = f"decoder.up_blocks.{up}", f"decoder.up.{level}", widths[level]
@@ -226,7 +216,7 @@ def vae_entries(config: Config) -> Iterator[Entry]:
             yield from _resnet(f"{block}.resnets.{i}", f"{ldm}.block.{i}", width, out, VAE_RESNET)
             width = out
         if level > 0:
-            yield from _conv(f"{block}.upsamplers.0.conv", f"{ldm}.upsample.conv", out, out)
+            yield from conv_entries(f"{block}.upsamplers.0.conv", f"{ldm}.upsample.conv", out, out)
     yield from _vae_end("decoder", width, config["out_channels"])
 
 
@@ -234,76 +224,29 @@ def _vae_middle(half: str, width: int) -> Iterator[Entry]:
     yield from _resnet(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1", width, width, VAE_RESNET)
     for ldm, name in VAE_ATTENTION.items():
         linear = () if ldm == "norm" else (width,)
-        yield from _layer(f"{half}.mid_block.attentions.0.{name}", f"{half}.mid.attn_1.{ldm}",
+        yield from layer_entries(f"{half}.mid_block.attentions.0.{name}", f"{half}.mid.attn_1.{ldm}",
                           (width, *linear), ldm_shape=(width, *linear, 1, 1) if linear else ())
     yield from _resnet(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2", width, width, VAE_RESNET)
 
 
 def _vae_end(half: str, width: int, out: int) -> Iterator[Entry]:
-    yield from _layer(f"{half}.conv_norm_out", f"{half}.norm_out", (width,))
-    yield from _conv(f"{half}.conv_out", f"{half}.conv_out", width, out)
+    yield from layer_entries(f"{half}.conv_norm_out", f"{half}.norm_out", (width,))
+    yield from conv_entries(f"{half}.conv_out", f"{half}.conv_out", width, out)
 
 
 def vae_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """What the shapes of an LDM VAE (names without prefix) tell of its configuration, in diffusers' terms."""
-    levels = 1 + max(_numbers(shapes, r"encoder\.down\.(\d{1,3})\."), default=0)
+    levels = 1 + max(numbers(shapes, r"encoder\.down\.(\d{1,3})\."), default=0)
     return {
         "in_channels": shape_of(shapes, "encoder.conv_in.weight", 4)[1],
         "out_channels": shape_of(shapes, "decoder.conv_out.weight", 4)[0],
         "latent_channels": shape_of(shapes, "decoder.conv_in.weight", 4)[1],
         "block_out_channels": [shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0]
                                for level in range(levels)],
-        "layers_per_block": 1 + max(_numbers(shapes, r"encoder\.down\.0\.block\.(\d{1,3})\."), default=0),
+        "layers_per_block": 1 + max(numbers(shapes, r"encoder\.down\.0\.block\.(\d{1,3})\."), default=0),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-
-
-# --- the text encoder (Hugging Face's layout in both) ----------------------------------------------------
-
-
-def clip_entries(config: Config) -> Iterator[Entry]:
-    """Every tensor of a `CLIPTextModel` of this configuration, always under `text_model.`."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    rows: list[tuple[str, Shape, bool]] = [
-        ("embeddings.token_embedding", (config["vocab_size"], width), False),
-        ("embeddings.position_embedding", (config["max_position_embeddings"], width), False),
-    ]
-    for i in range(config["num_hidden_layers"]):
-        at = f"encoder.layers.{i}"
-        rows += [(f"{at}.self_attn.{p}_proj", (width, width), True) for p in ("q", "k", "v", "out")]
-        rows += [(f"{at}.layer_norm1", (width,), True), (f"{at}.layer_norm2", (width,), True)]
-        rows += [(f"{at}.mlp.fc1", (inner, width), True), (f"{at}.mlp.fc2", (width, inner), True)]
-    rows.append(("final_layer_norm", (width,), True))
-    for layer, shape, bias in rows:
-        yield from _layer(f"text_model.{layer}", f"text_model.{layer}", shape, bias)
-
-
-def clip_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """What the shapes of a text encoder (names with `text_model.`) tell of its configuration.
-
-    OpenAI's CLIPs have heads of 64 channels.
-    """
-    vocabulary, width = shape_of(shapes, "text_model.embeddings.token_embedding.weight", 2)
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "projection_dim": width,
-        "max_position_embeddings": shape_of(shapes, "text_model.embeddings.position_embedding.weight", 2)[0],
-        "intermediate_size": shape_of(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        "num_hidden_layers": 1 + max(_numbers(shapes, r"text_model\.encoder\.layers\.(\d{1,3})\."), default=0),
-        "num_attention_heads": max(1, width // 64),
-    }
-
-
-# --- spellings -------------------------------------------------------------------------------------------
-
-
-def clip_spelling(name: str) -> str:
-    """A text encoder's tensor as it is spelled here: some files, and transformers from 5.6, omit `text_model.`"""
-    if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
-        return f"text_model.{name}"
-    return name
 
 
 def vae_spelling(name: str) -> str:
@@ -311,32 +254,3 @@ def vae_spelling(name: str) -> str:
     head, middle, tail = name.partition(".attentions.0.")
     layer, _, leaf = tail.rpartition(".")
     return f"{head}{middle}{VAE_OLD_ATTENTION[layer]}.{leaf}" if layer in VAE_OLD_ATTENTION else name
-
-
-def plain_spelling(name: str) -> str:
-    """The name as it is."""
-    return name
-
-
-# --- shared ----------------------------------------------------------------------------------------------
-
-
-def shape_of(shapes: Mapping[str, Shape], name: str, dimensions: int) -> Shape:
-    """The shape of a tensor that the configuration cannot be told without. `UserError` if it is not there."""
-    shape = shapes.get(name)
-    if shape is None or len(shape) != dimensions or 0 in shape:
-        raise UserError(f"lacks the tensor {name}" if shape is None else
-                        f"has a tensor {name} of shape {tuple(shape)}, where {dimensions} dimensions belong")
-    return shape
-
-
-def _numbers(shapes: Mapping[str, Shape], pattern: str) -> set[int]:
-    """The numbers that stand at the group of `pattern` in the names."""
-    compiled = re.compile(pattern)
-    return {int(match[1]) for name in shapes if (match := compiled.match(name))}
-
-
-def _refuse_unknown(config: Config, plain: Mapping[str, tuple[Any, ...]], noun: str) -> None:
-    for key, values in plain.items():
-        if key in config and config[key] not in values:
-            raise UserError(f"has a {noun} with {key} = {config[key]!r}, which is not supported")

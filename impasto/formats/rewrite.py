@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, atomic_write, require_space
 from impasto.core.progress import SILENT, Advance, Reporter
-from impasto.formats.checkpoint import Checkpoint
+from impasto.formats.checkpoint import Checkpoint, Place, turned
 from impasto.formats.header import dtype_name, header_bytes
 from impasto.formats.tensor_files import Shards, TensorFile
 
@@ -28,13 +28,21 @@ from impasto.formats.tensor_files import Shards, TensorFile
 Change = Callable[[str, str, Tensor], Tensor | None]
 
 
+class Owner(NamedTuple):
+    """A tensor in a file's one."""
+
+    component: str
+    name: str
+    place: Place
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One file to be: for each of its keys the component and name of the tensor (None: it is no component's), its shape
-    and type there, in the order in which they are best read."""
+    """One file to be: for each of its keys the tensors in it (none: it is no component's), its shape and type there, in
+    the order in which they are best read."""
 
     file: TensorFile
-    keys: dict[str, tuple[tuple[str, str] | None, tuple[int, ...], torch.dtype]]
+    keys: dict[str, tuple[tuple[Owner, ...], tuple[int, ...], torch.dtype]]
 
     @property
     def bytes(self) -> int:
@@ -79,10 +87,10 @@ def rewrite(checkpoint: Checkpoint, out: Path, change: Change, *, dtype: torch.d
 def planned(checkpoint: Checkpoint, components: tuple[str, ...] | list[str], dtype: torch.dtype | None,
             own: bool = False) -> Plan:
     """What the file of these components holds: all of the file that they share, or with `own` their own alone."""
-    owners = {key: (component, name) for component in components
-              for name, (key, _) in checkpoint.sources[component].places.items()}
+    owners = {key: tuple(Owner(component, name, source.places[name]) for name in names) for component in components
+              for source in [checkpoint.sources[component]] for key, names in source.owners().items()}
     file = checkpoint.sources[components[0]].file
-    keys = {key: (owners.get(key), shape, kept(file.dtype(key), dtype)) for key, shape in file.shapes.items()
+    keys = {key: (owners.get(key, ()), shape, kept(file.dtype(key), dtype)) for key, shape in file.shapes.items()
             if key in owners or not own}
     return Plan(file, keys)
 
@@ -98,19 +106,30 @@ def write_plan(file: IO[bytes], plan: Plan, change: Change, metadata: Mapping[st
     head, order = plan.header(metadata)
     file.write(head)
     for key, tensor in ordered(plan.file, order):
-        owner, shape, dtype = plan.keys[key]
-        file.write(raw(finished(key, tensor, owner, change, dtype, where)))
+        owners, shape, dtype = plan.keys[key]
+        file.write(raw(finished(key, tensor, owners, change, dtype, where)))
         advance(math.prod(shape) * dtype.itemsize)
 
 
-def finished(key: str, tensor: Tensor, owner: tuple[str, str] | None, change: Change, dtype: torch.dtype,
-             where: Path) -> Tensor:
-    """A tensor as it is to be stored."""
-    changed = None if owner is None else change(*owner, tensor)
-    if changed is None:
+def finished(key: str, tensor: Tensor, owners: tuple[Owner, ...], change: Change, dtype: torch.dtype, where: Path
+             ) -> Tensor:
+    """A tensor as it is to be stored, all that it holds changed."""
+    parts = [place.out_of(tensor) for _, _, place in owners]
+    changed = [change(component, name, part) for (component, name, _), part in zip(owners, parts, strict=True)]
+    if all(part is None for part in changed):
         return cast(key, tensor, tensor, dtype, where)
-    assert changed.numel() == tensor.numel(), (key, changed.shape, tensor.shape)
-    return cast(key, changed, tensor, dtype, where)
+    wide = next(new.dtype for new in changed if new is not None)
+    laid = []
+    for owner, part, new in zip(owners, parts, changed, strict=True):
+        assert new is None or new.numel() == part.numel(), (key, new.shape, part.shape)
+        laid.append((part.to(wide) if new is None else new.reshape(part.shape), owner.place.how))
+    return cast(key, together(laid), tensor, dtype, where)
+
+
+def together(parts: Sequence[tuple[Tensor, str]]) -> Tensor:
+    """The file's tensor that holds these, each with the way in which it lies there (`Entry`), in their order."""
+    laid = [turned(part, how) for part, how in parts]
+    return laid[0] if len(laid) == 1 else torch.cat(laid)
 
 
 def cast(key: str, tensor: Tensor, origin: Tensor, dtype: torch.dtype, where: Path) -> Tensor:
@@ -175,16 +194,15 @@ def in_order(checkpoint: Checkpoint, component: str, dtype: torch.dtype | None =
     """A component's tensors in the order in which `rewrite` comes to them."""
     folder = checkpoint.path.is_dir()
     plan = planned(checkpoint, [component] if folder else checkpoint.components, dtype, own=folder)
-    owners = (plan.keys[key][0] for key in plan.header({})[1])
-    return [owner[1] for owner in owners if owner is not None and owner[0] == component]
+    return [owner.name for key in plan.header({})[1] for owner in plan.keys[key][0] if owner.component == component]
 
 
 def lockstep(checkpoint: Checkpoint, component: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a component in the order of `names`, each as it is asked for."""
     source = checkpoint.sources[component]
-    keys = [source.places[name][0] for name in names]
+    keys = [source.places[name].key for name in names]
     for name, (_, tensor) in zip(names, ordered(source.file, keys), strict=True):
-        yield name, tensor.reshape(source.places[name][1])
+        yield name, source.places[name].out_of(tensor)
 
 
 def ordered(file: TensorFile, keys: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -33,7 +33,7 @@ class Objective(abc.ABC):
     """Turns a batch into one loss per sample."""
 
     Options: ClassVar[type[ObjectiveOptions]]
-    #: what of a batch it looks at: pictures, captions, masks
+    #: what of a batch it looks at: pictures, captions, masks, and extras, which some denoisers are shown
     reads: ClassVar[frozenset[str]] = frozenset({"pictures", "captions"})
 
     #: whether it asks for the frozen base beside what trains

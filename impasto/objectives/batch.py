@@ -28,6 +28,7 @@ class Batch:
     labels: Tensor | None = None  # (B, K) what is known of the pictures, -1 where nothing is
     mask: Tensor | None = None  # (B, 1, h, w) what the loss of each latent cell is multiplied by
     geometry: Geometry | None = None
+    #: what the denoiser is shown beside latents (`Base.extras`): masks (B, 1, h, w), pictures' moments (B, 2C, h, w)
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:

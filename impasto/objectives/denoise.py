@@ -85,14 +85,15 @@ class Denoise(Objective):
     """The denoising loss."""
 
     Options: ClassVar[type[NoiseOptions]] = DenoiseOptions
-    reads = frozenset({"pictures", "captions", "masks"})
+    reads = frozenset({"pictures", "captions", "masks", "extras"})
 
     def loss(self, base: Base, batch: Batch, draws: Draws) -> Tensor:
         """Per-sample losses (B,), fp32, each a mean over latent cells (times `batch.mask`, where there is one)."""
         latents = self.latents(base, batch, draws)
         text = self.text(base, batch)
         noisy = self.noisy(base, latents, draws)
-        prediction = base.predict(noisy.x_t, noisy.time, base.condition(text, batch.geometry, batch.extras))
+        told = base.condition(text, batch.geometry, base.seen(batch.extras, draws.normal))
+        prediction = base.predict(noisy.x_t, noisy.time, told)
         return self.compared(base, prediction, noisy, batch)
 
     def noisy(self, base: Base, latents: Tensor, draws: Draws) -> Noisy:

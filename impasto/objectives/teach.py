@@ -71,14 +71,14 @@ class Teach(Denoise):
         chosen = [int(place * len(options.caption)) for place in draws.uniform("class caption").tolist()]
         taught = self._stacked(base, chosen, latents.device)
         own = base.encode_text([options.caption[i] for i in chosen]) if self.changing else taught
-        noisy = self.noisy(base, latents, draws)
+        noisy, extras = self.noisy(base, latents, draws), base.seen(batch.extras, draws.normal)
         # the student goes first: autocast keeps the casts of weights, and those made without gradients have none
         pictures, of_class = base.predict(
             torch.cat([noisy.x_t] * 2), torch.cat([noisy.time] * 2),
             base.condition(base.stack_text([text, own]), _twice(batch.geometry),
-                           {name: torch.cat([extra] * 2) for name, extra in batch.extras.items()})).chunk(2)
+                           {name: torch.cat([extra] * 2) for name, extra in extras.items()})).chunk(2)
         with self.alone(), torch.no_grad():
-            target = base.predict(noisy.x_t, noisy.time, base.condition(taught, batch.geometry, batch.extras))
+            target = base.predict(noisy.x_t, noisy.time, base.condition(taught, batch.geometry, extras))
         wide = torch.promote_types(of_class.dtype, torch.float32)
         apart = (of_class.to(wide) - target.to(wide)).square().flatten(1).mean(1) * noisy.weight
         return self.compared(base, pictures, noisy, batch) + options.weight * apart

@@ -107,8 +107,8 @@ def extract_to(base: Path | str, tuned: Path | str, out: Path | str, wanted: Wan
 def pairs(first: Checkpoint, second: Checkpoint, component: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, and both tensors, in the first one's order on the disk."""
     source = first.sources[component]
-    at = {key: name for name, (key, _) in source.places.items()}
-    order = [at[key] for key in source.file.shapes if key in at]
+    owners = source.owners()
+    order = [name for key in source.file.shapes for name in owners.get(key, ())]
     for (name, one), (_, other) in zip(lockstep(first, component, order), lockstep(second, component, order),
                                        strict=True):
         yield name, one, other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -17,21 +18,27 @@ from impasto.core.files import atomic_folder, atomic_write, require_space, write
 from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.families.tokenizer import clip_table, clip_tokenizer, table_of, write_tokenizer
 from impasto.formats.checkpoint import Checkpoint
-from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.configs import CONFIGS, FamilyConfig, Words
+from impasto.formats.entries import Entry
 from impasto.formats.header import dtype_name, header_bytes
-from impasto.formats.rewrite import cast, kept, lockstep, raw
+from impasto.formats.rewrite import cast, kept, lockstep, raw, together
 from impasto.toolbox.places import check_output
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the file to be: its key and shape there, its type, and where it comes from."""
+    """One tensor of the file to be: its key and shape there, its type, and what it is made of.
+
+    That is one tensor of a component, or several one below the other, each with the way in which it lies there
+    (`Entry`); or, where there are none, a number.
+    """
 
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     component: str
-    name: str
+    parts: tuple[tuple[str, str], ...]
+    value: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -47,14 +54,13 @@ def to_folder(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = 
     if lacking := [name for name in table.parts if name not in checkpoint.components]:
         raise UserError(f"holds no {' and no '.join(lacking)}, and a folder wants all networks", where=checkpoint.path,
                         fix="convert the whole checkpoint")
-    rows = {name: [Row(key, shape, kept(own, dtype), name, key) for key, (shape, own) in
+    checkpoint.check_prediction()
+    rows = {name: [Row(key, shape, kept(own, dtype), name, ((key, ""),)) for key, (shape, own) in
                    checkpoint.names(name).items()] for name in checkpoint.components}
     total = sum(row.bytes for own in rows.values() for row in own)
     require_space(out, total, "the folder")
     index: dict[str, Any] = {
-        "_class_name": table.pipelines[checkpoint.variant], "_diffusers_version": "0.39.0",
-        "requires_safety_checker": False,
-        **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}}
+        "_class_name": table.pipelines[checkpoint.variant], "_diffusers_version": "0.39.0", **table.index}
     with report.phase("writing", total, "bytes") as advance, atomic_folder(out, replace=force) as folder:
         for name in checkpoint.components:
             text = name.startswith("text")
@@ -65,9 +71,10 @@ def to_folder(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = 
             with open(folder / name / f"{'model' if text else 'diffusion_pytorch_model'}.safetensors", "wb") as file:
                 _write(file, checkpoint, rows[name], {"format": "pt"}, advance, out)
             index[name] = ["transformers" if text else "diffusers", kind]
-        if any(name.startswith("text") for name in checkpoint.components):
-            _tokenizer(checkpoint, folder / "tokenizer")
-            index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+        for name, words in table.tokenizers.items():
+            if words.component in checkpoint.components:
+                _tokenizer(checkpoint, name, words, folder / name)
+                index[name] = ["transformers", words.classes[0]]
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
         index["scheduler"] = ["diffusers", checkpoint.scheduler.get("_class_name", table.scheduler["_class_name"])]
@@ -86,6 +93,8 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
     table = _table(checkpoint)
     _check_tokenizer(checkpoint)
     metadata = {"format": "pt", **_untold(checkpoint, table)}
+    if (told := str(checkpoint.scheduler.get("prediction_type"))) != str(table.scheduler.get("prediction_type")):
+        metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(told, told)
     rows = [row for name in checkpoint.components for row in _original(checkpoint, table, name, dtype)]
     marks = _marks(checkpoint)
     require_space(out, sum(row.bytes for row in rows), "the file")
@@ -94,10 +103,22 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
 
 
 def _original(checkpoint: Checkpoint, table: FamilyConfig, name: str, dtype: torch.dtype | None) -> Iterator[Row]:
-    """A component's tensors as a single file has them."""
-    part, own = table.parts[name], checkpoint.names(name)
-    for entry in part.entries(checkpoint.configs[name]):
-        yield Row(part.prefix + entry.ldm, entry.ldm_shape, kept(own[entry.name][1], dtype), name, entry.name)
+    """A component's tensors as a single file has them, and what belongs there besides."""
+    part, own, config = table.parts[name], checkpoint.names(name), checkpoint.configs[name]
+    held: dict[str, list[Entry]] = {}
+    for entry in part.entries(config):
+        held.setdefault(entry.ldm, []).append(entry)
+    made: dict[str, Row] = {}
+    for key, entries in held.items():
+        wide = functools.reduce(torch.promote_types, (own[entry.name][1] for entry in entries))
+        made[key] = Row(part.prefix + key, entries[0].ldm_shape, kept(wide, dtype), name,
+                        tuple((entry.name, entry.how) for entry in sorted(entries, key=lambda e: e.piece)))
+    yield from made.values()
+    usual = next(iter(made.values())).dtype
+    for extra in part.extras(config):
+        like = made.get(extra.like)
+        yield Row(part.prefix + extra.ldm, extra.shape, like.dtype if like else usual, name, like.parts if like else (),
+                  extra.value)
 
 
 def _write(file: IO[bytes], checkpoint: Checkpoint, rows: list[Row], metadata: dict[str, str], advance: Advance,
@@ -107,11 +128,13 @@ def _write(file: IO[bytes], checkpoint: Checkpoint, rows: list[Row], metadata: d
     head, order = header_bytes(layout | {mark: ("F32", (0,)) for mark in marks}, metadata)
     by_key = {row.key: row for row in rows}
     ordered = [by_key[key] for key in order if key in by_key]
-    streams = {component: lockstep(checkpoint, component, [row.name for row in ordered if row.component == component])
+    streams = {component: lockstep(checkpoint, component, [part for row in ordered if row.component == component
+                                                           for part, _ in row.parts])
                for component in {row.component for row in rows}}
     file.write(head)
     for row in ordered:
-        _, tensor = next(streams[row.component])
+        parts = [(next(streams[row.component])[1], how) for _, how in row.parts]
+        tensor = together(parts) if parts else torch.full(row.shape, row.value)
         file.write(raw(cast(row.key, tensor, tensor, row.dtype, out)))
         advance(row.bytes)
 
@@ -146,19 +169,17 @@ def _marks(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Raise a `UserError` for a tokenizer of its own, whose words a single file's readers would not know."""
-    folder = checkpoint.tokenizer
-    if folder is None:
-        return
-    own = {token for token in table_of(clip_tokenizer(folder))[0]}
-    if own != clip_table()[0].keys() or (folder / "added_tokens.json").exists():
-        raise UserError("has a tokenizer of its own, for which a single file has no place", where=folder,
-                        fix="keep it as a folder")
+    for folder in checkpoint.tokenizers.values():
+        own = {token for token in table_of(clip_tokenizer(folder))[0]}
+        if own != clip_table()[0].keys() or (folder / "added_tokens.json").exists():
+            raise UserError("has a tokenizer of its own, for which a single file has no place", where=folder,
+                            fix="keep it as a folder")
 
 
-def _tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+def _tokenizer(checkpoint: Checkpoint, name: str, words: Words, folder: Path) -> None:
     """The checkpoint's own, or CLIP's."""
-    if checkpoint.tokenizer is not None:
-        shutil.copytree(checkpoint.tokenizer, folder)
+    if name in checkpoint.tokenizers:
+        shutil.copytree(checkpoint.tokenizers[name], folder)
     else:
         folder.mkdir()
-        write_tokenizer(folder)
+        write_tokenizer(folder, pad=words.pad)

@@ -120,9 +120,7 @@ def weights_of(checkpoint: Checkpoint) -> Weights:
         source = checkpoint.sources.get(component)
         if source is None or f"{inside}.weight" not in source.places:
             raise UserError(f"has no layer {layer}", where=checkpoint.path, fix="give the base of the adapter's family")
-        key, shape = source.places[f"{inside}.weight"]
-        ((_, tensor),) = source.file.read([key])
-        tensor = tensor.reshape(shape).float()
+        tensor = checkpoint.tensor(component, f"{inside}.weight").float()
         return tensor.T if names.is_embedding(layer) else tensor
 
     return weight

@@ -46,6 +46,9 @@ class BaseOptions(Section):
     init: Literal["weights", "random"] = Field("weights", description="random: path gives the networks' shapes alone, "
                                                "and their weights begin as their libraries have it.")
     family: str | None = Field(None, description="The family, where the file's own word is not enough.")
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What its network predicts, where the file does not tell. Of SD 2, whose files do not, "
+        "it is epsilon in the one of 512 pixels and v_prediction in that of 768.")
     vae: str | None = Field(None, description="Another VAE: a file or a folder.")
     clip_skip: int = Field(0, ge=0, le=11, description="Text encoder layers left out at the end; 0 is the "
                            "last layer (A1111 and kohya call that clip skip 1).")
@@ -148,6 +151,9 @@ class SampleOptions(Section):
                        "0: no previews at all.")
     steps: int = Field(25, ge=1, description="Sampler steps.")
     guidance: float = Field(7.5, ge=0, description="Classifier-free guidance (diffusers' default for SD 1.x).")
+    image_guidance: float = Field(1.5, ge=0, description="Of an instruct-pix2pix base: guidance by the picture to edit "
+                                  "(diffusers: 1.5). Such bases, and those for inpainting, draw their previews with "
+                                  "pictures of the data, held-out ones where there are any, and random holes.")
     scheduler: str = Field("dpm++2m", description="As in impasto generate --scheduler.")
     size: int | None = Field(None, ge=8, description="Side in pixels; default: data.resolution.")
     seed: int = Field(0, ge=0, description="Of the first prompt; the next ones count on.")
@@ -281,6 +287,14 @@ class Recipe(Section):
         masked = self.data is not None and any(one.mask != "none" for one in self.data.sets)
         if masked and "masks" not in OBJECTIVES.get(self.objective.kind).reads:
             raise ValueError(f"objective {self.objective.kind} looks at no masks: leave data.mask out")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _class_pictures_are_of_words(self) -> Recipe:
+        paired = self.data is not None and any(one.pairs != "none" for one in self.data.sets)
+        if paired and self.prior is not None:
+            raise ValueError("class pictures are made of no other pictures: leave [prior] out where there are "
+                             "data.pairs, or put pairs of the class into a set of their own")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -27,6 +27,7 @@ class FakeBase(Base):
     text_encoder_names = ("text_encoder",)
 
     settings: dict[str, Any] = field(default_factory=dict)
+    shows: tuple[str, ...] = ()  # what it is shown beside latents
     names: dict[str, str] = field(default_factory=lambda: {"unet": "u", "vae": "v", "text_encoder": "t"})
     encoded_pictures: int = 0
     encoded_captions: list[str] = field(default_factory=list)
@@ -51,6 +52,10 @@ class FakeBase(Base):
             self.encoded_captions.append(text)
             rows.append(torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.float32))
         return {"states": torch.stack(rows)[:, None]}
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        return self.shows
 
     def text_settings(self) -> dict[str, Any]:
         return self.settings

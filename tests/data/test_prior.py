@@ -30,7 +30,8 @@ class Sampler:
         self.dies_at: int | None = None
 
     def __call__(self, base: FakeBase, prompts: Sequence[str], negatives: Sequence[str], seeds: Sequence[int],
-                 settings: Any) -> list[Image.Image]:
+                 settings: Any, init_images: Any = None, masks: Any = None) -> list[Image.Image]:
+        assert init_images is None and masks is None
         assert list(prompts) == ["a dog"] * len(seeds) and list(negatives) == [""] * len(seeds)
         if self.dies_at is not None and len(self.seeds) >= self.dies_at:
             raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from impasto.families.load import load_base
 from impasto.families.networks import random_init
 from impasto.families.sd1 import SD1
 from impasto.families.tokenizer import clip_tokenizer
-from tests.checkpoints import component_configs, write_checkpoint
+from tests.checkpoints import KINDS, component_configs, write_checkpoint
 
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
@@ -29,7 +29,8 @@ LONG = "a very long caption about a dog, " * 12
 
 def random_sd1(clip_skip: int = 0) -> SD1:
     """A miniature SD 1.x that comes from no file."""
-    components = {name: random_init(name, config) for name, config in component_configs("sd1", "mini").items()}
+    components = {name: random_init(name, KINDS[name], config)
+                  for name, config in component_configs("sd1", "mini").items()}
     return SD1(components=components, process=process_from_scheduler_config(SCHEDULER), scheduler=SCHEDULER,
                tokenizer=TOKENIZER(), clip_skip=clip_skip)
 

@@ -91,13 +91,6 @@ def test_parts_that_are_missing(file: Path, tmp_path: Path) -> None:
     assert same(load_base(without_vae, vae=file), load_base(file))
 
 
-@pytest.mark.parametrize("variant", ["inpainting", "instruct-pix2pix"])
-def test_variants_are_told(tmp_path: Path, variant: str) -> None:
-    path = write_checkpoint(tmp_path / "v.safetensors", variant=variant)
-    with pytest.raises(UserError, match=f"is an {variant} checkpoint"):
-        load_base(path)
-
-
 @pytest.mark.parametrize("path", ["absent.safetensors", "owner/absent.safetensors", "./owner/name", "a/b/c", "/absent"])
 def test_no_such_path(path: str) -> None:
     with pytest.raises(UserError, match="no such file or folder"):

@@ -8,15 +8,15 @@ from torch import nn
 
 from impasto.core.errors import UserError
 from impasto.families.networks import build, fill, random_init
-from tests.checkpoints import component_configs
+from tests.checkpoints import KINDS, component_configs
 
 CONFIGS = component_configs("sd1", "mini")
 
 
 @pytest.mark.parametrize("component", CONFIGS)
 def test_filled_is_what_it_was_filled_with(component: str) -> None:
-    one = random_init(component, CONFIGS[component], seed=1)
-    other = build(component, CONFIGS[component])
+    one = random_init(component, KINDS[component], CONFIGS[component], seed=1)
+    other = build(KINDS[component], CONFIGS[component])
     assert all(p.is_meta for p in other.parameters())
     assert fill(other, [*one.state_dict().items(), ("surplus.weight", torch.zeros(1))]) == ["surplus.weight"]
     assert one.state_dict().keys() == other.state_dict().keys()
@@ -25,17 +25,17 @@ def test_filled_is_what_it_was_filled_with(component: str) -> None:
 
 
 def test_weights_are_taken_not_copied() -> None:
-    tensors = random_init("vae", CONFIGS["vae"]).state_dict()
-    vae = build("vae", CONFIGS["vae"])
+    tensors = random_init("vae", "AutoencoderKL", CONFIGS["vae"]).state_dict()
+    vae = build("AutoencoderKL", CONFIGS["vae"])
     fill(vae, tensors.items())
     assert all(p.data_ptr() == tensors[name].data_ptr() for name, p in vae.named_parameters())
-    half = build("vae", CONFIGS["vae"])
+    half = build("AutoencoderKL", CONFIGS["vae"])
     fill(half, tensors.items(), dtype=torch.float16)
     assert all(p.dtype == torch.float16 and not p.requires_grad for p in half.parameters())
 
 
 def test_text_encoders_paths_are_those_of_files() -> None:
-    encoder = build("text_encoder", CONFIGS["text_encoder"])
+    encoder = build("CLIPTextModel", CONFIGS["text_encoder"])
     assert all(name.startswith("text_model.") for name in encoder.state_dict())
     assert isinstance(encoder.get_submodule("text_model.encoder.layers.1.mlp.fc1"), nn.Linear)
 
@@ -43,7 +43,7 @@ def test_text_encoders_paths_are_those_of_files() -> None:
 def test_random_init_is_a_function_of_its_seed() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    one, same, other = (random_init("vae", CONFIGS["vae"], seed) for seed in (1, 1, 2))
+    one, same, other = (random_init("vae", "AutoencoderKL", CONFIGS["vae"], seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     pairs = list(zip(one.parameters(), same.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
@@ -51,11 +51,11 @@ def test_random_init_is_a_function_of_its_seed() -> None:
 
 
 def test_errors() -> None:
-    tensors = dict(random_init("vae", CONFIGS["vae"]).state_dict())
+    tensors = dict(random_init("vae", "AutoencoderKL", CONFIGS["vae"]).state_dict())
     last = list(tensors)[-1]
 
     def filled(changed: dict[str, torch.Tensor]) -> None:
-        fill(build("vae", CONFIGS["vae"]), changed.items(), where="x.safetensors")
+        fill(build("AutoencoderKL", CONFIGS["vae"]), changed.items(), where="x.safetensors")
 
     with pytest.raises(UserError, match=f"x.safetensors: tensor '{last}' is missing"):
         filled({name: t for name, t in tensors.items() if name != last})
@@ -66,6 +66,6 @@ def test_errors() -> None:
     with pytest.raises(UserError, match="not of floating point"):
         filled(tensors | {last: tensors[last].long()})
     with pytest.raises(UserError, match="describes no network"):
-        build("unet", {**CONFIGS["unet"], "down_block_types": ["NoSuchBlock"]})
+        build("UNet2DConditionModel", {**CONFIGS["unet"], "down_block_types": ["NoSuchBlock"]})
     with pytest.raises(UserError, match="describes no network"):
-        build("text_encoder", {**CONFIGS["text_encoder"], "num_attention_heads": 5})
+        build("CLIPTextModel", {**CONFIGS["text_encoder"], "num_attention_heads": 5})

@@ -16,7 +16,8 @@ from impasto.families.schedulers import SCHEDULERS
 
 
 def base(source: str | None = "models/v1-5.safetensors", clip_skip: int = 0) -> Base:
-    told = SimpleNamespace(source=source and Path(source), family="sd1", text_settings=lambda: {"clip_skip": clip_skip})
+    told = SimpleNamespace(source=source and Path(source), family="sd1", variant="",
+                           text_settings=lambda: {"clip_skip": clip_skip})
     return cast(Base, told)
 
 

@@ -10,14 +10,14 @@ import torch
 from impasto.core.errors import UserError
 from impasto.families import networks, unet_targets
 from impasto.families.sd1 import SD1
-from tests.checkpoints import component_configs
+from tests.checkpoints import KINDS, component_configs
 
 
 @pytest.fixture(scope="module")
 def real() -> dict[str, torch.nn.Module]:
     """SD 1.5's own networks, without memory."""
     configs = component_configs("sd1", "real")
-    return {name: networks.build(name, configs[name]) for name in ("unet", "text_encoder")}
+    return {name: networks.build(KINDS[name], configs[name]) for name in ("unet", "text_encoder")}
 
 
 @pytest.mark.parametrize(("word", "count"), [

@@ -23,7 +23,7 @@ from tests.formats.checkpoint_cases import COMPONENTS, TEXT, UNET, VAE, equal, o
 def test_a_single_file(single: Path, own) -> None:
     found = open_checkpoint(single)
     assert (found.family, found.layout, found.components) == ("sd1", "ldm", COMPONENTS)
-    assert found.surplus == [] and found.tokenizer is None and found.variant == ""
+    assert found.surplus == [] and found.tokenizers == {} and found.variant == ""
     assert found.scheduler["prediction_type"] == "epsilon"
     assert equal(tensors_of(found), own)
     configs = component_configs()
@@ -34,7 +34,7 @@ def test_a_single_file(single: Path, own) -> None:
 def test_a_folder(folder: Path, own) -> None:
     found = open_checkpoint(folder)
     assert (found.family, found.layout, found.components) == ("sd1", "diffusers", COMPONENTS)
-    assert found.surplus == [] and found.tokenizer == folder / "tokenizer"
+    assert found.surplus == [] and found.tokenizers == {"tokenizer": folder / "tokenizer"}
     assert found.scheduler["_class_name"] == "PNDMScheduler"
     assert equal(tensors_of(found), own)
     assert found.files("vae") == [folder / "vae/diffusion_pytorch_model.safetensors"]
@@ -248,8 +248,8 @@ def test_a_real_vae_in_diffusers_names_needs_no_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keys", "says"), [
-    (["conditioner.embedders.1.model.ln_final.weight"], "is an SDXL checkpoint, which is not supported; supp"),
-    (["cond_stage_model.model.ln_final.weight"], "is an SD 2.x checkpoint"),
+    (["conditioner.embedders.1.model.ln_final.weight"], "lacks the tensor token_embedding.weight"),
+    (["cond_stage_model.model.ln_final.weight"], "lacks the tensor token_embedding.weight"),
     (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "is an SD 3 checkpoint"),
     (["double_blocks.0.img_attn.qkv.weight"], "is a Flux checkpoint"),
     (["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"], "is an adapter, not a checkpoint"),

@@ -139,6 +139,12 @@ def test_folders(tmp_path: Path, pipeline, unet, text, family) -> None:
     assert detect(tmp_path) == Detected("checkpoint", family, "diffusers")
 
 
+def test_a_refiner_has_the_second_text_encoder_alone(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert detect(tmp_path).family == "sdxl-refiner"
+
+
 def test_other_folders(tmp_path: Path) -> None:
     assert detect(tmp_path).kind == "unknown"
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -148,18 +148,19 @@ def test_every_key_says_what_it_is() -> None:
 
 #: The list of options is an interface: a new one is added here on purpose, and none goes by accident.
 OPTIONS = {
-    "base": "adapters clip_skip download family init path vae",
-    "data": "background bad_samples brightness bucket_max bucket_min bucket_step buckets cache caption caption_dropout "
-            "caption_loss_weights caption_source caption_template caption_weights contrast doodles flip folder hue "
-            "keep_tags keep_tags_separator loss_weight mask mask_floor mask_normalised masks max_tokens "
-            "missing_captions missing_masks pictures random_crop repeats resolution resolutions rotate saturation "
-            "shards share shuffle_tags shuffle_window source tag_dropout tag_separator upscale variants wildcards "
+    "base": "adapters clip_skip download family init path prediction vae",
+    "data": "background bad_samples both_dropout brightness bucket_max bucket_min bucket_step buckets cache "
+            "caption caption_dropout caption_loss_weights caption_source caption_template caption_weights "
+            "contrast doodles flip folder hue inpaint inpaint_masks keep_tags keep_tags_separator loss_weight "
+            "mask mask_floor mask_normalised masks max_tokens missing_captions missing_masks pairs pictures "
+            "random_crop repeats resolution resolutions rotate saturation shards share shuffle_tags "
+            "shuffle_window source source_dropout sources tag_dropout tag_separator upscale variants wildcards "
             "zoom",
     "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
              "learning_rate optimizer optimizer_options power precision rates restarts schedule seed steps warmup "
              "weight_decay",
     "validation": "every folder fraction keep_best patience repeats",
-    "sample": "every guidance negative prompts scheduler seed size steps",
+    "sample": "every guidance image_guidance negative prompts scheduler seed size steps",
     "output": "checkpoint_every dir dtype format keep keep_every metadata name push_private push_to save_every "
               "save_every_epochs track_every trackers",
 }

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from impasto.core.registry import Registry
-from impasto.formats.ldm import Config, Entry, Shape, plain_spelling
+from impasto.formats.entries import Config, Entry, Extra, Shape, no_extras, plain_spelling
 
 CONFIGS = Registry("family of checkpoints", {
     "sd1": "impasto.formats.configs.sd1:SD1",
+    "sd2": "impasto.formats.configs.sd2:SD2",
+    "sdxl": "impasto.formats.configs.sdxl:SDXL",
+    "sdxl-refiner": "impasto.formats.configs.sdxl:REFINER",
 })
 
 
@@ -33,6 +36,19 @@ class Part:
     #: today's spelling of a name found in an LDM file, and of one found in a diffusers folder
     ldm_spelling: Callable[[str], str] = plain_spelling
     spelling: Callable[[str], str] = plain_spelling
+    #: tensors that an LDM file has besides, from a configuration
+    extras: Callable[[Config], Iterator[Extra]] = no_extras
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer of a family: the folder's name in a diffusers folder is its key."""
+
+    #: the text encoder that reads its tokens
+    component: str
+    #: what fills a chunk after the end
+    pad: str = "<|endoftext|>"
+    classes: tuple[str, ...] = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
 @dataclass(frozen=True)
@@ -46,3 +62,11 @@ class FamilyConfig:
     scheduler: dict[str, Any]
     #: variant -> class name in model_index.json
     pipelines: dict[str, str] = field(default_factory=dict)
+    #: latent cells of a side for networks that predict the velocity, where that differs
+    velocity_size: int = 0
+    #: by the name of their folder
+    tokenizers: dict[str, Words] = field(default_factory=lambda: {"tokenizer": Words("text_encoder")})
+    #: entries of model_index.json besides
+    index: dict[str, Any] = field(default_factory=lambda: {
+        **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")},
+        "requires_safety_checker": False})

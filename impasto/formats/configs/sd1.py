@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from impasto.formats import ldm
+from impasto.formats import ldm, text_layouts
 from impasto.formats.configs import FamilyConfig, Part
 
 UNET = Part(
@@ -36,8 +36,8 @@ UNET = Part(
 TEXT_ENCODER = Part(
     prefix="cond_stage_model.transformer.",
     classes=("CLIPTextModel",),
-    entries=ldm.clip_entries,
-    derive=ldm.clip_config,
+    entries=text_layouts.clip_entries,
+    derive=text_layouts.clip_config,
     config={
         "vocab_size": 49408,
         "hidden_size": 768,
@@ -53,8 +53,8 @@ TEXT_ENCODER = Part(
         "pad_token_id": 1,
     },
     untold=("num_attention_heads", "hidden_act"),
-    ldm_spelling=ldm.clip_spelling,
-    spelling=ldm.clip_spelling,
+    ldm_spelling=text_layouts.clip_spelling,
+    spelling=text_layouts.clip_spelling,
 )
 
 VAE = Part(

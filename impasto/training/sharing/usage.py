@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from impasto.core.errors import UserError
 from impasto.formats.adapters import load_adapter
+from impasto.formats.configs import CONFIGS
 from impasto.formats.header import read_header
 from impasto.formats.programs import Verdict, lycoris, of_file
 from impasto.training.sharing.parcel import Parcel
@@ -25,11 +26,16 @@ KOHYA = ("networks.lora", "with `gen_img.py` or to train on from it")
 LOADS_NOTHING = "it loads no layer of this file's format"
 
 
+#: what bases of a variant are shown: in diffusers' call, and on our command line
+SHOWN = {"": ("", ""), "inpainting": (", image=photo, mask_image=mask", " --init photo.png --mask mask.png"),
+         "instruct-pix2pix": (", image=photo", " --init photo.png")}
+
+
 def usage(parcel: Parcel, repo: str, base_model: str | None, caption: str) -> Iterator[str]:
     """Lines of Markdown. `caption`: a prompt that calls what was learned, or ""."""
     prompt = next((sample.prompt for sample in parcel.samples if sample.prompt), caption) or "a prompt of yours"
     if parcel.detected.kind == "checkpoint":
-        yield from (_folder(repo, prompt) if parcel.artifact.is_dir() else _single_file(parcel, repo, prompt))
+        yield from (_folder(parcel, repo, prompt) if parcel.artifact.is_dir() else _single_file(parcel, repo, prompt))
     elif parcel.detected.kind == "hypernetwork":
         yield from _hypernetwork(parcel, base_model, prompt)
     elif parcel.artifact.is_dir():
@@ -133,27 +139,36 @@ def _programs(found: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
             yield program, f" ({verdict.caution})"
 
 
-def _folder(repo: str, prompt: str) -> Iterator[str]:
+def _drawn(variant: str, prompt: str) -> list[str]:
+    """Lines of Python that draw a picture with `pipe`."""
+    called, _ = SHOWN[variant]
+    loads = [f'{name} = load_image("{name}.png")' for name in ("photo", "mask") if name in called]
+    return [*(["", "from diffusers.utils import load_image", ""] if loads else []), *loads,
+            f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}{called}).images[0]", "```", ""]
+
+
+def _folder(parcel: Parcel, repo: str, prompt: str) -> Iterator[str]:
+    variant = parcel.detected.variant
     yield from ["**diffusers**", "", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
                 f'pipe = DiffusionPipeline.from_pretrained({json.dumps(repo)}, torch_dtype=torch.float16).to("cuda")',
-                f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", "",
+                *_drawn(variant, prompt),
                 "**ComfyUI**: download the folder into `models/diffusers` and choose it in a *DiffusersLoader* node.\n",
                 f"**kohya**: `--pretrained_model_name_or_path {repo}`.\n",
                 "**A1111**, **Forge**: they take single files, into which this folder has to be converted first.\n",
-                f"**Impasto**: `impasto generate {repo} {_quoted(prompt)} --download`", ""]
+                f"**Impasto**: `impasto generate {repo} {_quoted(prompt)}{SHOWN[variant][1]} --download`", ""]
 
 
 def _single_file(parcel: Parcel, repo: str, prompt: str) -> Iterator[str]:
-    name = parcel.weights.replace("`", "'")
-    yield from ["**diffusers**", "", "```python", "from diffusers import StableDiffusionPipeline",
+    name, variant = parcel.weights.replace("`", "'"), parcel.detected.variant
+    pipeline = CONFIGS.get(parcel.detected.family or "sd1").pipelines[variant]
+    yield from ["**diffusers**", "", "```python", f"from diffusers import {pipeline}",
                 "from huggingface_hub import hf_hub_download", "",
                 f"file = hf_hub_download({json.dumps(repo)}, {json.dumps(name)})",
-                "pipe = StableDiffusionPipeline.from_single_file(file)",
-                f"picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]", "```", "",
+                f"pipe = {pipeline}.from_single_file(file)", *_drawn(variant, prompt),
                 f"**A1111**, **Forge**: put `{name}` into `models/Stable-diffusion`.\n",
                 f"**ComfyUI**: put `{name}` into `models/checkpoints`.\n",
                 f"**kohya**: `--pretrained_model_name_or_path {name}`.\n",
-                f"**Impasto**: `impasto generate {name} {_quoted(prompt)}`", ""]
+                f"**Impasto**: `impasto generate {name} {_quoted(prompt)}{SHOWN[variant][1]}`", ""]
 
 
 def _peft(parcel: Parcel, repo: str, base_model: str | None) -> Iterator[str]:

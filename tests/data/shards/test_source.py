@@ -107,6 +107,21 @@ def test_augmented_pictures_are_those_that_a_folder_gives(folder: Path, tmp_path
     assert sharded.fingerprint != prepare(options(folder, **{**chance, "zoom": 0.1})).fingerprint
 
 
+def test_holes_are_those_that_a_folder_gives(folder: Path, tmp_path: Path) -> None:
+    for i, size in enumerate(size for own in SIZES for size in own):
+        write_picture(tmp_path / "photos" / f"{i:06d}.png", i, size, f"caption {i}")
+    reads = frozenset({"pictures", "captions", "extras"})
+    plain, sharded = (prepare(data, base=FakeBase.make(shows=("mask", "masked")), reads=reads) for data in (
+        DataOptions.model_validate({"folder": str(tmp_path / "photos"), "resolution": 64, "bucket_step": 8}),
+        options(folder)))
+    keys = {item.picture.name: item.extra_keys for item in plain.pictures}
+    assert {item.picture.name.rpartition("/")[2]: item.extra_keys for item in sharded.pictures} == keys
+    for own in keys.values():
+        for one, other in zip(*(source.cache.load_all(own) for source in (plain, sharded)), strict=True):
+            assert one["moments"].equal(other["moments"]) and one["mask"].equal(other["mask"])
+    assert all(set(batch.extras) == {"mask", "masked"} for batch in flat(sharded.micro_batches(0)))
+
+
 def test_another_augmentation_that_leaves_the_first_sample_alone_is_encoded_too(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", [[(64, 64), (64, 70)]])
     for chance in ({"brightness": 0.1}, {"brightness": 0.1, "random_crop": True}):
