@@ -2,9 +2,10 @@
 
     python -m benchmarks.loading --families sd1 sdxl --threads 1
 
-Random weights in fp16, in a single file of the family's real size. Each load runs in a process of its own, from the disk. Memory is the
-peak of what the process has for itself (anonymous) and of all that it has mapped (the file's pages among it, which the
-system takes back when it needs them); both without what it had before, and as a share of the weights that are held.
+Random weights in fp16, in a single file of the family's real size. Each load runs in a process of its own, from the
+disk. Memory is the peak of what the process has for itself (anonymous) and of all that it has mapped (the file's pages
+among it, which the system takes back when it needs them); both without what it had before, and as a share of the
+weights that are held.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def main() -> None:
         return
     from tests.checkpoints import write_large
 
-    print(f"{chosen.threads} thread(s)\n\n| base | file | read | loaded as | time | of reading | anonymous | mapped too |")
+    print(f"{chosen.threads} thread(s)\n")
+    print("| base | file | read | loaded as | time | of reading | anonymous | mapped too |")
     print("|---|--:|--:|---|--:|--:|--:|--:|")
     chosen.folder.mkdir(parents=True, exist_ok=True)
     for family in chosen.families:
@@ -49,9 +51,10 @@ def main() -> None:
             told = json.loads(subprocess.run(
                 [sys.executable, "-m", "benchmarks.loading", "--threads", str(chosen.threads), "--one", path, dtype],
                 check=True, capture_output=True, text=True).stdout)
-            print(f"| {family} | {path.stat().st_size / 1e9:.2f} GB | {read:.1f} s | {dtype} | {told['seconds']:.1f} s | "
-                  f"{told['seconds'] / read:.2f} | {told['anonymous'] / told['held']:.2f} | "
-                  f"{told['mapped'] / told['held']:.2f} |", flush=True)
+            shares = (told["seconds"] / read, told["anonymous"] / told["held"], told["mapped"] / told["held"])
+            size = path.stat().st_size / 1e9
+            print(f"| {family} | {size:.2f} GB | {read:.1f} s | {dtype} | {told['seconds']:.1f} s | "
+                  + " | ".join(f"{share:.2f}" for share in shares) + " |", flush=True)
         path.unlink()
 
 

@@ -1,9 +1,9 @@
 """ComfyUI's generic adapter file: the networks' original names, dotted.
 
 `diffusion_model.{original path}` for the UNet or SD 3's transformer, `text_encoders.clip_l.transformer.{path}`,
-`…clip_g…` and `…t5xxl…` for the text encoders; after it the parts of kohya and LyCORIS, or what peft or diffusers call
-a LoRA's factors, as comfy/lora.py and comfy/weight_adapter/*.py of github.com/Comfy-Org/ComfyUI have them. Written are
-kohya's parts. OneTrainer's files of that name have peft's factors, and alpha beside them.
+`…clip_g…`, `…t5xxl…` and SD 2's `…clip_h…` for the text encoders; after it the parts of kohya and LyCORIS, or what peft
+or diffusers call a LoRA's factors, as comfy/lora.py and comfy/weight_adapter/*.py of github.com/Comfy-Org/ComfyUI have
+them. Written are kohya's parts. OneTrainer's files of that name have peft's factors, and alpha beside them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from impasto.formats.kohya import PARTS, KohyaParts
 PREFIXES = {"unet": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer.",
             "text_encoder_2": "text_encoders.clip_g.transformer.", "transformer": "diffusion_model.",
             "text_encoder_3": "text_encoders.t5xxl.transformer."}
+#: likewise of SD 2's text encoder alone
+VIT_H = "text_encoders.clip_h.transformer."
 #: other spellings of a LoRA's factors
 OTHERS = {"lora_A.weight": "lora.down", "lora_B.weight": "lora.up", "lora.down.weight": "lora.down",
           "lora.up.weight": "lora.up", "lora_linear_layer.down.weight": "lora.down",
@@ -32,9 +34,10 @@ class ComfyUI(KohyaParts):
 
     def claims(self, path: Path, header: Header | None) -> bool:
         return header is not None and any(
-            key.startswith(tuple(PREFIXES.values())) and ending_of(key) for key in header.tensors)
+            key.startswith((*PREFIXES.values(), VIT_H)) and ending_of(key) for key in header.tensors)
 
     def parse(self, key: str, where: Path) -> tuple[str, str]:
+        key = key.replace(VIT_H, PREFIXES["text_encoder"])
         component = next((name for name, prefix in PREFIXES.items() if key.startswith(prefix)), None)
         ending = ending_of(key)
         if component is None or not ending:
@@ -53,7 +56,7 @@ class ComfyUI(KohyaParts):
     def spell(self, layer: str, family: str, where: Path) -> str:
         component, _, path = layer.partition(".")
         if component != "unet":
-            return PREFIXES[component] + path
+            return (VIT_H if (component, family) == ("text_encoder", "sd2") else PREFIXES[component]) + path
         known = original.originals(family or "sd1")
         if path not in known:
             raise UserError(f"{layer} is no layer of {family or 'sd1'} in its original names", where=where,

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from impasto.core.errors import UserError
+from impasto.deltas.adapter import Adapter
+from impasto.deltas.lowrank import LowRank
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.detect import detect
 from tests.formats.adapter_cases import dense, random_adapter, worst
@@ -58,3 +60,12 @@ def test_what_is_not_known_is_named(tmp_path: Path) -> None:
         save_file(pair | {key: torch.ones(1)}, tmp_path / "a.safetensors")
         with pytest.raises(UserError, match=line):
             load_adapter(tmp_path / "a.safetensors")
+
+
+def test_the_text_encoder_of_sd2_has_its_own_name(tmp_path: Path) -> None:
+    """comfy/text_encoders/sd2_clip.py: `clip_h`."""
+    layer = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+    adapter = Adapter({layer: (LowRank((8, 4), 2),)}, family="sd2")
+    save_adapter(adapter, tmp_path / "a.safetensors", format="comfyui", dtype=torch.float32)
+    assert all(key.startswith("text_encoders.clip_h.transformer.") for key in load_file(tmp_path / "a.safetensors"))
+    assert set(load_adapter(tmp_path / "a.safetensors").deltas) == {layer}

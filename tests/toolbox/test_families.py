@@ -1,0 +1,107 @@
+"""The toolbox on every family's checkpoints, in both layouts: also where a file holds several layers in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from impasto.core.weighted import Weighted
+from impasto.deltas.adapter import Adapter
+from impasto.deltas.layers import shape_of
+from impasto.deltas.lowrank import LowRank
+from impasto.deltas.ranks import Wanted
+from impasto.families import FAMILIES
+from impasto.families.base import Base
+from impasto.families.load import load_base
+from impasto.formats.adapters import load_adapter, save_adapter
+from impasto.formats.checkpoint import open_checkpoint
+from impasto.formats.rewrite import rewrite
+from impasto.toolbox.convert import convert
+from impasto.toolbox.extract import extracted
+from impasto.toolbox.merge import merge_adapters, merge_checkpoints
+from tests.checkpoints import write_checkpoint
+from tests.formats.checkpoint_cases import equal, tensors_of
+
+LAYOUTS = ("ldm", "diffusers")
+
+
+@pytest.fixture(params=list(FAMILIES), scope="module")
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def files(family: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp(family)
+    return {"ldm": write_checkpoint(folder / "base.safetensors", family, layout="ldm"),
+            "diffusers": write_checkpoint(folder / "base", family, layout="diffusers")}
+
+
+def adapter_of(base: Base) -> Adapter:
+    """A LoRA of rank 2 on some layers of each kind."""
+    paths = [path for word in ("attention", "feed-forward", "text-encoder") for path in base.targets(word)]
+    draw = torch.Generator().manual_seed(0)
+    deltas = {}
+    for path in paths[::3] + paths[1::7]:
+        delta = LowRank(shape_of(base.layer(path)), 2)
+        for factor in delta.parameters():
+            factor.data = 0.1 * torch.randn(factor.shape, generator=draw)
+        deltas[path] = (delta,)
+    return Adapter(deltas, family=base.family)
+
+
+def changed(base: Path, out: Path, name: str = "out") -> dict[str, Tensor]:
+    before, after = tensors_of(open_checkpoint(base)), tensors_of(open_checkpoint(out))
+    assert before.keys() == after.keys()
+    return {key: after[key] - before[key] for key in before if not torch.equal(before[key], after[key])}
+
+
+def target(layout: str, folder: Path, name: str) -> Path:
+    return folder / (f"{name}.safetensors" if layout == "ldm" else name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_merge_and_extract(family: str, files: dict[str, Path], layout: str, tmp_path: Path) -> None:
+    """A merge adds each layer's dW and leaves all else to the bit; what is extracted from it is the adapter again."""
+    adapter = adapter_of(load_base(files[layout]))
+    save_adapter(adapter, tmp_path / "a.safetensors", dtype=torch.float32)
+    out = target(layout, tmp_path, "merged")
+    merge_adapters(files[layout], [Weighted(str(tmp_path / "a.safetensors"), 0.5)], out)
+    found = changed(files[layout], out)
+    assert found.keys() == {f"{layer}.weight" for layer in adapter.layers}
+    for layer in adapter.layers:
+        torch.testing.assert_close(found[f"{layer}.weight"].flatten(1), 0.5 * adapter.dense(layer).flatten(1),
+                                   rtol=1e-4, atol=1e-6)
+    again, _ = extracted(files[layout], out, Wanted(rank=2))
+    assert again.family == family and set(again.layers) == set(adapter.layers)
+    for layer in adapter.layers:
+        torch.testing.assert_close(again.dense(layer).flatten(1), 0.5 * adapter.dense(layer).flatten(1), rtol=1e-3,
+                                   atol=1e-5)
+    for format in ("kohya", "comfyui", "diffusers", "onetrainer"):
+        save_adapter(again, tmp_path / f"{format}.safetensors", format=format, dtype=torch.float32)
+        other = load_adapter(tmp_path / f"{format}.safetensors", family)
+        assert set(other.layers) == set(again.layers)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_with_checkpoints(files: dict[str, Path], layout: str, tmp_path: Path) -> None:
+    other = "ldm" if layout == "diffusers" else "diffusers"
+    tuned, out = target(other, tmp_path, "tuned"), target(layout, tmp_path, "out")
+    rewrite(open_checkpoint(files[other]), tuned, lambda component, name, tensor: 1.5 * tensor + 1)
+    merge_checkpoints([files[layout], tuned], [0.25, 0.75], out)
+    first, second, made = (tensors_of(open_checkpoint(path)) for path in (files[layout], tuned, out))
+    for key, tensor in made.items():
+        torch.testing.assert_close(tensor, 0.25 * first[key] + 0.75 * second[key], rtol=1e-5, atol=1e-6)
+
+
+def test_there_and_back_is_the_same_file(files: dict[str, Path], tmp_path: Path) -> None:
+    convert(files["ldm"], tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    assert equal(tensors_of(open_checkpoint(files["ldm"])), tensors_of(open_checkpoint(tmp_path / "back.safetensors")))
+    half = tmp_path / "half.safetensors"
+    convert(files["diffusers"], half, dtype=torch.float16)
+    whole = tensors_of(open_checkpoint(files["diffusers"]))
+    assert all(torch.equal(tensor, whole[key].half()) for key, tensor in tensors_of(open_checkpoint(half)).items())
