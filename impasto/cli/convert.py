@@ -30,7 +30,7 @@ def convert(
     out: Out,
     to: Annotated[str | None, typer.Option(
         "--to", metavar="FORMAT", help="A checkpoint: ldm (a single file) or diffusers (a folder); default: the other "
-        "one. An adapter: kohya, webui, comfyui, lycoris, diffusers or peft.")] = None,
+        "one. An adapter: kohya, webui, comfyui, lycoris, onetrainer, diffusers or peft.")] = None,
     kind: Annotated[str | None, typer.Option(
         "--kind", metavar="lora|lokr", help="An adapter's changes as LoRAs, exactly or at --rank; or as the nearest "
         "LoKrs.")] = None,
@@ -42,6 +42,8 @@ def convert(
     base: Base = None,
     dtype: Dtype = None,
     prediction: Prediction = None,
+    ema: Annotated[bool, typer.Option("--ema", help="A checkpoint's running average of weights, in place of the last "
+                                      "ones.")] = False,
     layers: Layers = False,
     force: Force = False,
     as_json: Json = False,
@@ -60,4 +62,4 @@ def convert(
     path = locate(file) if str(file) == "mini" else file
     own = None if base is None else locate(base)
     tell(turn(path, out, to=to, kind=kind, wanted=wanted, factor=factor or FACTOR, base=own, dtype=asked,
-              prediction=prediction, force=force, report=RichReporter()), as_json, layers=layers)
+              prediction=prediction, ema=ema, force=force, report=RichReporter()), as_json, layers=layers)

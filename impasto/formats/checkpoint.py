@@ -129,6 +129,23 @@ class Checkpoint:
         configs = self.configs if self.layout != "ldm" else _sized(self.configs, told, CONFIGS.get(self.family))
         return replace(self, scheduler=told, configs=configs)
 
+    def averaged(self) -> Checkpoint:
+        """The checkpoint with the running average of its denoiser's weights in place of the last ones.
+
+        Training by LDM leaves them in a single file as `model_ema.…`, the rest of each name without its dots (`LitEma`,
+        ldm/modules/ema.py of github.com/CompVis/latent-diffusion). Raises `UserError` if there are none.
+        """
+        name = "unet" if "unet" in self.sources else "transformer"
+        source = self.sources[name]
+        places = {tensor: place._replace(key="model_ema." + place.key.removeprefix("model.").replace(".", ""))
+                  for tensor, place in source.places.items()}
+        if lacking := [place.key for place in places.values() if place.key not in source.file.shapes]:
+            raise UserError(f"holds no running average of its weights ({lacking[0]} is missing)", where=self.path,
+                            fix="take its weights as they are, without --ema")
+        taken = {place.key for place in places.values()}
+        return replace(self, sources={**self.sources, name: Source(source.file, places)},
+                       surplus=[key for key in self.surplus if key not in taken])
+
     def check_prediction(self) -> None:
         """Raise a `UserError` where nothing tells what the network predicts."""
         if self.scheduler and "prediction_type" not in self.scheduler and \

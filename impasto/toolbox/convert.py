@@ -31,7 +31,8 @@ from impasto.toolbox.places import check_output, left_out, made_of
 FORMATS: dict[str, tuple[str, str, str]] = {
     "kohya": ("kohya", "webui-embedding", "hypernetwork"), "webui": ("kohya", "webui-embedding", "hypernetwork"),
     "comfyui": ("kohya", "webui-embedding", "hypernetwork"), "lycoris": ("kohya", "", ""),
-    "diffusers": ("diffusers", "diffusers-embedding", ""), "peft": ("peft", "", ""),
+    "onetrainer": ("onetrainer", "", ""), "diffusers": ("diffusers", "diffusers-embedding", ""),
+    "peft": ("peft", "", ""),
 }
 CHECKPOINTS = ("ldm", "diffusers")
 KINDS = ("lora", "lokr")
@@ -39,14 +40,15 @@ KINDS = ("lora", "lokr")
 
 def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: str | None = None,
             wanted: Wanted | None = None, factor: int = FACTOR, base: Path | str | None = None,
-            dtype: torch.dtype | None = None, prediction: str | None = None, force: bool = False,
+            dtype: torch.dtype | None = None, prediction: str | None = None, ema: bool = False, force: bool = False,
             report: Reporter = SILENT) -> Made:
     """Write what is at `path` in another format, or an adapter as another kind; or both.
 
     A checkpoint becomes a single file ("ldm") or a folder ("diffusers"), bit for bit unless `dtype` says otherwise. An
     adapter's changes stay what they are, or become LoRAs: exactly where they have factors smaller than the layer, else
     at the ranks of `wanted`; or LoKrs, the nearest ones. `base` is needed to turn a DoRA into something else.
-    `prediction`: what a checkpoint's network predicts, where it does not tell. Raises `UserError`.
+    `prediction`: what a checkpoint's network predicts, where it does not tell; `ema`: the running average of its
+    weights in place of the last ones. Raises `UserError`.
     """
     path, out = Path(path), Path(out)
     if kind is not None and kind not in KINDS:
@@ -57,7 +59,9 @@ def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: s
         if wanted is not None or base is not None:
             raise UserError("is a checkpoint, for which no rank and no base can be asked", where=path,
                             fix="impasto extract makes an adapter of the difference of two")
-        return _checkpoint(path, out, to, kind, dtype, prediction, force, report)
+        return _checkpoint(path, out, to, kind, dtype, prediction, ema, force, report)
+    if ema:
+        raise UserError("is an adapter, which has no running average", where=path, fix="leave --ema out")
     if prediction is not None:
         raise UserError("is an adapter, which predicts nothing itself", where=path, fix="leave --prediction out")
     if wanted is not None and kind != "lora":
@@ -79,15 +83,16 @@ def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: s
 
 
 def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: torch.dtype | None,
-                prediction: str | None, force: bool, report: Reporter) -> Made:
+                prediction: str | None, ema: bool, force: bool, report: Reporter) -> Made:
     checkpoint = open_checkpoint(path).predicting(prediction)
+    checkpoint = checkpoint.averaged() if ema else checkpoint
     if kind is not None:
         raise UserError("is a checkpoint, which has no kind of change", where=path,
                         fix="impasto extract makes an adapter of the difference of two")
     if to is not None and to not in CHECKPOINTS:
         raise UserError(f"is a checkpoint, which is no {to} file", where=path, fix="say --to ldm or --to diffusers")
     to = to or ("ldm" if out.suffix == ".safetensors" else "diffusers")
-    if (to == "diffusers") == path.is_dir():  # its own layout: all of it, in another type or out of a pickle
+    if (to == "diffusers") == path.is_dir() and not ema:  # its own layout: all of it, in another type, or no pickle
         check_output(out, [path], force=force, ending="" if path.is_dir() else ".safetensors")
         left = rewrite(checkpoint, out, lambda *_: None, dtype=dtype, replace=force, report=report)
         return Made((out,), {}, left_out(left, "as they were not read"))

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from impasto.core.errors import UserError
 from impasto.core.weighted import Weighted
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.layers import shape_of
@@ -105,3 +108,22 @@ def test_there_and_back_is_the_same_file(files: dict[str, Path], tmp_path: Path)
     convert(files["diffusers"], half, dtype=torch.float16)
     whole = tensors_of(open_checkpoint(files["diffusers"]))
     assert all(torch.equal(tensor, whole[key].half()) for key, tensor in tensors_of(open_checkpoint(half)).items())
+
+
+def test_the_running_average_in_place_of_the_last_weights(family: str, files: dict[str, Path], tmp_path: Path) -> None:
+    """`LitEma` of CompVis' code: names without dots, beside a count and the decay."""
+    tensors = load_file(files["ldm"])
+    denoiser = {key: tensor for key, tensor in tensors.items() if key.startswith("model.diffusion_model.")}
+    tensors |= {"model_ema." + key.removeprefix("model.").replace(".", ""): tensor + 1
+                for key, tensor in denoiser.items()}
+    tensors |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
+    with safe_open(files["ldm"], "pt") as file:
+        save_file(tensors, tmp_path / "full.safetensors", file.metadata())
+    convert(tmp_path / "full.safetensors", tmp_path / "ema.safetensors", ema=True)
+    convert(tmp_path / "full.safetensors", tmp_path / "folder", ema=True)
+    before = tensors_of(open_checkpoint(files["ldm"]))
+    for out in ("ema.safetensors", "folder"):
+        for key, tensor in tensors_of(open_checkpoint(tmp_path / out)).items():
+            assert torch.equal(tensor, before[key] + (key.partition(".")[0] in ("unet", "transformer"))), key
+    with pytest.raises(UserError, match="holds no running average of its weights"):
+        convert(files["ldm"], tmp_path / "no.safetensors", ema=True)
