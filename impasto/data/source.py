@@ -247,7 +247,7 @@ def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions
     """
     share = Share(batch_size, accumulation, seed, rank, world)
     for number, one in enumerate(data.sets):
-        check_sizes(one, base.cell, label(number, data))
+        check_sizes(one, base.grid, label(number, data))
     fingerprint = base.fingerprint()
     found = pictures or pictures_of(data, prior, validation, seed, report)
     items, held_out, class_items = found.learned, found.held_out, found.of_class or ()

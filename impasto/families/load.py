@@ -54,7 +54,7 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
                         fix="supported: " + ", ".join(FAMILIES))
     sources = dict.fromkeys(main.components, main)
     if vae is not None:
-        sources["vae"] = _vae(locate(vae, download=download))
+        sources["vae"] = _vae(locate(vae, download=download), main.family)
     base = FAMILIES.get(main.family).from_checkpoints(sources, device=device, dtype=dtype, clip_skip=clip_skip,
                                                       report=report, init_seed=init_seed)
     if base.surplus:
@@ -65,8 +65,8 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
     return base
 
 
-def _vae(path: Path) -> Checkpoint:
-    checkpoint = open_checkpoint(path)
+def _vae(path: Path, family: str) -> Checkpoint:
+    checkpoint = open_checkpoint(path, family=family)
     if "vae" not in checkpoint.components:
         raise UserError("holds no VAE", where=path)
     return checkpoint
