@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from impasto.families.tokenizer import write_tokenizer
-from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.header import dtype_name, header_bytes
 
 _UNET: dict[str, Any] = {
@@ -189,22 +189,27 @@ def _ldm_tensors(family: str, configs: dict[str, dict[str, Any]], seed: int, dty
     """Keys and tensors of an LDM file, sorted by key."""
     parts = {name: CONFIGS.get(family).parts[name] for name in configs}
     for name, part in sorted(parts.items(), key=lambda item: item[1].prefix):
-        weights = spelled(built(family, name, configs[name], seed))
-        held: dict[str, list[Tensor]] = {}
-        for entry in sorted(part.entries(configs[name]), key=lambda entry: (entry.ldm, entry.piece)):
-            tensor = weights.pop(entry.name)
-            if entry.how == "identity":
-                continue
-            if entry.how == "turned":
-                tensor = tensor.T
-            elif entry.how == "halves":
-                tensor = torch.cat([tensor[len(tensor) // 2:], tensor[:len(tensor) // 2]])
-            held.setdefault(entry.ldm, []).append(tensor.reshape(-1, *entry.ldm_shape[1:]))
-        assert not weights, list(weights)
-        for extra in part.extras(configs[name]):
-            held[extra.ldm] = held[extra.like] if extra.like else [torch.full(extra.shape, extra.value)]
-        for key in sorted(held):
-            yield part.prefix + key, torch.cat(held[key]).to(dtype) if held[key][0].ndim else held[key][0].to(dtype)
+        weights = as_ldm(part, configs[name], spelled(built(family, name, configs[name], seed)))
+        for key in sorted(weights):
+            yield key, weights[key].to(dtype)
+
+
+def as_ldm(part: Part, config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights as a single file has them."""
+    left, held = dict(weights), dict[str, list[Tensor]]()
+    for entry in sorted(part.entries(config), key=lambda entry: (entry.ldm, entry.piece)):
+        tensor = left.pop(entry.name)
+        if entry.how == "identity":
+            continue
+        if entry.how == "turned":
+            tensor = tensor.T
+        elif entry.how == "halves":
+            tensor = torch.cat([tensor[len(tensor) // 2:], tensor[:len(tensor) // 2]])
+        held.setdefault(entry.ldm, []).append(tensor.reshape(-1, *entry.ldm_shape[1:]))
+    assert not left, list(left)
+    for extra in part.extras(config):
+        held[extra.ldm] = held[extra.like] if extra.like else [torch.full(extra.shape, extra.value)]
+    return {part.prefix + key: torch.cat(tensors) if tensors[0].ndim else tensors[0] for key, tensors in held.items()}
 
 
 def _write_pickle(path: Path, family: str, configs: dict[str, dict[str, Any]], seed: int, dtype: torch.dtype

@@ -22,7 +22,7 @@ from impasto.cli.arithmetic import (
     wanted_of,
 )
 from impasto.cli.console import RichReporter
-from impasto.cli.options import Force, Json
+from impasto.cli.options import Force, Json, Prediction
 
 
 def convert(
@@ -41,6 +41,7 @@ def convert(
     factor: Factor = None,
     base: Base = None,
     dtype: Dtype = None,
+    prediction: Prediction = None,
     layers: Layers = False,
     force: Force = False,
     as_json: Json = False,
@@ -58,5 +59,5 @@ def convert(
 
     path = locate(file) if str(file) == "mini" else file
     own = None if base is None else locate(base)
-    tell(turn(path, out, to=to, kind=kind, wanted=wanted, factor=factor or FACTOR, base=own, dtype=asked, force=force,
-              report=RichReporter()), as_json, layers=layers)
+    tell(turn(path, out, to=to, kind=kind, wanted=wanted, factor=factor or FACTOR, base=own, dtype=asked,
+              prediction=prediction, force=force, report=RichReporter()), as_json, layers=layers)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from impasto.cli.console import RichReporter, emit
-from impasto.cli.options import Force, Json, picture_size, refuse_existing, weighted
+from impasto.cli.options import Force, Json, Prediction, picture_size, refuse_existing, weighted
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
 
@@ -53,6 +53,7 @@ def generate(
     clip_skip: Annotated[int, typer.Option(
         min=0, metavar="N", help="Text encoder layers left out (A1111 counts one more).")] = 0,
     vae: Annotated[Path | None, typer.Option(metavar="FILE", help="Another VAE.")] = None,
+    prediction: Prediction = None,
     family: Annotated[str | None, typer.Option(metavar="NAME", help="Where the base's own word is not enough.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Let a hub id be fetched from the internet.")] = False,
     dtype: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16", help="Precision.")] = "auto",
@@ -83,7 +84,7 @@ def generate(
     begin = open_picture(init) if init else None
     precision = _precision(dtype, device)
     loaded = load_base(base, family=family, vae=vae, device=precision.device, dtype=precision.dtype,
-                       download=download, report=report, clip_skip=clip_skip)
+                       download=download, report=report, clip_skip=clip_skip, prediction=prediction)
     width, height = wish or _default_size(loaded, begin)
     settings = SampleSettings(steps=steps, guidance=guidance, scheduler=scheduler, width=width, height=height,
                               strength=strength)

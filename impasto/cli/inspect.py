@@ -206,9 +206,10 @@ def layer_norm(loaded: Adapter, layer: str) -> float:
 
 
 def block_of(layer: str) -> str:
-    """Where in the network a layer is: `unet down 1`, `unet mid`, `text_encoder 11`, `unet other`."""
+    """Where in the network a layer is: `unet down 1`, `unet mid`, `text_encoder 11`, `transformer 23`, `unet other`."""
     component = layer.partition(".")[0]
-    if match := re.search(r"\.(down|up)_blocks\.(\d+)\.|\.(mid)_block\.|\.layers\.(\d+)\.", layer):
+    if match := re.search(r"\.(down|up)_blocks\.(\d+)\.|\.(mid)_block\.|\.(?:layers|block)\.(\d+)\.|"
+                          r"^transformer\.transformer_blocks\.(\d+)\.", layer):
         return " ".join([component, *(part for part in match.groups() if part)])
     return f"{component} other"
 

@@ -12,6 +12,8 @@ from impasto.core.errors import UserError
 from impasto.core.weighted import Weighted
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
+Prediction = Annotated[str | None, typer.Option(
+    metavar="epsilon|v_prediction", help="What the base's network predicts, where its file does not tell.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over what is there already.")]
 
 

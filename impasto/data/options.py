@@ -76,8 +76,8 @@ class DataOptions(Section):
                                   "in prompts (kohya's weighted_captions). Off, as in all trainers: read as written.")
     max_tokens: int | None = Field(None, ge=1, description="CLIP tokens after which a caption is cut, at the end of a "
                                    "word; what is lost is reported. Default: any length, in chunks of 75.")
-    resolution: int = Field(512, ge=8, description="Pixels: side of the square whose area buckets have; "
-                            "512 is what SD 1.x was trained at.")
+    resolution: int = Field(512, ge=8, description="Pixels: side of the square whose area buckets have; default: what "
+                            "the base was made for, 512 for SD 1.x, 1024 for SDXL.")
     resolutions: list[Annotated[int, Field(ge=8)]] | None = Field(
         None, description="Several resolutions, in place of one: each picture comes at each of them, but for those at "
         "which it would be enlarged, and at the smallest one anyhow. Class pictures are drawn, and previews made, at "

@@ -29,7 +29,7 @@ _UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*", 
 def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | None = None,
               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False,
               report: Reporter = SILENT, clip_skip: int = 0, init_seed: int | None = None,
-              adapters: Sequence[str] = ()) -> Base:
+              adapters: Sequence[str] = (), prediction: str | None = None) -> Base:
     """The base at `path`: a checkpoint file, a diffusers folder, a hub id ("owner/name") in the local cache,
     or "mini", the embedded one.
 
@@ -37,13 +37,14 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
     weights (the VAE's are fp32 always). `download`: fetch a hub id that is not in the cache. Tensors that no
     component takes are noted and kept in `surplus`. With an `init_seed` the path gives the networks' shapes alone
     and the weights are random, as their libraries begin with them. `adapters`, each a file or "FILE:strength", are
-    merged into the weights in memory. Raises `UserError`.
+    merged into the weights in memory. `prediction`: what the network predicts, "epsilon" or "v_prediction",
+    whatever the checkpoint says, or where it does not say. Raises `UserError`.
     """
     if family is not None:
         FAMILIES.get(family)  # a name that is not known is an error, with the nearest one
     if str(path) == "mini" and init_seed is None:
         check_weights()
-    main = open_checkpoint(locate(path, download=download), weights=init_seed is None)
+    main = open_checkpoint(locate(path, download=download), weights=init_seed is None).predicting(prediction)
     if not main.family:
         raise UserError("is a VAE alone, not a base", where=path, fix="give it as vae beside a base")
     if family is not None and main.family != family:

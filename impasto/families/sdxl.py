@@ -133,7 +133,8 @@ class Refiner(SDXL):
         """(B, 5) fp32: original height and width, top and left of the crop, and the extra "aesthetic_score" (B,)."""
         given = self._whole(count) if geometry is None else geometry
         scores = (extras or {}).get("aesthetic_score", torch.full((count,), WANTED))
-        return torch.cat([given.original, given.crop, scores.to(given.original)[:, None]], dim=1).float()
+        sides = torch.cat([given.original, given.crop], dim=1).float()
+        return torch.cat([sides, scores.to(sides)[:, None]], dim=1)
 
     def sampling_extras(self, unwanted: int, wanted: int) -> dict[str, Tensor]:
         return {"aesthetic_score": torch.tensor([UNWANTED] * unwanted + [WANTED] * wanted)}

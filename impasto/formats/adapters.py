@@ -24,7 +24,7 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
 from impasto.formats import names
 from impasto.formats.adapter_bytes import read_back, read_tensors, upcast, write_tensors
-from impasto.formats.detect import CONTEXT_WIDTHS, family_told
+from impasto.formats.detect import CONTEXT_WIDTHS, WIDER, family_told
 from impasto.formats.header import Header, read_header
 from impasto.formats.meaning import check_meaning
 from impasto.formats.probe import is_pickle
@@ -33,6 +33,7 @@ from impasto.formats.probe import is_pickle
 CODECS = Registry("adapter format", {
     "kohya": "impasto.formats.kohya:Kohya",
     "comfyui": "impasto.formats.comfyui:ComfyUI",
+    "onetrainer": "impasto.formats.onetrainer:OneTrainer",
     "diffusers": "impasto.formats.peft:Diffusers",
     "peft": "impasto.formats.peft:PeftFolder",
     "webui-embedding": "impasto.formats.embeddings:WebuiEmbedding",
@@ -186,7 +187,10 @@ def family_of(widths: Mapping[str, int], metadata: Mapping[str, str]) -> str:
     for layer, inputs in widths.items():
         if layer.startswith("unet.") and layer.endswith(("attn2.to_k", "attn2.to_v")):
             return CONTEXT_WIDTHS.get(inputs, "")
-    return ""
+        if layer.startswith("text_encoder_3."):
+            return "sd3"
+    own = [inputs for layer, inputs in widths.items() if layer.startswith("transformer.")]
+    return "sd3" if own and WIDER not in own else ""
 
 
 def _unclaimed(path: Path, header: Header | None) -> UserError:

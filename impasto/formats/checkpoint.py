@@ -124,6 +124,14 @@ class Checkpoint:
     def components(self) -> tuple[str, ...]:
         return tuple(self.sources)
 
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the pictures that the denoiser was made for; 0 where that is not told."""
+        denoiser = self.configs.get("unet") or self.configs.get("transformer") or {}
+        halvings = len(self.configs.get("vae", {}).get("block_out_channels", ())) - 1
+        size = denoiser.get("sample_size")
+        return size * 2**halvings if isinstance(size, int) and halvings >= 0 else 0
+
     def predicting(self, kind: str | None) -> Checkpoint:
         """The checkpoint with the kind of prediction that somebody told, if any. Raises `UserError`."""
         if kind is None:
@@ -368,10 +376,13 @@ def _read_component(folder: Path, name: str, part: Part, wanted: bool = True) ->
 
 
 def _spelled(keys: Iterable[str], prefix: str, spelling: Callable[[str], str]) -> dict[str, str]:
-    """Today's name -> key. Of two keys that come to the same name the first counts; the other is surplus."""
+    """Today's name -> key. Of two keys that come to the same name the one that is it counts, else the first; the other
+    is surplus."""
     found: dict[str, str] = {}
     for key in keys:
-        found.setdefault(spelling(key.removeprefix(prefix)), key)
+        own = key.removeprefix(prefix)
+        name = spelling(own)
+        found[name] = key if name == own else found.get(name, key)
     return found
 
 

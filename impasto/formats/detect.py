@@ -21,22 +21,45 @@ TITLES = {
     "sd1": "an SD 1.x", "sd2": "an SD 2.x", "sdxl": "an SDXL", "sdxl-refiner": "an SDXL refiner", "sd3": "an SD 3",
     "flux": "a Flux", "flux2": "a Flux 2", "chroma": "a Chroma", "cascade": "a Stable Cascade", "pixart": "a PixArt",
     "auraflow": "an AuraFlow", "hunyuan": "a HunyuanDiT", "lumina": "a Lumina", "qwen-image": "a Qwen-Image",
-    "wan": "a Wan video", "hidream": "a HiDream", "sana": "a Sana", "kandinsky": "a Kandinsky",
-    "upscaler": "a Stable Diffusion upscaler", "animatediff": "an AnimateDiff",
+    "z-image": "a Z-Image", "wan": "a Wan video", "hidream": "a HiDream", "sana": "a Sana",
+    "kandinsky": "a Kandinsky", "upscaler": "a Stable Diffusion upscaler", "depth": "a Stable Diffusion depth",
+    "unclip": "a Stable unCLIP", "video": "a Stable Video Diffusion", "animatediff": "an AnimateDiff",
 }
 
-#: part of a key, after `model.diffusion_model.` -> family; the first that is found
+#: beginning of a key, after the denoiser's prefix -> family; the first that is found. What is built on another
+#: family's UNet or text encoder comes before that family.
 BLOCKS = (
     ("joint_blocks.0.", "sd3"), ("distilled_guidance_layer.", "chroma"), ("single_stream_modulation.", "flux2"),
     ("double_blocks.0.img_attn.", "flux"), ("double_layers.0.", "auraflow"), ("clip_txt_mapper.", "cascade"),
-    ("double_stream_blocks.0.", "hidream"), ("cap_embedder.0.", "lumina"), ("head.modulation", "wan"),
-    ("mlp_t5.", "hunyuan"),
+    ("clip_mapper.", "cascade"), ("double_stream_blocks.0.", "hidream"), ("cap_pad_token", "z-image"),
+    ("cap_embedder.0.", "lumina"), ("head.modulation", "wan"), ("mlp_t5.", "hunyuan"), ("t_block.1.", "pixart"),
+    ("txt_norm.", "qwen-image"), ("label_emb.weight", "upscaler"), ("low_scale_model.", "upscaler"),
+    ("depth_model.", "depth"), ("noise_augmentor.", "unclip"), ("input_blocks.1.0.time_stack.", "video"),
+)
+#: the same for transformers in diffusers' names
+TRANSFORMERS = (
+    ("single_transformer_blocks.0.proj_mlp.", "flux"), ("joint_transformer_blocks.0.", "auraflow"),
+    ("transformer_blocks.0.attn.add_q_proj.", "sd3"), ("adaln_single.", "pixart"),
+)
+#: what the denoiser's keys may begin with; the first that fits is taken off
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+
+#: beginnings of keys -> kind and family of files that are neither a checkpoint nor made by training here
+OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("control_model.", "controlnet_cond_embedding.", "input_hint_block."), "controlnet", ""),
+    (("adapter.body.0.", "body.0.block1."), "T2I-Adapter", ""),
+    (("concept_embeds", "special_care_embeds"), "safety checker", ""),
+    (("down_blocks.0.motion_modules.0.",), "motion module", "animatediff"),
+    (("conv_first.", "RRDB_trunk.0.", "model.1.sub.0."), "image upscaler", ""),
+    (("model.layers.0.self_attn.", "model.language_model.", "language_model.", "layers.0.attention.wq.",
+      "transformer.h.0."), "language model", ""),
 )
 
 #: the beginning of a pipeline's class name in model_index.json -> family; the first that fits
 PIPELINES = (
     ("StableDiffusionXL", "sdxl"), ("StableDiffusion3", "sd3"), ("StableDiffusionUpscale", "upscaler"),
     ("StableDiffusionLatentUpscale", "upscaler"), ("Flux2", "flux2"), ("Flux", "flux"), ("Chroma", "chroma"),
+    ("StableDiffusionDepth2Img", "depth"), ("StableUnCLIP", "unclip"), ("StableVideoDiffusion", "video"),
     ("StableCascade", "cascade"), ("PixArt", "pixart"), ("AuraFlow", "auraflow"), ("HunyuanDiT", "hunyuan"),
     ("Lumina", "lumina"), ("QwenImage", "qwen-image"), ("Wan", "wan"), ("HiDream", "hidream"), ("Sana", "sana"),
     ("Kandinsky", "kandinsky"), ("AnimateDiff", "animatediff"),
@@ -45,6 +68,7 @@ PIPELINES = (
 #: `ss_base_model_version` and `modelspec.architecture` begin so
 FAMILY_WORDS = (
     ("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sdxl_base", "sdxl"), ("sdxl_refiner", "sdxl-refiner"), ("sd3", "sd3"),
+    ("medium", "sd3"), ("5-medium", "sd3"), ("5-large", "sd3"),  # kohya's sd3_train_network.py
     ("flux", "flux"), ("stable-diffusion-v1", "sd1"), ("stable-diffusion-v2", "sd2"),
     ("stable-diffusion-xl-v1-base", "sdxl"), ("stable-diffusion-xl-v1-refiner", "sdxl-refiner"),
     ("stable-diffusion-3", "sd3"), ("stable-diffusion-v3", "sd3"),
@@ -53,13 +77,21 @@ FAMILY_WORDS = (
 #: width of the text states that cross-attention reads -> family
 CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
 
+#: layers of SD 3's transformer, and its third text encoder, in adapters; others have layers of the same names beside
+#: some of their own, or are wider
+_JOINT = re.compile(r"joint_blocks[._]\d|(?<!single_)transformer_blocks[._]\d+[._]"
+                    r"(?:attn[._](?:to_|add_)|ff_context[._]|norm1_context[._])|^lora_te3_|^text_encoder_3\.|\bt5xxl\.|^t5\.")
+_OTHER_JOINT = re.compile(r"single_transformer_blocks|joint_transformer_blocks|(?:img|txt)_(?:mlp|mod)")
+#: channels of Flux, AuraFlow and Qwen-Image
+WIDER = 3072
+
 #: input channels of the UNet -> variant
 VARIANTS = {8: "instruct-pix2pix", 9: "inpainting"}
 
 _PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _ADAPTER = re.compile(r"[._](?:lora_up|lora_down|lora_mid|lora_A|lora_B|hada_w[12]|lokr_w[12]|lora\.up|lora\.down|"
                       r"lora_linear_layer|oft_blocks|oft_diag|glora|dora_scale)\b|[._](?:hada|lokr)_[wt][12]|"
-                      r"^(?:lora_(?:unet|te\d?)|lycoris)_\w+\.(?:diff|diff_b|w_norm|b_norm)$")
+                      r"^(?:lora_(?:unet|transformer|te\d?)|lycoris)_\w+\.(?:diff|diff_b|w_norm|b_norm)$")
 _CONTEXT = re.compile(r"attn2[._]to_[kv]\.")
 
 
@@ -67,9 +99,11 @@ _CONTEXT = re.compile(r"attn2[._]to_[kv]\.")
 class Detected:
     """What something is. `family`, `layout` and `variant` are "" where nothing tells them, or there is none."""
 
-    kind: str  # checkpoint, unet, vae, text encoder, adapter, embedding, hypernetwork, controlnet, picture, unknown
+    #: checkpoint, unet, transformer, vae, text encoder, adapter, embedding, hypernetwork, IP-Adapter, picture, one
+    #: of OTHERS, unknown
+    kind: str
     family: str = ""  # a key of TITLES
-    layout: str = ""  # ldm, diffusers, kohya, peft
+    layout: str = ""  # ldm, diffusers; of adapters kohya, comfyui, peft
     variant: str = ""  # inpainting, instruct-pix2pix
 
     @property
@@ -77,7 +111,7 @@ class Detected:
         """What it is, as the end of a sentence: "an SDXL checkpoint"."""
         if self.kind == "unknown":
             return "nothing that is known here"
-        whose = TITLES.get(self.family) or ("an" if (self.variant or self.kind)[0] in "aei" else "a")
+        whose = TITLES.get(self.family) or ("an" if (self.variant or self.kind)[0] in "aeiI" else "a")
         return " ".join(word for word in (whose, self.variant, self.kind) if word)
 
 
@@ -98,12 +132,16 @@ def detect(path: Path | str) -> Detected:
 def detect_names(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Detected:
     """What a file with tensors of these names and shapes is."""
     names = shapes.keys()
+    if _has(names, "image_proj.", "ip_adapter."):  # some have a LoRA inside
+        return Detected("IP-Adapter")
     if any(_ADAPTER.search(name) for name in names):
-        return Detected("adapter", family_told(metadata) or _by_context(shapes), _adapter_layout(names))
+        return Detected("adapter", family_told(metadata) or _by_context(shapes) or _by_blocks(shapes),
+                        _adapter_layout(names))
     if (embedding := _embedding(shapes, metadata)) is not None:
         return embedding
-    if _has(names, "control_model.", "controlnet_cond_embedding.", "input_hint_block."):
-        return Detected("controlnet")
+    for beginnings, kind, family in OTHERS:
+        if _has(names, *beginnings):
+            return Detected(kind, family)
     return _network(shapes, metadata)
 
 
@@ -128,10 +166,13 @@ def _embedding(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str
 def _network(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Detected:
     """A checkpoint, or one network of it."""
     names = shapes.keys()
-    inner = {name.removeprefix("model.diffusion_model."): shape for name, shape in shapes.items()}
+    inner = {_without_prefix(name): shape for name, shape in shapes.items()}
     for word, family in BLOCKS:
         if _has(inner, word):
             return Detected("checkpoint", family, "ldm")
+    for word, family in TRANSFORMERS:
+        if _has(names, word):
+            return Detected("transformer", family, "diffusers")
     texts = (("conditioner.embedders.1.", "sdxl"), ("conditioner.embedders.0.model.", "sdxl-refiner"),
              ("conditioner.embedders.0.", "sdxl"), ("cond_stage_model.model.", "sd2"),
              ("cond_stage_model.transformer.", "sd1"))
@@ -150,7 +191,7 @@ def _network(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str])
         return Detected("vae", "", "ldm")
     if _has(names, "encoder.down_blocks.", "decoder.up_blocks."):
         return Detected("vae", "", "diffusers")
-    if _has(names, "text_model.", "embeddings.token_embedding.", "transformer.resblocks."):
+    if _has(names, "text_model.", "embeddings.token_embedding.", "transformer.resblocks.", "encoder.block.0.layer.0."):
         return Detected("text encoder")
     return Detected("unknown")
 
@@ -204,6 +245,11 @@ def _has(names: Iterable[str], *beginnings: str) -> bool:
     return any(name.startswith(beginnings) for name in names)
 
 
+def _without_prefix(name: str) -> str:
+    """The name of one of the denoiser's tensors as the denoiser itself has it."""
+    return name.removeprefix(next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""))
+
+
 def variant_of(channels: object) -> str:
     """The variant that the number of the UNet's input channels tells."""
     return VARIANTS.get(channels, "") if isinstance(channels, int) else ""
@@ -226,6 +272,13 @@ def _by_context(shapes: Mapping[str, tuple[int, ...]]) -> str:
         if _CONTEXT.search(name) and len(shape) == 2 and shape[1] in CONTEXT_WIDTHS:
             return CONTEXT_WIDTHS[shape[1]]
     return ""
+
+
+def _by_blocks(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The family that the names of an adapter's layers tell, if it has a transformer."""
+    found = [shape for name, shape in shapes.items() if _JOINT.search(name)]
+    other = any(_OTHER_JOINT.search(name) for name in shapes)
+    return "sd3" if found and not other and not any(WIDER in shape for shape in found) else ""
 
 
 def _adapter_layout(names: Iterable[str]) -> str:

@@ -126,6 +126,9 @@ def _not_safetensors(path: Path, start: bytes, length: int, size: int) -> UserEr
     """The line for a file whose first 8 bytes are no length of a header that it could hold."""
     if start.startswith(b"version https://git-lfs"):
         return UserError("is a Git LFS pointer, not the file itself", where=path, fix="run `git lfs pull`")
+    if start.startswith(b"GGUF"):
+        return UserError("is a GGUF file: its weights are packed in a few bits for running alone", where=path,
+                         fix="take the .safetensors file that it was made of")
     if start.lstrip()[:1] == b"<":
         return UserError("is a web page, not a safetensors file", where=path,
                          fix="the download failed, or wanted a login; download it again")

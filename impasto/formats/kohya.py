@@ -1,18 +1,19 @@
 """kohya's adapter file, which every program reads: `lora_unet_…` keys, alpha beside them, `ss_*` metadata.
 
 After a layer's name: `.lora_up.weight` (out, r[, 1, 1]), `.lora_down.weight` (r, in[, k, k]), `.alpha`, as
-networks/lora.py of github.com/kohya-ss/sd-scripts has it; and what LyCORIS adds to them, modules/*.py of
-github.com/KohakuBlueleaf/LyCORIS: `.lora_mid.weight`, `.hada_…` (LoHa), `.lokr_…` (LoKr), `.diff` and `.diff_b` (full),
-`.w_norm` and `.b_norm` (of a norm), `.dora_scale` (DoRA). The names of the layers are diffusers', flat. One file may
-mix kinds, one for each layer.
+networks/lora.py and, for SD 3, networks/lora_sd3.py of github.com/kohya-ss/sd-scripts have it; and what LyCORIS adds to
+them, modules/*.py of github.com/KohakuBlueleaf/LyCORIS: `.lora_mid.weight`, `.hada_…` (LoHa), `.lokr_…` (LoKr), `.diff`
+and `.diff_b` (full), `.w_norm` and `.b_norm` (of a norm), `.dora_scale` (DoRA). The names of the layers are diffusers',
+flat; those of SDXL and SD 3 their authors' own. One file may mix kinds, one for each layer.
 """
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,20 +22,22 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.kronecker import factorization
-from impasto.formats import names, original
+from impasto.formats import mmdit_layers, names, original
 from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
 from impasto.formats.adapters import FileCodec, Layers, assemble, family_of
 from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
 from impasto.formats.header import Header, header_bytes
 from impasto.formats.kronecker_split import factor_of, split_of
-from impasto.formats.parts import FORMS, Parts, deltas_of, held, parts_of, rank_in
+from impasto.formats.parts import FORMS, Held, Parts, deltas_of, held, parts_of, rank_in
 
 #: what a layer's name begins with -> the components that it may be in
 PREFIXES = {
     "lora_unet_": ("unet",), "lora_te_": ("text_encoder",), "lora_te1_": ("text_encoder",),
-    "lora_te2_": ("text_encoder_2",),
+    "lora_te2_": ("text_encoder_2",), "lora_te3_": ("text_encoder_3",),
+    # OneTrainer, of SD 3 in diffusers' names
+    "lora_transformer_": ("transformer",),
     # LyCORIS' own wrapper, around whatever network; SimpleTuner
-    "lycoris_unet_": ("unet",), "lycoris_": ("unet", "text_encoder"),
+    "lycoris_unet_": ("unet",), "lycoris_": ("unet", "text_encoder", "transformer"),
 }
 
 #: part of a layer's change -> what follows the layer's name
@@ -57,22 +60,36 @@ FOREIGN = {
 #: kind of delta -> LyCORIS' name of it
 ALGORITHMS = {"lora": "locon", "loha": "loha", "lokr": "lokr", "dense": "full"}
 
-#: family -> `ss_base_model_version`, `modelspec.architecture` without "/lora", `modelspec.resolution`
+#: family -> `ss_base_model_version`, `modelspec.architecture` without "/lora", `modelspec.resolution`; of SD 3 the
+#: variant stands in place of the first and behind the second, where it is known (library/sai_model_spec.py)
 FAMILIES = {
     "sd1": ("sd_v1", "stable-diffusion-v1", "512x512"),
     "sd2": ("sd_v2", "stable-diffusion-v2-512", "512x512"),
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024"),
+    "sd3": ("sd3", "stable-diffusion-3", "1024x1024"),
 }
 
+#: family -> kohya's module for LoRA, where it is not `networks.lora`
+NETWORKS = {"sd3": "networks.lora_sd3"}
 
-class Kohya(FileCodec):
-    """One safetensors file of `lora_unet_…` and `lora_te…` keys, and new tokens' `bundle_emb.…` beside them."""
 
-    name = "kohya"
+class KohyaParts(FileCodec):
+    """A format of these parts, and of new tokens' `bundle_emb.…` beside them, whatever it calls a layer."""
+
     holds = frozenset({"deltas", "embeddings"})
 
-    def claims(self, path: Path, header: Header | None) -> bool:
-        return header is not None and any(key.startswith((*PREFIXES, BUNDLE)) for key in header.tensors)
+    @abc.abstractmethod
+    def parse(self, key: str, where: Path) -> tuple[str, str]:
+        """A file's key as (layer path, part of it); a layer of SD 3's network has its original path, if it is by that.
+        """
+
+    @abc.abstractmethod
+    def spell(self, layer: str, family: str, where: Path) -> str:
+        """What stands before the part, of a layer as `layers` has it."""
+
+    def layers(self, contents: Mapping[str, Held], where: Path) -> dict[str, Held]:
+        """What the file holds by layer, as it divides a network into layers."""
+        return mmdit_layers.joined(contents, where)
 
     def load(self, path: Path, header: Header | None) -> Adapter:
         assert header is not None
@@ -83,48 +100,80 @@ class Kohya(FileCodec):
         return adapter
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: Path) -> Layers:
-        own = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLE)}  # no layer's: see `load`
-        return decoded(own, metadata, _parse, where)
+        found: dict[str, Parts] = {}
+        for key, tensor in tensors.items():
+            if key.startswith(BUNDLE):  # no layer's: see `load`
+                continue
+            layer, part = self.parse(key, where)
+            if part in found.setdefault(layer, {}):
+                raise UserError(f"{layer} has two tensors for its {part.rpartition('.')[2]}", where=where)
+            found[layer][part] = tensor
+        family = family_of({layer: _inputs(parts) for layer, parts in found.items()}, metadata)
+        layers: Layers = {}
+        for layer, parts in found.items():
+            for name, terms in _changes(layer, _turned(layer, parts), family, where).items():
+                if name in layers:
+                    raise UserError(f"{name} is there twice, by itself and in another layer", where=where)
+                layers[name] = terms
+        return layers
 
     def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
                ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        own, metadata = encoded(adapter, dtype, metadata, lambda layer: _flat_name(layer, adapter.family), where)
-        tensors = bundled(adapter.embeddings, dtype, where) | own
+        contents = {layer: held(layer, terms, where) for layer, terms in adapter.deltas.items()}
+        family = adapter.family or family_of({layer: terms[0].shape[1] for layer, terms in adapter.deltas.items()
+                                              if len(terms[0].shape) > 1}, {})
+        layers = {layer: _turned(layer, parts_of(layer, content, where))
+                  for layer, content in self.layers(contents, where).items()}
+        tensors = bundled(adapter.embeddings, dtype, where)
+        for layer, parts in layers.items():
+            norm, name = names.is_norm(layer), self.spell(layer, family, where)
+            suffixes = SUFFIXES | NORMS if norm else SUFFIXES
+            for part, tensor in (_both(parts) if norm and names.has_bias(layer) else parts).items():
+                # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
+                tensors[f"{name}.{suffixes[part]}"] = tensor.float() if part == "alpha" else \
+                    stored(layer, tensor, dtype, where)
+        told = _dimensions(layers) if layers else {}
+        return tensors, {**describe(layers, family, where.stem), **metadata, **told}
+
+
+class Kohya(KohyaParts):
+    """One safetensors file of `lora_unet_…` and `lora_te…` keys."""
+
+    name = "kohya"
+
+    def claims(self, path: Path, header: Header | None) -> bool:
+        if header is None:
+            return False
+        return any(key.startswith(tuple(PREFIXES)) for key in header.tensors) or \
+            bool(header.tensors) and all(key.startswith(BUNDLE) for key in header.tensors)
+
+    def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
+               ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, metadata = super().encode(adapter, dtype, metadata, where)
         return tensors, {**metadata, **hashes(tensors, metadata)}
 
+    def parse(self, key: str, where: Path) -> tuple[str, str]:
+        return parsed(key, where)
 
-# --- what formats of these parts share, whatever they call a layer -----------------------------------------
-
-
-def decoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], parse: Callable[[str, Path], tuple[str, str]],
-            where: Path) -> Layers:
-    """Deltas by layer of a file's tensors; `parse` takes a key to its layer's path and its part."""
-    found: dict[str, Parts] = {}
-    for key, tensor in tensors.items():
-        layer, part = parse(key, where)
-        if part in found.setdefault(layer, {}):
-            raise UserError(f"{layer} has two tensors for its {part.rpartition('.')[2]}", where=where)
-        found[layer][part] = tensor
-    family = family_of({layer: _inputs(parts) for layer, parts in found.items()}, metadata)
-    return {layer: deltas_of(layer, _turned(layer, parts), where, names.kernel(layer, family))
-            for layer, parts in found.items()}
+    def spell(self, layer: str, family: str, where: Path) -> str:
+        """`unet.conv_in` -> `lora_unet_conv_in`, of SDXL as its authors call it, `lora_unet_input_blocks_0_0`."""
+        component, _, path = layer.partition(".")
+        if component == "unet" and family in original.SDXL and path in original.originals(family):
+            path = original.originals(family)[path]
+        return prefix_of(component, family) + names.flatten(path)
 
 
-def encoded(adapter: Adapter, dtype: torch.dtype, metadata: Mapping[str, str], name: Callable[[str], str], where: Path
-            ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """An adapter's deltas as a file's tensors, under the names that `name` gives to layers, and the metadata."""
-    layers = {layer: _turned(layer, parts_of(layer, held(layer, terms, where), where))
-              for layer, terms in adapter.deltas.items()}
-    tensors: dict[str, Tensor] = {}
-    for layer, parts in layers.items():
-        norm = names.is_norm(layer)
-        suffixes = SUFFIXES | NORMS if norm else SUFFIXES
-        for part, tensor in (_both(parts) if norm else parts).items():
-            # kohya rounds alpha to the file's type; 3.3 in fp16 would change the layer's strength
-            tensors[f"{name(layer)}.{suffixes[part]}"] = tensor.float() if part == "alpha" else \
-                stored(layer, tensor, dtype, where)
-    told = _dimensions(layers) if layers else {}
-    return tensors, {**describe(layers, adapter.family, where.stem), **metadata, **told}
+# --- layers ------------------------------------------------------------------------------------------------
+
+
+def _changes(layer: str, parts: Parts, family: str, where: Path) -> Layers:
+    """The deltas that the parts of one of a file's layers make, by the layers that diffusers has for it."""
+    component, _, path = layer.partition(".")
+    if component != "transformer" or not mmdit_layers.original(path):
+        return {layer: deltas_of(layer, parts, where, names.kernel(layer, family))}
+    kernel = names.kernel(f"transformer.{mmdit_layers.parts(path)[0]}")
+    changes = mmdit_layers.split(path, deltas_of(layer, parts, where, kernel), where)
+    return {f"transformer.{name}": terms for name, terms in changes.items()}
 
 
 def _turned(layer: str, parts: Parts) -> Parts:
@@ -159,11 +208,16 @@ def describe(layers: Mapping[str, Parts], family: str, title: str) -> dict[str, 
 
     "/lora" stands behind the architecture whatever the kind: so kohya's train_network.py says of LyCORIS' files too.
     """
-    kind = {"ss_network_module": "networks.lora" if _plain(layers) else "lycoris.kohya",
-            "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title,
-            "modelspec.implementation": "diffusers", "modelspec.prediction_type": "epsilon"}
+    module = NETWORKS.get(family, "networks.lora") if _plain(layers) else "lycoris.kohya"
+    kind = {"ss_network_module": module, "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title,
+            "modelspec.implementation": "diffusers"}
+    if family != "sd3":  # which predicts a flow, for which the specification has no word
+        kind["modelspec.prediction_type"] = "epsilon"
     if family in FAMILIES:
         version, architecture, resolution = FAMILIES[family]
+        inputs = {layer: _inputs(parts) for layer, parts in layers.items()}
+        if family == "sd3" and (variant := mmdit_layers.variant(inputs)):
+            version, architecture = variant, f"{architecture}-{variant}"
         kind |= {"ss_base_model_version": version, "ss_v2": str(family == "sd2"),
                  "modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
     return kind
@@ -243,8 +297,8 @@ def _blocks(head: bytes, tensors: Mapping[str, Tensor], order: list[str]) -> Ite
         yield tensor_bytes(tensors[name])
 
 
-def _parse(key: str, where: Path) -> tuple[str, str]:
-    """A file's key as (layer path, part of it)."""
+def parsed(key: str, where: Path) -> tuple[str, str]:
+    """A flat key as (layer path, part of it)."""
     name, _, suffix = key.partition(".")
     prefix = next((p for p in PREFIXES if name.startswith(p)), None)
     if prefix is None:
@@ -259,6 +313,8 @@ def _parse(key: str, where: Path) -> tuple[str, str]:
         if flat in original.flat_paths():
             return f"unet.{original.flat_paths()[flat]}", PARTS[suffix]
         raise UserError(f"key {key!r} names no layer of a UNet in its authors' names", where=where)
+    if "unet" in PREFIXES[prefix] and (path := mmdit_layers.original(flat)):
+        return f"transformer.{path}", PARTS[suffix]
     for component in PREFIXES[prefix]:
         try:
             return f"{component}.{names.unflatten(component, flat)}", PARTS[suffix]
@@ -267,13 +323,8 @@ def _parse(key: str, where: Path) -> tuple[str, str]:
     raise UserError(f"key {key!r} names no layer of a {' or '.join(PREFIXES[prefix])}", where=where)
 
 
-def _flat_name(layer: str, family: str) -> str:
-    """`unet.conv_in` -> `lora_unet_conv_in`, of SDXL as its authors call it, `lora_unet_input_blocks_0_0`; a text
-    encoder's prefix depends on whether there is a second."""
-    component, _, path = layer.partition(".")
-    if component == "unet" and family in original.SDXL and path in original.originals(family):
-        return f"lora_unet_{names.flatten(original.originals(family)[path])}"
-    numbered = family.startswith("sdxl")
-    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if numbered else "lora_te_",
-              "text_encoder_2": "lora_te2_"}[component]
-    return prefix + names.flatten(path)
+def prefix_of(component: str, family: str) -> str:
+    """What a component's flat names begin with; a text encoder's has a number where there is a second."""
+    numbered = family in ("sdxl", "sdxl-refiner", "sd3")
+    return {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": "lora_te1_" if numbered else "lora_te_",
+            "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}[component]

@@ -16,13 +16,16 @@ from impasto.deltas.told import inner_of, is_plain_lora
 
 def check_meaning(meant: Mapping[str, Sequence[Delta]], saved: Mapping[str, Sequence[Delta]], dtype: torch.dtype
                   ) -> None:
-    """The layers of an adapter, and what a codec reads out of the tensors that it has made of them."""
-    assert set(saved) == set(meant), set(saved) ^ set(meant)
-    for layer, terms in meant.items():
-        others = saved[layer]
+    """The layers of an adapter, and what a codec reads out of the tensors that it has made of them.
+
+    A layer may be missing on either side whose change is zero: files that hold several layers as one hold zeros for
+    those that are not changed.
+    """
+    for layer in {**meant, **saved}:
+        terms, others = meant.get(layer, ()), saved.get(layer, ())
         _check_biases(layer, terms, others, dtype)
         terms, others = _weights(terms), _weights(others)
-        if not terms:  # a bias alone: beside a norm's, zeros are written for its weight
+        if not terms:  # a bias alone, or nothing: zeros are written for a norm's weight, and beside other layers
             assert not any(bool(term.weight().count_nonzero()) for term in others), layer
             continue
         if all(is_plain_lora(term) for term in (*terms, *others)):

@@ -14,7 +14,7 @@ from functools import cache
 
 from impasto.core.errors import UserError, nearest
 
-#: diffusers' UNet2DConditionModel (SD 1, 2, XL) and transformers' CLIP text models
+#: diffusers' UNet2DConditionModel (SD 1, 2, XL) and SD3Transformer2DModel, transformers' CLIP and T5 text models
 GRAMMAR: dict[str, tuple[str, ...]] = {
     "unet": (
         "conv_in", "conv_out", "conv_norm_out", "time_embedding/linears", "add_embedding/linears",
@@ -34,15 +34,36 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "layer_norm1",
         "layer_norm2", "mlp.fc1", "mlp.fc2",
     ),
+    "mmdit_layers": (
+        "pos_embed.proj", "context_embedder", "time_text_embed.timestep_embedder/linears",
+        "time_text_embed.text_embedder/linears", "transformer_blocks.#/joint", "norm_out.linear", "proj_out",
+    ),
+    "joint": (
+        "attn/attn", "attn/of_text", "attn/qk_norms", "attn2/attn", "attn2/qk_norms", "ff.net.0.proj", "ff.net.2",
+        "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear", "norm1_context.linear",
+    ),
+    "of_text": ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k"),
+    "qk_norms": ("norm_q", "norm_k"),
+    "t5": ("shared", "encoder.embed_tokens", "encoder.block.#.layer.0/t5_attention", "encoder.block.#.layer.1/t5_mlp",
+           "encoder.final_layer_norm"),
+    "t5_attention": ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",
+                     "SelfAttention.relative_attention_bias", "layer_norm"),
+    "t5_mlp": ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo", "layer_norm"),
 }
 
 #: how paths of layers with a kernel end, and the kernel; of SD 1 alone, where the others have linear layers
 KERNELS = {"conv_in": (3, 3), "conv_out": (3, 3), "conv1": (3, 3), "conv2": (3, 3), "conv": (3, 3),
            "conv_shortcut": (1, 1)}
 POINTWISE = {"proj_in": (1, 1), "proj_out": (1, 1)}
+#: and of SD 3's network, which cuts the latents into patches of 2×2
+PATCHES = {"transformer.pos_embed.proj": (2, 2)}
+
+#: how tables end that are looked up
+TABLES = ("_embedding", ".shared", ".embed_tokens", ".relative_attention_bias")
 
 #: the rule that a component's layers begin with, by diffusers' name of the component
-COMPONENTS = {"unet": "unet", "text_encoder": "clip", "text_encoder_2": "clip"}
+COMPONENTS = {"unet": "unet", "text_encoder": "clip", "text_encoder_2": "clip", "transformer": "mmdit_layers",
+              "text_encoder_3": "t5"}
 
 
 def flatten(path: str) -> str:
@@ -86,18 +107,24 @@ def kernel(layer: str, family: str = "") -> tuple[int, ...]:
     """The kernel of a layer, () where it has none or the family would have to tell."""
     component, _, path = layer.partition(".")
     if COMPONENTS.get(component) != "unet":
-        return ()
+        return PATCHES.get(layer, ())
     return (KERNELS | (POINTWISE if family == "sd1" else {})).get(path.rpartition(".")[2], ())
 
 
 def is_norm(layer: str) -> bool:
     """Whether a layer normalises: it has a weight and a bias (c,), which scale and shift."""
-    return "norm" in layer.rpartition(".")[2]
+    name = layer.rpartition(".")[2]
+    return "norm" in name or name in ("ln_q", "ln_k")  # SD 3's authors' names
+
+
+def has_bias(norm: str) -> bool:
+    """Whether a norm shifts too; the root-mean-square norms of SD 3's network and of T5 only scale."""
+    return COMPONENTS.get(norm.partition(".")[0]) in ("unet", "clip")
 
 
 def is_embedding(layer: str) -> bool:
     """Whether a layer is a table that is looked up, (n, d): the transpose of its linear map."""
-    return layer.endswith("_embedding")
+    return layer.endswith(TABLES)
 
 
 @cache

@@ -110,18 +110,32 @@ def load_pickle(path: Path | str) -> Any:
                         fix="download it again") from None
 
 
+#: names of the table that holds the weights: Lightning's, and those of the programs that train upscalers
+TABLES = ("state_dict", "params_ema", "params")
+
+
 def weights_in(loaded: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name in what a checkpoint's pickle holds, and the texts beside them."""
+    """The tensors by name in what a checkpoint's pickle holds, and the texts beside them.
+
+    They are in the object itself, in a table of one of the names in `TABLES`, or in several tables, whose names
+    then begin theirs.
+    """
     texts: dict[str, str] = {}
     if isinstance(loaded, dict):
         texts = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, str)}
-        inner = loaded.get("state_dict", loaded)
-        if isinstance(inner, dict):
-            tensors = {name: value.detach() for name, value in inner.items()
-                       if isinstance(name, str) and isinstance(value, Tensor) and _plain(value)}
-            if tensors:
-                return tensors, texts
+        inner = next((loaded[name] for name in TABLES if name in loaded), loaded)
+        tensors = _tensors(inner)
+        for table, content in () if tensors or inner is not loaded else loaded.items():
+            tensors |= {f"{table}.{name}": tensor for name, tensor in _tensors(content).items()}
+        if tensors:
+            return tensors, texts
     raise UserError("holds no tensors by name", where=path)
+
+
+def _tensors(table: Any) -> dict[str, Tensor]:
+    """The tensors by name in one table; none where there is no table."""
+    return {name: value.detach() for name, value in table.items() if isinstance(name, str)
+            and isinstance(value, Tensor) and _plain(value)} if isinstance(table, dict) else {}
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -196,6 +196,11 @@ def t5_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     }
 
 
+def t5_spelling(name: str) -> str:
+    """A T5 encoder's tensor as it is spelled here: some files have its table of words by the other name alone."""
+    return "shared.weight" if name == "encoder.embed_tokens.weight" else name
+
+
 def t5_extras(config: Config) -> Iterator[Extra]:
     """Its table of words stands in single files twice: some programs read the one, some the other."""
     yield Extra("encoder.embed_tokens.weight", (config["vocab_size"], config["d_model"]), like="shared.weight")

@@ -43,7 +43,7 @@ class Blocks:
         except ValueError:
             raise UserError("is not NAME=NUMBER, with commas between", where=text) from None
         for name in found:
-            if name not in LEVELS and not re.match(r"(unet|text_encoder(_2)?|vae|transformer)(\.|$)", name):
+            if name not in LEVELS and not re.match(r"(unet|text_encoder(_[23])?|vae|transformer)(\.|$)", name):
                 raise UserError(f"has no block {name!r}", where=text, fix=nearest(name, LEVELS))
             if not math.isfinite(found[name]):
                 raise UserError(f"gives {name} the factor {found[name]}", where=text, fix="give a number")

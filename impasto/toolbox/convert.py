@@ -39,13 +39,14 @@ KINDS = ("lora", "lokr")
 
 def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: str | None = None,
             wanted: Wanted | None = None, factor: int = FACTOR, base: Path | str | None = None,
-            dtype: torch.dtype | None = None, force: bool = False, report: Reporter = SILENT) -> Made:
+            dtype: torch.dtype | None = None, prediction: str | None = None, force: bool = False,
+            report: Reporter = SILENT) -> Made:
     """Write what is at `path` in another format, or an adapter as another kind; or both.
 
     A checkpoint becomes a single file ("ldm") or a folder ("diffusers"), bit for bit unless `dtype` says otherwise. An
     adapter's changes stay what they are, or become LoRAs: exactly where they have factors smaller than the layer, else
-    at the ranks of `wanted`; or LoKrs, the nearest ones. `base` is needed to turn a DoRA into something else. Raises
-    `UserError`.
+    at the ranks of `wanted`; or LoKrs, the nearest ones. `base` is needed to turn a DoRA into something else.
+    `prediction`: what a checkpoint's network predicts, where it does not tell. Raises `UserError`.
     """
     path, out = Path(path), Path(out)
     if kind is not None and kind not in KINDS:
@@ -56,7 +57,9 @@ def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: s
         if wanted is not None or base is not None:
             raise UserError("is a checkpoint, for which no rank and no base can be asked", where=path,
                             fix="impasto extract makes an adapter of the difference of two")
-        return _checkpoint(path, out, to, kind, dtype, force, report)
+        return _checkpoint(path, out, to, kind, dtype, prediction, force, report)
+    if prediction is not None:
+        raise UserError("is an adapter, which predicts nothing itself", where=path, fix="leave --prediction out")
     if wanted is not None and kind != "lora":
         raise UserError("a rank is asked for, which is a LoRA's", where=path, fix="say --kind lora, or impasto resize")
     check_output(out, [path, base], force=force, ending=None)
@@ -75,9 +78,9 @@ def convert(path: Path | str, out: Path | str, *, to: str | None = None, kind: s
     return Made(files, layers, _rounding(adapter, asked))
 
 
-def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: torch.dtype | None, force: bool,
-                report: Reporter) -> Made:
-    checkpoint = open_checkpoint(path)
+def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: torch.dtype | None,
+                prediction: str | None, force: bool, report: Reporter) -> Made:
+    checkpoint = open_checkpoint(path).predicting(prediction)
     if kind is not None:
         raise UserError("is a checkpoint, which has no kind of change", where=path,
                         fix="impasto extract makes an adapter of the difference of two")

@@ -103,8 +103,8 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
         if not table.tokenizers[name].clip:
             report.note(f"a single file has no place for its {name}: to use it here, put that folder beside the file")
     metadata = {"format": "pt", **_untold(checkpoint, table)}
-    if (told := checkpoint.scheduler.get("prediction_type")) != table.scheduler.get("prediction_type"):
-        metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(str(told), str(told))
+    if (told := str(checkpoint.scheduler.get("prediction_type"))) != str(table.scheduler.get("prediction_type")):
+        metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(told, told)
     rows = [row for name in checkpoint.components for row in _original(checkpoint, table, name, dtype)]
     marks = _marks(checkpoint)
     require_space(out, sum(row.bytes for row in rows), "the file")

@@ -46,6 +46,9 @@ class BaseOptions(Section):
     init: Literal["weights", "random"] = Field("weights", description="random: path gives the networks' shapes alone, "
                                                "and their weights begin as their libraries have it.")
     family: str | None = Field(None, description="The family, where the file's own word is not enough.")
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What its network predicts, where the file does not tell. Of SD 2, whose files do not, "
+        "it is epsilon in the one of 512 pixels and v_prediction in that of 768.")
     vae: str | None = Field(None, description="Another VAE: a file or a folder.")
     clip_skip: int = Field(0, ge=0, le=11, description="Text encoder layers left out at the end; 0 is the "
                            "last layer (A1111 and kohya call that clip skip 1).")

@@ -29,6 +29,7 @@ from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import compare_recipe
+from impasto.training.native import at_native_size
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.outcome import Outcome
 from impasto.training.previews import Previews, evaluating
@@ -59,6 +60,7 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
     """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
+    recipe = at_native_size(recipe)
     folder = Path(recipe.output.dir)
     name = recipe.output.name or folder.absolute().name
     with Processes.joined(recipe.train.device) as processes, contextlib.ExitStack() as held:
@@ -97,6 +99,7 @@ class Trainer:
         with report.phase("loading the base"):
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
+                                  prediction=recipe.base.prediction,
                                   device=self.device, dtype=self.precision.dtype, report=report,
                                   adapters=recipe.base.adapters,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)

@@ -4,71 +4,75 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from impasto.core.errors import UserError
-from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.ldm import unet_config, unet_entries, vae_config, vae_entries
 from impasto.formats.text_layouts import clip_config
-from tests.checkpoints import build, component_configs, spelled
+from tests.checkpoints import as_ldm, build, component_configs, spelled
 
 SD1: FamilyConfig = CONFIGS.get("sd1")
+ALL = [(family, component) for family in CONFIGS for component in CONFIGS.get(family).parts]
 
 
-def on_meta(component: str, config: dict[str, Any]) -> dict[str, Tensor]:
+def on_meta(kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
     with torch.device("meta"):
-        return spelled(build(component, config))
+        return spelled(build("", config, kind=kind))
 
 
-def ldm_weights(component: str, weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The same weights under the keys of an LDM file."""
-    part = SD1.parts[component]
-    return {part.prefix + e.ldm: weights[e.name].reshape(e.ldm_shape) for e in part.entries(config)}
-
-
-def converted(component: str, weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """What diffusers' converter makes of them."""
-    keys = ldm_weights(component, weights, config)
-    if component == "unet":
-        return convert_ldm_unet_checkpoint(keys, config)
-    return convert_ldm_vae_checkpoint(keys, config) if component == "vae" else convert_ldm_clip_checkpoint(keys)
-
-
-@pytest.mark.parametrize("size", ["mini", "real"])
-@pytest.mark.parametrize("component", list(SD1.parts))
-def test_names_and_shapes_are_the_networks_own(component, size) -> None:
-    config = component_configs(size=size)[component]
-    expected = {name: tuple(tensor.shape) for name, tensor in on_meta(component, config).items()}
-    assert {entry.name: entry.shape for entry in SD1.parts[component].entries(config)} == expected
+def converted(part: Part, weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """What diffusers' converter makes of the same weights under the keys of an LDM file."""
+    keys = as_ldm(part, config, weights)
+    match part.classes[0]:
+        case "UNet2DConditionModel":
+            return convert_ldm_unet_checkpoint(keys, config)
+        case "AutoencoderKL":
+            return convert_ldm_vae_checkpoint(keys, config)
+        case _ if "model" in part.prefix.split("."):  # OpenCLIP's names
+            encoder = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+            return convert_open_clip_checkpoint(encoder, keys, part.prefix)
+        case _:
+            return convert_ldm_clip_checkpoint(keys)
 
 
 @pytest.mark.parametrize("size", ["mini", "real"])
-@pytest.mark.parametrize("component", list(SD1.parts))
-def test_diffusers_converter_gives_the_same_names(component, size) -> None:
-    config = component_configs(size=size)[component]
-    weights = on_meta(component, config)
-    found = converted(component, weights, config)
-    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in weights.items()}
+@pytest.mark.parametrize(("family", "component"), ALL)
+def test_names_and_shapes_are_the_networks_own(family, component, size) -> None:
+    part, config = CONFIGS.get(family).parts[component], component_configs(family, size)[component]
+    expected = {name: tuple(tensor.shape) for name, tensor in on_meta(part.classes[0], config).items()}
+    assert {entry.name: entry.shape for entry in part.entries(config)} == expected
 
 
-@pytest.mark.parametrize("component", list(SD1.parts))
-def test_diffusers_converter_gives_the_same_tensors(component) -> None:
-    config = component_configs()[component]
-    weights = spelled(build(component, config))
-    found = converted(component, weights, config)
-    assert found.keys() == weights.keys()
+@pytest.mark.parametrize("size", ["mini", "real"])
+@pytest.mark.parametrize(("family", "component"), ALL)
+def test_diffusers_converter_gives_the_same_names(family, component, size) -> None:
+    part, config = CONFIGS.get(family).parts[component], component_configs(family, size)[component]
+    weights = on_meta(part.classes[0], config)
+    found = converted(part, weights, config)
+    unused = found.keys() - weights.keys()  # diffusers knows those of real size alone
+    assert {n: t.shape for n, t in found.items() if n not in unused} == {n: t.shape for n, t in weights.items()}
+    assert not unused or (family, component) == ("sd2", "text_encoder")
+
+
+@pytest.mark.parametrize(("family", "component"), ALL)
+def test_diffusers_converter_gives_the_same_tensors(family, component) -> None:
+    part, config = CONFIGS.get(family).parts[component], component_configs(family)[component]
+    weights = spelled(build(component, config, kind=part.classes[0]))
+    found = converted(part, weights, config)
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
@@ -138,7 +142,7 @@ def test_any_number_of_levels(data) -> None:
     config = unet_of(widths, data.draw(st.integers(1, 3)), depths, data.draw(st.booleans()), 24)
     entries = list(unet_entries(config))
     with torch.device("meta"):
-        network = UNet2DConditionModel.from_config(config)
+        network = build("unet", config)
     assert {e.name: e.shape for e in entries} == {n: tuple(t.shape) for n, t in network.state_dict().items()}
     derived = unet_config({entry.ldm: entry.ldm_shape for entry in entries})
     assert {key: config.get(key, 1) for key in derived} == derived
@@ -153,7 +157,7 @@ def test_any_vae(widths, layers, latents) -> None:
         "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
     entries = list(vae_entries(config))
     with torch.device("meta"):
-        network = AutoencoderKL.from_config(config)
+        network = build("vae", config)
     assert {e.name: e.shape for e in entries} == {n: tuple(t.shape) for n, t in network.state_dict().items()}
     derived = vae_config({entry.ldm: entry.ldm_shape for entry in entries})
     assert {key: config[key] for key in derived} == derived

@@ -24,6 +24,7 @@ from impasto.core.errors import UserError
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig
 from impasto.formats.mmdit import mmdit_config, mmdit_entries
+from impasto.formats.rewrite import rewrite
 from impasto.toolbox.convert import convert
 from impasto.toolbox.layouts import to_folder
 from tests.checkpoints import SD35, built, component_configs, spelled, untold, write_checkpoint
@@ -220,6 +221,31 @@ def test_what_a_single_file_has_no_place_for(tmp_path: Path) -> None:
     save_file(weights, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="text_projection.weight of its own"):
         convert(folder, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["shared", "encoder.embed_tokens"])
+def test_t5s_words_have_two_names(name: str, tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path / "x.safetensors", "sd3")
+    other = {"shared": "encoder.embed_tokens", "encoder.embed_tokens": "shared"}[name]
+    told, weights = open_checkpoint(file).metadata, load_file(file)
+    del weights[f"text_encoders.t5xxl.transformer.{other}.weight"]
+    save_file(weights, tmp_path / "y.safetensors", told)
+    opened = open_checkpoint(tmp_path / "y.safetensors")
+    assert (opened.surplus, opened.unused) == ([], []) and equal(tensors_of(opened), tensors_of(open_checkpoint(file)))
+
+
+def test_what_is_changed_on_the_way_is_changed_in_its_place(tmp_path: Path) -> None:
+    """Rows of a matrix of three, and halves the other way round."""
+    file = write_checkpoint(tmp_path / "x.safetensors", "sd3", changes=SD35)
+    wanted = tensors_of(open_checkpoint(file))
+    blocks = ("0.attn.to_k", "1.attn2.to_q", "2.norm1_context.linear")
+    names = [f"transformer.{name}.weight" for name in (*(f"transformer_blocks.{block}" for block in blocks),
+                                                       "norm_out.linear", "pos_embed.proj")]
+    changes = {name: torch.randn_like(wanted[name]) for name in names}
+    rewrite(open_checkpoint(file), tmp_path / "y.safetensors", lambda component, name, tensor: None if
+            (change := changes.get(f"{component}.{name}")) is None else tensor + change)
+    wanted |= {name: wanted[name] + change for name, change in changes.items()}
+    assert equal(tensors_of(open_checkpoint(tmp_path / "y.safetensors")), wanted)
 
 
 def test_a_transformer_alone_and_what_is_incomplete(tmp_path: Path) -> None:

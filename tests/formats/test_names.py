@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from impasto.core.errors import UserError
 from impasto.formats import names
@@ -55,7 +55,33 @@ def test_every_layer_of_the_real_text_encoders(kind: type) -> None:
         assert names.canonical("text_encoder", path) == whole
 
 
-@pytest.mark.parametrize("rule", ["unet", "clip"])
+@pytest.mark.parametrize("dual", [(), tuple(range(13))])
+def test_every_layer_of_the_real_transformers(dual: tuple[int, ...]) -> None:
+    """SD 3's and SD 3.5 medium's."""
+    with torch.device("meta"):
+        paths = weighted(SD3Transformer2DModel(
+            num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+            dual_attention_layers=dual, qk_norm="rms_norm" if dual else None))
+    assert len({names.flatten(p) for p in paths}) == len(paths) > 24 * 13
+    for path in paths:
+        assert names.unflatten("transformer", names.flatten(path)) == path
+        assert names.canonical("transformer", path) == path
+        assert not names.is_norm(path) or not names.has_bias(f"transformer.{path}")
+
+
+def test_every_layer_of_the_real_t5() -> None:
+    with torch.device("meta"):
+        module = T5EncoderModel(T5Config(d_model=64, num_layers=3, feed_forward_proj="gated-gelu"))
+    paths = weighted(module)
+    assert "encoder.block.2.layer.1.DenseReluDense.wi_0" in paths
+    for path in paths:
+        assert names.unflatten("text_encoder_3", names.flatten(path)) == path
+        assert names.canonical("text_encoder_3", path) == path
+        table = isinstance(module.get_submodule(path), torch.nn.Embedding)
+        assert names.is_embedding(f"text_encoder_3.{path}") == table
+
+
+@pytest.mark.parametrize("rule", ["unet", "clip", "mmdit_layers", "t5"])
 def test_a_flat_name_has_one_reading_whatever_the_numbers(rule: str) -> None:
     """Templates whose flat forms agree but for the numbers have their dots in the same places."""
     dots: dict[str, set[str]] = {}

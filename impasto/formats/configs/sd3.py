@@ -80,6 +80,8 @@ T5 = Part(
         "tie_word_embeddings": False,
     },
     untold=("relative_attention_max_distance",),
+    ldm_spelling=text_layouts.t5_spelling,
+    spelling=text_layouts.t5_spelling,
     extras=text_layouts.t5_extras,
 )
 

@@ -59,6 +59,7 @@ ROWS: dict[str, Row] = {
     "pretrained_model_name_or_path": Row("base.path", text),
     "vae": Row("base.vae", text),
     "clip_skip": Row("base.clip_skip", lambda value: max(whole(value) - 1, 0), "kohya counts one more"),
+    "v_parameterization": Row("base.prediction", lambda value: "v_prediction" if flag(value) else "epsilon"),
     # pictures
     "train_data_dir": Row("data.folder", text),
     "image_dir": Row("data.folder", text),
@@ -268,7 +269,7 @@ ROWS: dict[str, Row] = {
     **rows("the same command goes on where the run stopped", "save_state save_state_on_train_end resume",
            needless=True),
     **rows("it is for accelerate, which launches kohya's scripts", "accelerate.*", needless=True),
-    **rows("the base tells it", "v2 v_parameterization", needless=True),
+    **rows("the base tells it", "v2", needless=True),
     **rows("captions may have any length", "max_token_length", needless=True),
     **rows("tokenizers are in the package", "tokenizer_cache_dir", needless=True),
     **rows("artifacts are safetensors", "use_safetensors", needless=True),
