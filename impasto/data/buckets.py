@@ -132,7 +132,7 @@ def too_small(size: Size, options: DataOptions) -> str:
 
 
 def check_sizes(options: DataOptions, cell: int, name: str = "data") -> None:
-    """Raise a `UserError` for sizes that a base whose latent cells have sides of `cell` pixels cannot have.
+    """Raise a `UserError` for sizes that a base whose latent cells (patches) have sides of `cell` pixels cannot have.
 
     `name` is what the set is called: "data", or "data.1" of several.
     """

@@ -277,7 +277,7 @@ def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions
     """
     share = Share(batch_size, accumulation, seed, rank, world)
     for number, one in enumerate(data.sets):
-        check_sizes(one, base.cell, label(number, data))
+        check_sizes(one, base.grid, label(number, data))
     extras = wanted(base, data, reads, trains)
     fingerprint = base.fingerprint()
     found = pictures or pictures_of(data, prior, validation, seed, report)

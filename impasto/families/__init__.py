@@ -7,4 +7,5 @@ FAMILIES = Registry("family", {
     "sd2": "impasto.families.sd2:SD2",
     "sdxl": "impasto.families.sdxl:SDXL",
     "sdxl-refiner": "impasto.families.sdxl:Refiner",
+    "sd3": "impasto.families.sd3:SD3",
 })

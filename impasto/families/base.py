@@ -73,6 +73,8 @@ class Base(abc.ABC):
     #: component name of the denoiser ("unet", "transformer") and of the text encoders, diffusers' names
     denoiser_name: ClassVar[str]
     text_encoder_names: ClassVar[tuple[str, ...]]
+    #: kinds of methods that it cannot be trained by, and why
+    refuses: ClassVar[Mapping[str, str]] = {}
 
     #: whether it was made to finish pictures that others began
     refines: ClassVar[bool] = False
@@ -116,6 +118,11 @@ class Base(abc.ABC):
         """New tokens, which captions may contain while they are there."""
         return Tokens(self.text_encoder_names, self.vocabulary)
 
+    @property
+    def token_encoders(self) -> tuple[str, ...]:
+        """The text encoders in which new tokens are trained; others may read those of a file, too."""
+        return self.text_encoder_names
+
     def text_settings(self) -> dict[str, Any]:
         """What text states depend on beside caption, weights and precision (clip skip), for cache keys."""
         return {}
@@ -129,6 +136,11 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def cell(self) -> int:
         """Pixels along one side of a latent cell (8 for Stable Diffusion's VAEs)."""
+
+    @property
+    def grid(self) -> int:
+        """Pixels of which both sides of a picture are multiples: a latent cell's, or a patch of them."""
+        return self.cell
 
     @property
     def native_size(self) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from impasto.core.errors import UserError
 from impasto.families.base import Caption
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 #: a token and its weight
 Token = tuple[int, float]
+AnyTokenizer = CLIPTokenizer | T5Tokenizer
 
 
 def tokenizer_of(checkpoint: Checkpoint, family: str, name: str = "tokenizer") -> CLIPTokenizer:
@@ -38,22 +39,23 @@ def tokenizer_of(checkpoint: Checkpoint, family: str, name: str = "tokenizer") -
 
 def vocabulary(tokenizer: CLIPTokenizer, encoder: ClipText) -> Vocabulary:
     """What the encoder knows before any token is added."""
-    return Vocabulary(functools.partial(_ids, tokenizer), encoder.text_model.embeddings.token_embedding,
+    return Vocabulary(functools.partial(ids_of, tokenizer), encoder.text_model.embeddings.token_embedding,
                       encoder.length - 2)
 
 
-def _ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+def ids_of(tokenizer: AnyTokenizer, text: str) -> list[int]:
+    """Ids of a text, without marks."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def runs_of(caption: Caption, tokenizer: CLIPTokenizer, words: Words | None = None) -> list[list[Token]]:
+def runs_of(caption: Caption, tokenizer: AnyTokenizer, words: Words | None = None) -> list[list[Token]]:
     """Token ids with weights, no marks: those of a new token together, any other by itself.
 
     Weighted pieces are tokenized each by itself, as in A1111.
     """
     pieces = [(caption, 1.0)] if isinstance(caption, str) else caption
     return [[(token, weight) for token in run] for text, weight in pieces
-            for run in (words.runs(text) if words else [[token] for token in _ids(tokenizer, text)])]
+            for run in (words.runs(text) if words else [[token] for token in ids_of(tokenizer, text)])]
 
 
 def chunks_of(caption: Caption, tokenizer: CLIPTokenizer, length: int, words: Words | None = None
@@ -95,10 +97,11 @@ class Chunks:
     ends: Tensor
 
     @classmethod
-    def of(cls, captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, words: Words | None) -> Self:
-        """On the encoder's device."""
+    def of(cls, captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, words: Words | None,
+           most: int | None = None) -> Self:
+        """On the encoder's device; of each caption the first `most`."""
         device = next(encoder.parameters()).device
-        each = [chunks_of(caption, tokenizer, encoder.length, words) for caption in captions]
+        each = [chunks_of(caption, tokenizer, encoder.length, words)[:most] for caption in captions]
         chunks = [chunk for own in each for chunk in own]
         end = marks(tokenizer)[1]
         weighted = any(weight != 1.0 for chunk in chunks for _, weight in chunk)
@@ -130,10 +133,10 @@ def encode(captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipT
 
 
 def encode_unnormed(captions: Sequence[Caption], tokenizer: CLIPTokenizer, encoder: ClipText, skip: int = 1,
-                    words: Words | None = None) -> tuple[Tensor, Tensor | None]:
+                    words: Words | None = None, most: int | None = None) -> tuple[Tensor, Tensor | None]:
     """States (B, n·L, C) of captions as SDXL takes them, of the last layer but `skip` and before the final norm; and
-    the pooled embeddings (B, P), if the encoder has a projection."""
-    chunks = Chunks.of(captions, tokenizer, encoder, words)
+    the pooled embeddings (B, P), if the encoder has a projection. Of a caption's chunks the first `most` are read."""
+    chunks = Chunks.of(captions, tokenizer, encoder, words, most)
     rows = None if words is None else words.rows
     if not hasattr(encoder, "text_projection"):
         return chunks.together(encoder(chunks.ids, skip, rows, normed=False), encoder.length), None

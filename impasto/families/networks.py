@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from impasto.core.errors import UserError, nearest
 from impasto.core.rng import seed_for
@@ -83,6 +83,36 @@ class ClipText(nn.Module):
         self.gradient_checkpointing = True
 
 
+class T5Text(nn.Module):
+    """transformers' T5EncoderModel, with its table of words in one place: `shared`, `encoder.block.0…`."""
+
+    def __init__(self, model: T5EncoderModel) -> None:
+        super().__init__()
+        self.config, self.shared, self.encoder = model.config, model.shared, cast(Any, model.encoder)
+        self.encoder.embed_tokens = None  # tied to the other, which no longer holds where a weight is replaced
+        self.gradient_checkpointing = False
+
+    def forward(self, ids: Tensor, rows: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """States (B, L, C) of token ids (B, L); those that the mask (B, L) has as False are not read.
+
+        Ids from the end of the vocabulary on are new tokens': their vectors are `rows` (m, C).
+        """
+        hidden = self.shared(ids) if rows is None else looked_up(self.shared, ids, rows)
+        bias = self.encoder.block[0].layer[0].SelfAttention.compute_bias(ids.shape[1], ids.shape[1], device=ids.device)
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None], torch.finfo(bias.dtype).min)
+        for block in self.encoder.block:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = cast(Any, checkpoint(block, hidden, None, bias, use_reentrant=False))[0]
+            else:
+                hidden = block(hidden, None, bias)[0]
+        return self.encoder.final_layer_norm(hidden)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute each layer again in the backward instead of keeping what it made."""
+        self.gradient_checkpointing = True
+
+
 def _unet(config: Config) -> nn.Module:
     network = UNet2DConditionModel.from_config(_plain(config))
     assert isinstance(network, nn.Module)
@@ -108,6 +138,16 @@ def _projected_clip(config: Config) -> nn.Module:
     return ClipText(model.text_model, model.text_projection)
 
 
+def _mmdit(config: Config) -> nn.Module:
+    network = SD3Transformer2DModel.from_config(_plain(config))
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _t5(config: Config) -> nn.Module:
+    return T5Text(T5EncoderModel._from_config(T5Config.from_dict(_plain(config))))
+
+
 def _plain(config: Config) -> dict[str, Any]:
     """Without what tells the program that wrote it (`_class_name`, `_diffusers_version`, `torch_dtype` …)."""
     return {key: value for key, value in config.items()
@@ -118,13 +158,15 @@ def kind_of(network: nn.Module) -> str:
     """The name of a network's class in its library."""
     if isinstance(network, ClipText):
         return "CLIPTextModelWithProjection" if hasattr(network, "text_projection") else "CLIPTextModel"
+    if isinstance(network, T5Text):
+        return "T5EncoderModel"
     return type(network).__name__
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:
     """A network's configuration as its library writes it to config.json."""
-    if isinstance(network, ClipText):
-        told = network.text_model.config.to_dict()
+    if isinstance(network, ClipText | T5Text):
+        told = (network.config if isinstance(network, T5Text) else network.text_model.config).to_dict()
         return {key: value for key, value in told.items() if value is not None and not key.startswith("_")} | {
             "architectures": [kind_of(network)]}
     inner: Any = network
@@ -134,7 +176,7 @@ def config_of(network: nn.Module) -> dict[str, Any]:
 #: builders by the class's name in its library
 BUILDERS: dict[str, Callable[[Config], nn.Module]] = {
     "UNet2DConditionModel": _unet, "AutoencoderKL": _vae, "CLIPTextModel": _clip,
-    "CLIPTextModelWithProjection": _projected_clip,
+    "CLIPTextModelWithProjection": _projected_clip, "SD3Transformer2DModel": _mmdit, "T5EncoderModel": _t5,
 }
 
 
@@ -151,14 +193,39 @@ def random_init(component: str, kind: str, config: Config, seed: int = 0, *, dev
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "init", component))
         network = _built(kind, config)
-    for module in network.modules():  # not by `Module.to`, which cannot move fake tensors
-        for leaf, weight in module._parameters.items():
-            if weight is not None:
-                module._parameters[leaf] = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+    for name, (held, leaf) in _places(network).items():  # not by `Module.to`, which cannot move fake tensors
+        held[leaf] = _like(held[leaf], held[leaf].to(device, _width(network, name, dtype)))
+    for module in network.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[leaf] = buffer.to(device)
     return network
+
+
+def _places(network: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where each tensor belongs that files have: weights, and such constants as SD 3's positions."""
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for path, module in network.named_modules():
+        passing = {*module._non_persistent_buffers_set, "position_ids"}
+        for held in (module._parameters, module._buffers):
+            found |= {f"{path}.{leaf}".lstrip("."): (held, leaf) for leaf, tensor in held.items()
+                      if tensor is not None and leaf not in passing}
+    return found
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """The new tensor, as a frozen weight where the old one is a weight."""
+    return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+
+
+def _width(network: nn.Module, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The type in which a weight is held where all are to be in `dtype`.
+
+    What T5's feed-forward adds up overflows in fp16: its last matrix stays in fp32, and so does the sum (transformers'
+    `_keep_in_fp32_modules`).
+    """
+    overflows = dtype == torch.float16 and isinstance(network, T5Text) and name.endswith(".wo.weight")
+    return torch.float32 if overflows else dtype
 
 
 def _built(kind: str, config: Config) -> nn.Module:
@@ -177,25 +244,21 @@ def fill(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, where: ob
     `dtype` of the weights, or the file's own. Raises `UserError` for a tensor of another shape, one that is
     missing, or one that is not of floating point.
     """
-    places = {name: (module, leaf) for path, module in network.named_modules()
-              for leaf in module._parameters for name in [f"{path}.{leaf}".lstrip(".")]}
-    surplus = []
+    places, surplus = _places(network), []
     for name, tensor in tensors:
         if name not in places:
             if not name.endswith("position_ids"):  # a buffer of constants that old files carry
                 surplus.append(name)
             continue
-        module, leaf = places[name]
-        wanted = module._parameters[leaf]
-        assert wanted is not None
+        held, leaf = places[name]
+        wanted = held[leaf]
         if tensor.shape != wanted.shape:
             raise UserError(f"tensor {name!r} is {_shape(tensor)}, the network wants {_shape(wanted)}", where=where,
                             fix="the file is damaged, or its config is another one's")
         if not tensor.is_floating_point():
             raise UserError(f"tensor {name!r} is of {tensor.dtype}, not of floating point", where=where)
-        weight = tensor.to(device=device, dtype=dtype or tensor.dtype)
-        module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
-    if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta]:
+        held[leaf] = _like(wanted, tensor.to(device=device, dtype=_width(network, name, dtype) or tensor.dtype))
+    if missing := [name for name, (held, leaf) in places.items() if held[leaf].is_meta]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"tensor {missing[0]!r}{others} is missing" if not others else
                         f"tensors are missing: {missing[0]!r}{others}", where=where,
@@ -205,11 +268,11 @@ def fill(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, where: ob
 
 
 def _fill_buffers(network: nn.Module, device: torch.device | str) -> None:
-    """Positions are the only buffer of these networks, and no file need have it."""
+    """Numbers of positions are the only buffer of these networks that no file need have."""
     for module in network.modules():
         for name, buffer in module._buffers.items():
-            assert buffer is None or name == "position_ids", name
             if buffer is not None and buffer.is_meta:
+                assert name == "position_ids", name
                 module._buffers[name] = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
 
 

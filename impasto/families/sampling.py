@@ -132,9 +132,9 @@ def given_back(base: Base, pictures: Sequence[Image.Image], seed: int, *, noise:
 def check_size(base: Base, width: int, height: int) -> None:
     """That the base can draw a picture of that size."""
     for name, pixels in (("width", width), ("height", height)):
-        if pixels < base.cell or pixels % base.cell:
-            near = max(round(pixels / base.cell), 1) * base.cell
-            raise UserError(f"{name} {pixels} is not a multiple of {base.cell} pixels", fix=f"take {near}")
+        if pixels < base.grid or pixels % base.grid:
+            near = max(round(pixels / base.grid), 1) * base.grid
+            raise UserError(f"{name} {pixels} is not a multiple of {base.grid} pixels", fix=f"take {near}")
 
 
 def _condition(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption], settings: SampleSettings,

@@ -1,8 +1,8 @@
-"""CLIP's tokenizer: from the checkpoint's own folder where it has one, else from the table in this package.
+"""The tokenizers. CLIP's: from the checkpoint's own folder where it has one, else from the table in this package.
 
 The table is OpenAI's byte-pair merges (Radford et al. 2021), as open_clip ships them under the MIT licence
 (`data/bpe_simple_vocab_16e6.LICENSE`). The tokens: 256 bytes, the same 256 ending a word, one for each merge,
-and the two marks of beginning and end: 49,408.
+and the two marks of beginning and end: 49,408. T5's comes with its checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import cast
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write, write_json
@@ -41,6 +41,18 @@ def clip_tokenizer(folder: Path | None = None, pad: str = END) -> CLIPTokenizer:
                         fix="copy these files from the checkpoint's source")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"the tokenizer cannot be read ({str(error).splitlines()[0]})", where=folder,
+                        fix="copy its files from the checkpoint's source") from error
+
+
+def t5_tokenizer(folder: Path) -> T5Tokenizer:
+    """The T5 tokenizer of `folder`. Raises `UserError` if it holds none that can be read."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise UserError("holds no T5 tokenizer (tokenizer.json or spiece.model)", where=folder,
+                        fix="copy these files from the checkpoint's source")
+    try:
+        return T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"the tokenizer cannot be read ({str(error).splitlines()[0]})", where=folder,
                         fix="copy its files from the checkpoint's source") from error

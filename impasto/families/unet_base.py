@@ -83,19 +83,24 @@ class UNetBase(Base, abc.ABC):
         """
         width = 0
         for name, tokenizer in tokenizers.items():
-            config = cast(Any, self.components[name]).text_model.config
-            layers, width = config.num_hidden_layers - least, width + config.hidden_size
-            if not 0 <= skip < layers:
-                raise UserError(f"clip_skip {skip} leaves none of {layers} layers", where=self.source,
-                                fix=f"give 0 … {layers - 1}")
-            if len(tokenizer) > config.vocab_size:
-                raise UserError(f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {config.vocab_size}",
-                                where=self.source, fix="give a folder with the tokenizer that belongs to it")
+            width += self.check_encoder(name, tokenizer, skip, least)
         wanted = self.config("unet").cross_attention_dim
         if width != wanted:
             verb = "s make" if len(tokenizers) > 1 else " makes"
             raise UserError(f"the text encoder{verb} {width} channels, the UNet wants {wanted}",
                             where=self.source, fix="its components are of different models")
+
+    def check_encoder(self, name: str, tokenizer: Any, skip: int, least: int) -> int:
+        """As `check_text`, of one CLIP alone; its channels."""
+        config = cast(Any, self.components[name]).text_model.config
+        layers = config.num_hidden_layers - least
+        if not 0 <= skip < layers:
+            raise UserError(f"clip_skip {skip} leaves none of {layers} layers", where=self.source,
+                            fix=f"give 0 … {layers - 1}")
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {config.vocab_size}",
+                            where=self.source, fix="give a folder with the tokenizer that belongs to it")
+        return config.hidden_size
 
     def config(self, component: str) -> Any:
         """A diffusers component's config."""

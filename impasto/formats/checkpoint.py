@@ -43,7 +43,10 @@ MOST_TENSORS = 20_000
 
 
 class Place(NamedTuple):
-    """Where a tensor is: the key of the file's tensor, the shape it has itself, and how it lies in there (`Entry`)."""
+    """Where a tensor is: the key of the file's tensor, the shape it has itself, and how it lies in there (`Entry`).
+
+    An identity that the file does not hold has the key "".
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -81,8 +84,18 @@ class Source:
         """The file's keys, and the names of the tensors in each, in the order in which they lie there."""
         found: dict[str, list[str]] = {}
         for name, place in self.places.items():
-            found.setdefault(place.key, []).append(name)
+            if place.key:
+                found.setdefault(place.key, []).append(name)
         return {key: sorted(names, key=lambda name: self.places[name].piece) for key, names in found.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The file's; of an identity, that of the component's first tensor."""
+        key = self.places[name].key or next(place.key for place in self.places.values() if place.key)
+        return self.file.dtype(key)
+
+    def identity(self, name: str) -> Tensor:
+        """A tensor that the file does not hold."""
+        return torch.eye(self.places[name].shape[0], dtype=self.dtype(name))
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,7 @@ class Checkpoint:
     def names(self, component: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each tensor, by name. No tensor is read."""
         source = self.sources[component]
-        return {name: (place.shape, source.file.dtype(place.key)) for name, place in source.places.items()}
+        return {name: (place.shape, source.dtype(name)) for name, place in source.places.items()}
 
     def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, one at a time, mapped from the file in the file's type; not in the order of `names`."""
@@ -166,17 +179,20 @@ class Checkpoint:
         for key, tensor in source.file.read(key for key in source.file.shapes if key in owners):
             for name in owners[key]:
                 yield name, source.places[name].out_of(tensor)
+        yield from ((name, source.identity(name)) for name, place in source.places.items() if not place.key)
 
     def tensor(self, component: str, name: str) -> Tensor:
         """One tensor, mapped from the file in the file's type."""
         source = self.sources[component]
+        if not source.places[name].key:
+            return source.identity(name)
         ((_, tensor),) = source.file.read([source.places[name].key])
         return source.places[name].out_of(tensor)
 
     def files(self, component: str) -> list[Path]:
         """The files that hold the component, sorted."""
         source = self.sources[component]
-        return source.file.files(place.key for place in source.places.values())
+        return source.file.files(place.key for place in source.places.values() if place.key)
 
 
 def open_checkpoint(path: Path | str, *, weights: bool = True, family: str = "") -> Checkpoint:
@@ -215,12 +231,12 @@ def _table(path: Path, found: Detected) -> FamilyConfig:
 
 def _open_single(path: Path, file: TensorFile, found: Detected, table: FamilyConfig) -> Checkpoint:
     rest = dict.fromkeys(file.shapes)
-    bare = any(key.startswith("input_blocks.") for key in rest)  # a UNet alone, without prefix
+    bare = any(key.startswith(("input_blocks.", "joint_blocks.")) for key in rest)  # a denoiser alone, without prefix
     configs: dict[str, dict[str, Any]] = {}
     sources: dict[str, Source] = {}
     unused: list[str] = []
     for name, part in table.parts.items():
-        prefix = "" if bare and name == "unet" else part.prefix
+        prefix = "" if bare and name in ("unet", "transformer") else part.prefix
         spelled = _spelled((key for key in rest if key.startswith(prefix)), prefix, part.ldm_spelling)
         if not spelled:
             continue
@@ -233,6 +249,8 @@ def _open_single(path: Path, file: TensorFile, found: Detected, table: FamilyCon
     return Checkpoint(
         path=path, family=table.name, layout="ldm", configs=_sized(configs, scheduler, table), scheduler=scheduler,
         sources=sources, variant=found.variant, metadata=file.metadata, unused=unused,
+        tokenizers={name: path.parent / name for name, words in table.tokenizers.items()
+                    if not words.clip and words.component in sources and (path.parent / name).is_dir()},
         surplus=[key for key in rest if not key.endswith("position_ids") and key not in (*unused, *marks)])
 
 
@@ -375,10 +393,13 @@ def _read_component(folder: Path, name: str, part: Part, wanted: bool = True) ->
 
 
 def _spelled(keys: Iterable[str], prefix: str, spelling: Callable[[str], str]) -> dict[str, str]:
-    """Today's name -> key. Of two keys that come to the same name the first counts; the other is surplus."""
+    """Today's name -> key. Of two keys that come to the same name the one that is it counts, else the first; the other
+    is surplus."""
     found: dict[str, str] = {}
     for key in keys:
-        found.setdefault(spelling(key.removeprefix(prefix)), key)
+        own = key.removeprefix(prefix)
+        name = spelling(own)
+        found[name] = key if name == own else found.get(name, key)
     return found
 
 
@@ -390,6 +411,9 @@ def _place(path: Path, name: str, part: Part, config: Mapping[str, Any], spelled
     wrong: list[str] = []
     for entry in _entries(path, part, config):
         wanted = entry.ldm if ldm else entry.name
+        if ldm and entry.how == "identity":
+            places[entry.name] = Place("", entry.shape, how=entry.how)
+            continue
         key = spelled.get(wanted)
         if key is None:
             missing.append(wanted)

@@ -22,7 +22,8 @@ class Entry(NamedTuple):
 
     They differ in shape where LDM has a 1×1 convolution and diffusers a linear layer, and where the original holds
     several in one: `ldm_shape` is that of the whole, and `piece` (i, n) says that this is the i-th of n equal parts of
-    its rows. `how`: "turned" for a transpose, "halves" where the first half of the rows is the second there.
+    its rows. `how`: "turned" for a transpose, "halves" where the first half of the rows is the second there, "identity"
+    where the original has nothing, and diffusers a matrix that changes nothing.
     """
 
     name: str

@@ -179,7 +179,7 @@ def unet_config_of_64(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 # --- the VAE ---------------------------------------------------------------------------------------------
 
 VAE_PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_quant_conv": (True,), "use_post_quant_conv": (True,), "mid_block_add_attention": (True,),
+    "use_quant_conv": (True, False), "use_post_quant_conv": (True, False), "mid_block_add_attention": (True,),
 }
 #: a VAE's attention in LDM, and in diffusers before 0.15 -> diffusers now
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -206,8 +206,10 @@ def vae_entries(config: Config) -> Iterator[Entry]:
             yield from conv_entries(f"{block}.downsamplers.0.conv", f"{ldm}.downsample.conv", out, out)
     yield from _vae_middle("encoder", width)
     yield from _vae_end("encoder", width, 2 * latent)
-    yield from conv_entries("quant_conv", "quant_conv", 2 * latent, 2 * latent, 1)
-    yield from conv_entries("post_quant_conv", "post_quant_conv", latent, latent, 1)
+    if config.get("use_quant_conv", True):
+        yield from conv_entries("quant_conv", "quant_conv", 2 * latent, 2 * latent, 1)
+    if config.get("use_post_quant_conv", True):
+        yield from conv_entries("post_quant_conv", "post_quant_conv", latent, latent, 1)
     yield from conv_entries("decoder.conv_in", "decoder.conv_in", latent, width)
     yield from _vae_middle("decoder", width)
     for up, level in enumerate(range(top, -1, -1)):

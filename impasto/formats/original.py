@@ -38,7 +38,8 @@ def originals(family: str) -> Mapping[str, str]:
     """Path in diffusers' names -> original one, of every layer of a family's UNet. Empty for one that is not known."""
     if family in SDXL:
         return _EMBEDDING | _walked(SDXL[family])
-    return _walked(CONFIGS.get(family).parts["unet"].config) if family in CONFIGS else {}
+    parts = CONFIGS.get(family).parts if family in CONFIGS else {}
+    return _walked(parts["unet"].config) if "unet" in parts else {}
 
 
 def _walked(config: Mapping[str, Any]) -> dict[str, str]:

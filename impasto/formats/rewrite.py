@@ -200,9 +200,10 @@ def in_order(checkpoint: Checkpoint, component: str, dtype: torch.dtype | None =
 def lockstep(checkpoint: Checkpoint, component: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a component in the order of `names`, each as it is asked for."""
     source = checkpoint.sources[component]
-    keys = [source.places[name].key for name in names]
-    for name, (_, tensor) in zip(names, ordered(source.file, keys), strict=True):
-        yield name, source.places[name].out_of(tensor)
+    read = ordered(source.file, [key for name in names if (key := source.places[name].key)])
+    for name in names:
+        place = source.places[name]
+        yield name, place.out_of(next(read)[1]) if place.key else source.identity(name)
 
 
 def ordered(file: TensorFile, keys: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,8 @@
-"""The names of CLIP's text encoders in two layouts: the original ones, and transformers'.
+"""The names of text encoders in two layouts: the original ones, and transformers'.
 
-SD 1's is in Hugging Face's names in both. Those of SD 2 and SDXL are OpenCLIP's (github.com/mlfoundations/open_clip,
-src/open_clip/transformer.py), where queries, keys and values are one matrix, and the projection is turned.
+SD 1's is in Hugging Face's names in both, and so are SD 3's. Those of SD 2 and SDXL are OpenCLIP's
+(github.com/mlfoundations/open_clip, src/open_clip/transformer.py), where queries, keys and values are one matrix, and
+the projection is turned.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from impasto.core.errors import UserError
 from impasto.formats.entries import Config, Entry, Extra, Shape, layer_entries, numbers, shape_of
 
 #: of OpenCLIP's `logit_scale`, which nothing here reads: ln 100, where its training holds it
@@ -37,6 +39,16 @@ def projected_clip_entries(config: Config) -> Iterator[Entry]:
     yield from clip_entries(config)
     yield from layer_entries("text_projection", "text_projection", (config["projection_dim"], config["hidden_size"]),
                              bias=False)
+
+
+def unprojected_clip_entries(config: Config) -> Iterator[Entry]:
+    """As `projected_clip_entries`, the original without a projection: SD 3's reads the pooled state as it is.
+
+    diffusers has the identity there (github.com/Stability-AI/sd3.5, `sd3_infer.py`: return_projected_pooled=False).
+    """
+    yield from clip_entries(config)
+    square = (config["hidden_size"], config["hidden_size"])
+    yield Entry("text_projection.weight", square, "text_projection.weight", square, how="identity")
 
 
 def clip_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -142,3 +154,53 @@ def penultimate_extras(config: Config) -> Iterator[Extra]:
 def logit_scale(config: Config) -> Iterator[Extra]:
     """The number that OpenCLIP's training scales by."""
     yield Extra("logit_scale", (), value=LOGIT_SCALE)
+
+
+# --- T5 --------------------------------------------------------------------------------------------------
+
+
+def t5_entries(config: Config) -> Iterator[Entry]:
+    """Every tensor of a `T5EncoderModel` of this configuration, whose feed-forward is gated: T5 1.1 (Shazeer 2020)."""
+    if not str(config["feed_forward_proj"]).startswith("gated"):
+        raise UserError("has a T5 whose feed-forward is not gated, which is not supported")
+    width, inner, heads = config["d_model"], config["d_ff"], config["num_heads"]
+    rows: list[tuple[str, Shape]] = [("shared", (config["vocab_size"], width))]
+    for i in range(config["num_layers"]):
+        attention, ff = (f"encoder.block.{i}.layer.{n}" for n in (0, 1))
+        rows += [(f"{attention}.SelfAttention.{p}", (heads * config["d_kv"], width)) for p in "qkv"]
+        rows.append((f"{attention}.SelfAttention.o", (width, heads * config["d_kv"])))
+        if i == 0:  # the layers after it use the same
+            rows.append((f"{attention}.SelfAttention.relative_attention_bias",
+                         (config["relative_attention_num_buckets"], heads)))
+        rows += [(f"{ff}.DenseReluDense.{p}", (inner, width)) for p in ("wi_0", "wi_1")]
+        rows += [(f"{ff}.DenseReluDense.wo", (width, inner)), (f"{attention}.layer_norm", (width,)),
+                 (f"{ff}.layer_norm", (width,))]
+    rows.append(("encoder.final_layer_norm", (width,)))
+    for layer, shape in rows:
+        yield from layer_entries(layer, layer, shape, bias=False)
+
+
+def t5_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """What the shapes of a T5 encoder tell of its configuration."""
+    first = "encoder.block.0.layer.0.SelfAttention"
+    vocabulary, width = shape_of(shapes, "shared.weight", 2)
+    buckets, heads = shape_of(shapes, f"{first}.relative_attention_bias.weight", 2)
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": shape_of(shapes, f"{first}.q.weight", 2)[0] // heads,
+        "d_ff": shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
+        "num_layers": 1 + max(numbers(shapes, r"encoder\.block\.(\d{1,3})\."), default=0),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
+def t5_spelling(name: str) -> str:
+    """A T5 encoder's tensor as it is spelled here: some files have its table of words by the other name alone."""
+    return "shared.weight" if name == "encoder.embed_tokens.weight" else name
+
+
+def t5_extras(config: Config) -> Iterator[Extra]:
+    """Its table of words stands in single files twice: some programs read the one, some the other."""
+    yield Extra("encoder.embed_tokens.weight", (config["vocab_size"], config["d_model"]), like="shared.weight")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
+from impasto.core.errors import UserError
+
 if TYPE_CHECKING:  # a recipe is checked without torch: what options need is imported here, the rest where it is used
     from torch import Tensor, nn
 
@@ -32,6 +34,14 @@ class MethodOptions(pydantic.BaseModel):
     kind: str
     learning_rate: float | None = pydantic.Field(
         None, gt=0, description="Rate of this method's weights; default: train.learning_rate.")
+
+
+def check_method(method: Method, base: Base) -> None:
+    """Raises `UserError` for a method that the base's family refuses, and for options that do not fit the base."""
+    if (why := base.refuses.get(method.options.kind)) is not None:
+        raise UserError(f"a base of the family {base.family} cannot be trained so: {why}",
+                        where=f"method {method.options.kind}", fix="train a LoRA")
+    method.check(base)
 
 
 class Method(abc.ABC):

@@ -111,7 +111,7 @@ class TextualInversion(Method):
         self.until = math.inf
 
     def check(self, base: Base) -> None:
-        for encoder in base.text_encoder_names:
+        for encoder in base.token_encoders:
             self._beginnings(base, encoder, 0)
 
     def _beginnings(self, base: Base, encoder: str, seed: int) -> dict[str, tuple[Tensor, list[str]]]:
@@ -132,7 +132,7 @@ class TextualInversion(Method):
 
         self.base = base
         groups = []
-        for encoder in base.text_encoder_names:
+        for encoder in base.token_encoders:
             table, own = base.vocabulary(encoder).table.weight, dict[str, TokenVectors]()
             for token, (values, notes) in self._beginnings(base, encoder, seed).items():
                 own[token] = TokenVectors(values.to(table.device))
@@ -152,8 +152,8 @@ class TextualInversion(Method):
                 for token, module in own.items()}
 
     def trains(self, base: Base) -> frozenset[str]:
-        """All text encoders: what is learned lies upstream of every state that they make."""
-        return frozenset(base.text_encoder_names)
+        """The text encoders that learn them: what is learned lies upstream of every state that they make."""
+        return frozenset(base.token_encoders)
 
     def begin(self, total: int) -> None:
         if self.options.stop is not None:

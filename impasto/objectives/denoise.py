@@ -32,8 +32,9 @@ class NoiseOptions(ObjectiveOptions):
                                         "fine-tuning on large sets and does little on small ones (diffusers).")
     gamma: float | None = Field(None, gt=0, description="Of min_snr (default 5, Hang et al. 2023) and p2 (default 1, "
                                 "Choi et al. 2022).")
-    times: Literal["uniform", "logit_normal", "cosmap", "mode"] = Field(
-        "uniform", description="How often each noise level is trained: all alike (SD 1.x was trained so).")
+    times: Literal["auto", "uniform", "logit_normal", "cosmap", "mode"] = Field(
+        "auto", description="How often each noise level is trained. auto: as the base was trained, all alike, or of a "
+        "rectified flow (SD 3) logit_normal, moved by the shift of its scheduler (3), as in diffusers.")
     times_mean: float = Field(0.0, description="Of logit_normal.")
     times_std: float = Field(1.0, gt=0, description="Of logit_normal.")
     mode_scale: float = Field(1.29, description="Of mode (Esser et al. 2024).")
@@ -52,16 +53,17 @@ class NoiseOptions(ObjectiveOptions):
             raise ValueError("times_range must be two numbers, 0 <= low < high <= 1")
         return self
 
-    def density(self) -> densities.Density:
-        """The density of times that these keys describe."""
+    def density(self, flow: bool = False) -> densities.Density:
+        """The density of times that these keys describe, of a rectified flow or not."""
         from impasto.diffusion import densities
 
+        usual = "logit_normal" if flow else "uniform"
         density: densities.Density = {
             "uniform": densities.Uniform(),
             "logit_normal": densities.LogitNormal(self.times_mean, self.times_std),
             "cosmap": densities.CosMap(),
             "mode": densities.Mode(self.mode_scale),
-        }[self.times]
+        }[usual if self.times == "auto" else self.times]
         return density if self.times_range == (0.0, 1.0) else densities.Range(*self.times_range, density)
 
 
@@ -109,7 +111,7 @@ class Denoise(Objective):
         seen_noise = noise.perturb(target_noise, draws, options.input_perturbation) if options.input_perturbation \
             else target_noise
         process = base.process
-        time = process.times(draws.uniform("time"), options.density())
+        time = process.times(draws.uniform("time"), options.density(process.prediction == "flow"))
         return Noisy(process.add_noise(latents, seen_noise, time), time, process.target(latents, target_noise, time),
                      losses.weight(process, time, options.weighting, options.gamma))
 

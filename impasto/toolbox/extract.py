@@ -32,7 +32,7 @@ from impasto.toolbox.mix import Made
 from impasto.toolbox.places import check_output, made_of
 
 #: components whose changes an adapter can hold
-HELD = ("unet", "text_encoder", "text_encoder_2")
+HELD = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 #: ranks that are looked at where a share or a size is asked for; beyond them the spectrum is too flat for an adapter
 MOST = 128
 #: LoKr's factor, where none is given: as LyCORIS' extraction

@@ -51,10 +51,14 @@ def to_folder(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = 
     all of its networks."""
     check_output(out, [checkpoint.path], force=force, ending="")
     table = _table(checkpoint)
-    if lacking := [name for name in table.parts if name not in checkpoint.components]:
+    if lacking := [name for name in table.parts if name not in (*checkpoint.components, *table.optional)]:
         raise UserError(f"holds no {' and no '.join(lacking)}, and a folder wants all networks", where=checkpoint.path,
                         fix="convert the whole checkpoint")
     checkpoint.check_prediction()
+    for name, words in table.tokenizers.items():
+        if words.component in checkpoint.components and not words.clip and name not in checkpoint.tokenizers:
+            raise UserError(f"has no {name}, the tokenizer of its {words.component}", where=checkpoint.path,
+                            fix=f"put the folder {name} of a diffusers folder of this model beside it")
     rows = {name: [Row(key, shape, kept(own, dtype), name, ((key, ""),)) for key, (shape, own) in
                    checkpoint.names(name).items()] for name in checkpoint.components}
     total = sum(row.bytes for own in rows.values() for row in own)
@@ -66,7 +70,8 @@ def to_folder(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = 
             text = name.startswith("text")
             (folder / name).mkdir()
             kind = table.parts[name].classes[0]
-            told = {"architectures": [kind], "model_type": "clip_text_model"} if text else {"_class_name": kind}
+            model = "t5" if kind.startswith("T5") else "clip_text_model"
+            told = {"architectures": [kind], "model_type": model} if text else {"_class_name": kind}
             write_json(folder / name / "config.json", checkpoint.configs[name] | told)
             with open(folder / name / f"{'model' if text else 'diffusion_pytorch_model'}.safetensors", "wb") as file:
                 _write(file, checkpoint, rows[name], {"format": "pt"}, advance, out)
@@ -86,12 +91,17 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
     """Write a checkpoint as one file in the original names, which A1111, ComfyUI and kohya open.
 
     What its shapes do not tell and the family's published configuration has otherwise is in its metadata,
-    `impasto.config`; v-prediction and zero terminal SNR are the empty tensors that those programs look for. Raises
-    `UserError`: for a tokenizer that is not CLIP's, which such a file has no place for.
+    `impasto.config`; v-prediction and zero terminal SNR are the empty tensors that those programs look for. T5's
+    tokenizer stays where it is. Raises `UserError` for what such a file has no place for: a tokenizer of CLIP with
+    other words, another shift of a flow, a projection that the family's single files lack.
     """
     check_output(out, [checkpoint.path], force=force, ending=".safetensors")
     table = _table(checkpoint)
-    _check_tokenizer(checkpoint)
+    _check_tokenizer(checkpoint, table)
+    _check_told(checkpoint, table)
+    for name in checkpoint.tokenizers:
+        if not table.tokenizers[name].clip:
+            report.note(f"a single file has no place for its {name}: to use it here, put that folder beside the file")
     metadata = {"format": "pt", **_untold(checkpoint, table)}
     if (told := str(checkpoint.scheduler.get("prediction_type"))) != str(table.scheduler.get("prediction_type")):
         metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(told, told)
@@ -107,7 +117,8 @@ def _original(checkpoint: Checkpoint, table: FamilyConfig, name: str, dtype: tor
     part, own, config = table.parts[name], checkpoint.names(name), checkpoint.configs[name]
     held: dict[str, list[Entry]] = {}
     for entry in part.entries(config):
-        held.setdefault(entry.ldm, []).append(entry)
+        if entry.how != "identity":
+            held.setdefault(entry.ldm, []).append(entry)
     made: dict[str, Row] = {}
     for key, entries in held.items():
         wide = functools.reduce(torch.promote_types, (own[entry.name][1] for entry in entries))
@@ -167,9 +178,24 @@ def _marks(checkpoint: Checkpoint) -> tuple[str, ...]:
             *(("ztsnr",) if told.get("rescale_betas_zero_snr") else ()))
 
 
-def _check_tokenizer(checkpoint: Checkpoint) -> None:
+def _check_told(checkpoint: Checkpoint, table: FamilyConfig) -> None:
+    """Raise a `UserError` for what readers of single files take for granted, where it is otherwise here."""
+    shift, own = table.scheduler.get("shift"), checkpoint.scheduler.get("shift", 1.0)
+    if shift is not None and own != shift:
+        raise UserError(f"has a shift of {own}, and a single file stands for {shift}", where=checkpoint.path,
+                        fix="keep it as a folder")
+    for name in checkpoint.components:
+        for entry in table.parts[name].entries(checkpoint.configs[name]):
+            if entry.how == "identity":
+                tensor = checkpoint.tensor(name, entry.name).float()
+                if not torch.equal(tensor, torch.eye(len(tensor))):
+                    raise UserError(f"has a {name}.{entry.name} of its own, for which a single file has no place",
+                                    where=checkpoint.path, fix="keep it as a folder")
+
+
+def _check_tokenizer(checkpoint: Checkpoint, table: FamilyConfig) -> None:
     """Raise a `UserError` for a tokenizer of its own, whose words a single file's readers would not know."""
-    for folder in checkpoint.tokenizers.values():
+    for folder in (folder for name, folder in checkpoint.tokenizers.items() if table.tokenizers[name].clip):
         own = {token for token in table_of(clip_tokenizer(folder))[0]}
         if own != clip_table()[0].keys() or (folder / "added_tokens.json").exists():
             raise UserError("has a tokenizer of its own, for which a single file has no place", where=folder,
@@ -177,7 +203,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def _tokenizer(checkpoint: Checkpoint, name: str, words: Words, folder: Path) -> None:
-    """The checkpoint's own, or CLIP's."""
+    """The checkpoint's own, or CLIP's as the family has it."""
     if name in checkpoint.tokenizers:
         shutil.copytree(checkpoint.tokenizers[name], folder)
     else:

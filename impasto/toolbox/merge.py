@@ -82,6 +82,9 @@ def checked(path: Path, checkpoint: Checkpoint) -> Mapping[str, tuple[Delta, ...
             known = [f"{c}.{name.rpartition('.')[0]}" for c, own in shapes.items() for name in own]
             raise UserError(f"changes {layer}, which {checkpoint.path.name} does not have", where=path,
                             fix=nearest(layer, known))
+        if checkpoint.sources[component].places[f"{inside}.weight"].how == "identity":
+            raise UserError(f"changes {layer}, for which a single file has no place", where=path,
+                            fix="merge it into a folder")
         for term in terms:
             check_shape(term, found[0], layer, path, checkpoint)
             if term.bias() is not None and f"{inside}.bias" not in shapes[component]:

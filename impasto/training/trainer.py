@@ -23,7 +23,7 @@ from impasto.data.pictures import pictures_of
 from impasto.data.source import prepare_source
 from impasto.families.load import load_base, locate
 from impasto.methods import METHODS
-from impasto.methods.base import Method, all_off, group_of
+from impasto.methods.base import Method, all_off, check_method, group_of
 from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
@@ -107,7 +107,7 @@ class Trainer:
         self.objective = OBJECTIVES.get(recipe.objective.kind)(recipe.objective)
         self.methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]
         for method in self.methods:
-            method.check(self.base)
+            check_method(method, self.base)
         trains = frozenset[str]().union(*(method.trains(self.base) for method in self.methods))
         self.source = prepare_source(
             self.base, recipe.data, recipe.prior, trains=trains, batch_size=self.options.batch_size,

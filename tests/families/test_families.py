@@ -1,4 +1,5 @@
-"""Every family against diffusers' own pipeline on the same random weights: text, denoiser, VAE, whole pictures."""
+"""Every family with a UNet against diffusers' own pipeline on the same random weights: text, denoiser, VAE, whole
+pictures. (SD 3: test_sd3.)"""
 
 from __future__ import annotations
 
@@ -19,7 +20,6 @@ from diffusers import (
 from PIL import Image
 
 from impasto.core.errors import UserError
-from impasto.families import FAMILIES
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.families.load import load_base
 from impasto.families.pictures import check_refiner
@@ -75,7 +75,7 @@ def opened(family: str, path: Path) -> Any:
     return pipe
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=list(PIPELINES))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

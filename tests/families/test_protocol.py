@@ -1,7 +1,8 @@
-"""What every family does, on real and on fake tensors: Stable Diffusion 1 and a stub as unlike it as can be."""
+"""What every family does, on real and on fake tensors: Stable Diffusion 1, 3, and a stub as unlike it as can be."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -19,10 +20,12 @@ from impasto.families.base import Base
 from impasto.families.sampling import SampleSettings, sample
 from impasto.objectives.batch import Batch
 from impasto.objectives.denoise import Denoise, DenoiseOptions
-from tests.families.conftest import random_sd1
+from tests.families.conftest import random_sd1, random_sd3
 from tests.families.flow_stub import FlowStub
 
-BASES: dict[str, Callable[[], Base]] = {"sd1": random_sd1, "flowstub": FlowStub.random}
+BASES: dict[str, Callable[[], Base]] = {
+    "sd1": random_sd1, "sd3": random_sd3, "sd3 without T5": functools.partial(random_sd3, t5=False),
+    "flowstub": FlowStub.random}
 LONG = "a very long caption, " * 40
 
 

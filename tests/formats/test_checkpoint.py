@@ -250,7 +250,7 @@ def test_a_real_vae_in_diffusers_names_needs_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("keys", "says"), [
     (["conditioner.embedders.1.model.ln_final.weight"], "lacks the tensor token_embedding.weight"),
     (["cond_stage_model.model.ln_final.weight"], "lacks the tensor token_embedding.weight"),
-    (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "is an SD 3 checkpoint"),
+    (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "lacks the tensor x_embedder.proj.weight"),
     (["double_blocks.0.img_attn.qkv.weight"], "is a Flux checkpoint"),
     (["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"], "is an adapter, not a checkpoint"),
     (["emb_params"], "is an embedding, not a checkpoint"),

@@ -189,7 +189,8 @@ def test_networks_of_other_kinds_are_refused(changes) -> None:
         list(unet_entries({**SD1.parts["unet"].config, **changes}))
 
 
-@pytest.mark.parametrize("changes", [{"use_quant_conv": False}, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}])
+@pytest.mark.parametrize("changes", [
+    {"mid_block_add_attention": False}, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}])
 def test_vaes_of_other_kinds_are_refused(changes) -> None:
     with pytest.raises(UserError, match="not supported"):
         list(vae_entries({**SD1.parts["vae"].config, **changes}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.core.rng import Draws, generator
+from impasto.diffusion import densities
 from impasto.diffusion.process import process_from_scheduler_config
 from impasto.objectives import OBJECTIVES
 from impasto.objectives.batch import Batch
 from impasto.objectives.denoise import Denoise, DenoiseOptions
+from tests.families.conftest import random_sd3
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 B, C, H, W = 3, 4, 8, 8
@@ -140,6 +143,18 @@ def test_a_range_of_times_is_kept_to() -> None:
     assert times.min() >= 200 and times.max() < 400
     with pytest.raises(ValueError, match="times_range"):
         DenoiseOptions(times_range=(0.4, 0.2))
+
+
+def test_times_are_those_that_the_base_was_trained_with() -> None:
+    """A rectified flow's are logit-normal, moved by its shift (Esser et al. 2024, section 3.1; diffusers' scripts)."""
+    assert isinstance(DenoiseOptions().density(), densities.Uniform)
+    assert DenoiseOptions().density(flow=True) == densities.LogitNormal(0.0, 1.0)
+    assert isinstance(DenoiseOptions(times="uniform").density(flow=True), densities.Uniform)
+    base = random_sd3(t5=False)
+    drawn = Draws(0, 0, list(range(500)))
+    noisy = Denoise(DenoiseOptions()).noisy(base, torch.zeros(500, 16, 2, 2), drawn)
+    s = torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * drawn.uniform("time") - 1))
+    torch.testing.assert_close(noisy.time, 3 * s / (1 + 2 * s))
 
 
 def test_an_unknown_objective_names_the_known() -> None:

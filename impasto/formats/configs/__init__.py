@@ -14,6 +14,7 @@ CONFIGS = Registry("family of checkpoints", {
     "sd2": "impasto.formats.configs.sd2:SD2",
     "sdxl": "impasto.formats.configs.sdxl:SDXL",
     "sdxl-refiner": "impasto.formats.configs.sdxl:REFINER",
+    "sd3": "impasto.formats.configs.sd3:SD3",
 })
 
 
@@ -49,6 +50,9 @@ class Words:
     #: what fills a chunk after the end
     pad: str = "<|endoftext|>"
     classes: tuple[str, ...] = ("CLIPTokenizer", "CLIPTokenizerFast")
+    #: whether it is CLIP's, which need not come with a checkpoint. Another one comes in a folder, its own or, of a
+    #: single file, one of that name beside it
+    clip: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,12 @@ class FamilyConfig:
     """A family of checkpoints."""
 
     name: str
-    #: by diffusers' names of components
+    #: by diffusers' names of components, the denoiser first
     parts: dict[str, Part]
     #: the noise process, as a diffusers scheduler's configuration
     scheduler: dict[str, Any]
+    #: components without which a checkpoint is whole too
+    optional: tuple[str, ...] = ()
     #: variant -> class name in model_index.json
     pipelines: dict[str, str] = field(default_factory=dict)
     #: latent cells of a side for networks that predict the velocity, where that differs
