@@ -21,6 +21,7 @@ FLOORS = [
     ["formats", "families"],
     ["objectives", "methods", "data", "toolbox"],
     ["training", "evaluation"],
+    ["planning"],
     ["cli"],
 ]
 PLACE = {room: (floor, door) for floor, rooms in enumerate(FLOORS) for door, room in enumerate(rooms)}

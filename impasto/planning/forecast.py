@@ -1,0 +1,40 @@
+"""What is known of a run beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+GIB = 2**30
+
+#: what memory is taken by, in the order in which it is drawn and listed
+PARTS = {
+    "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2", "text_encoder_3": "T5",
+    "unet": "UNet", "transformer": "transformer", "adapter": "adapter", "gradients": "gradients",
+    "optimizer": "optimizer states", "ema": "EMA", "batch": "batch", "activations": "activations",
+    "autocast": "autocast copies", "temporaries": "temporaries", "workspaces": "workspaces", "allocator": "allocator",
+    "context": "CUDA context",
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one run will take."""
+
+    #: bytes at the peak, by a name of `PARTS`; their sum is `peak_bytes`
+    parts: Mapping[str, int]
+    #: where the peak is: "backward of step 2", "optimizer step", "preview", "encoding pictures"
+    moment: str
+    #: of the file, or folder, that the run leaves
+    artifact_bytes: int
+    #: multiply-adds count two: of one optimizer step's forward, backward, and what is computed again
+    flops: Mapping[str, float] = field(default_factory=dict)
+    #: bytes that one optimizer step reads and writes in the card's memory
+    traffic: float = 0.0
+    #: one line each: what was assumed
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
