@@ -105,4 +105,5 @@ class Artifacts:
         if self.recipe.output.metadata == "none":
             return {}
         return metadata(self.recipe, step, base=self.fingerprint, data=self.source.fingerprint,
-                        environment=describe(self.device), merged=self.base.merged)
+                        environment=describe(self.device), merged=self.base.merged,
+                        prediction=self.base.process.prediction)
