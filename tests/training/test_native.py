@@ -50,3 +50,20 @@ def test_the_checkpoint_tells(tmp_path) -> None:
 
     for layout, name in (("ldm", "a.safetensors"), ("diffusers", "a")):
         assert open_checkpoint(write_checkpoint(tmp_path / name, "sdxl", layout=layout)).native_size == 64
+
+
+def test_rates_are_tried_at_that_size_too(mini, photos, tmp_path, monkeypatch) -> None:
+    from impasto.training import rate_finder
+
+    seen: list[int] = []
+
+    def trained(recipe, report):
+        seen.append(recipe.data.resolution)
+        raise UserError("enough")
+
+    monkeypatch.setattr(rate_finder, "train", trained)
+    told = tree(mini, photos, tmp_path, validation={"folder": str(photos)})
+    del told["data"]["resolution"]
+    with pytest.raises(UserError, match="enough"):
+        rate_finder.find_rate(make_recipe(told))
+    assert seen == [64]
