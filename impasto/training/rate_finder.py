@@ -22,8 +22,8 @@ from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.dataset import list_folder, located
 from impasto.data.heldout import FEWEST
-from impasto.training.optimizers import OPTIMIZERS
 from impasto.training.native import at_native_size
+from impasto.training.optimizers import OPTIMIZERS
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.trainer import train
 
