@@ -24,6 +24,7 @@ from impasto.methods import METHODS
 from impasto.methods.base import MethodOptions
 from impasto.objectives import OBJECTIVES
 from impasto.objectives.base import ObjectiveOptions
+from impasto.training.frugal import check_means
 from impasto.training.optimizers import OPTIMIZERS, SHARED
 from impasto.training.overrides import apply_override
 from impasto.training.sharing.repository import repository
@@ -110,6 +111,10 @@ class TrainOptions(Section):
         "auto", description="Of frozen weights and of the computation. auto: bf16 on a GPU that has it, fp16 "
         "with loss scaling on one that has not, fp32 on a CPU. Trained weights are always fp32.")
     checkpointing: bool = Field(False, description="Gradient checkpointing: less memory, about a third more time.")
+    fused_backward: bool = Field(False, description="Step inside the backward, weight by weight, and let each gradient "
+                                 "go at once (LOMO, Lv et al. 2023; kohya's fused_backward_pass): of method full, "
+                                 "where gradients take as much as the weights. Equal to the bit. Needs clip = 0 and "
+                                 "accumulation = 1; not for fp16, [prior] or several processes.")
     ema: float = Field(0.0, ge=0, lt=1, description="Decay of an exponential moving average of the trained weights, "
                        "which previews and artifacts then show; 0: none (SD 1.x was trained with 0.9999).")
     compile: bool = Field(False, description="torch.compile the denoiser: slow first step, faster ones after.")
@@ -299,6 +304,11 @@ class Recipe(Section):
         if paired and self.prior is not None:
             raise ValueError("class pictures are made of no other pictures: leave [prior] out where there are "
                              "data.pairs, or put pairs of the class into a set of their own")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _means_that_save_memory(self) -> Recipe:
+        check_means(self)
         return self
 
     @pydantic.model_validator(mode="after")

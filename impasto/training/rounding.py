@@ -9,6 +9,7 @@ arXiv:2010.06192). No copy in fp32 outlives the step: one of BUCKET weights at a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,18 @@ class Steps:
     """An optimizer's steps. Weights in fp32 take them as the optimizer itself does, those in bf16 as told above.
 
     `modules`: what is trained, by name. Draws are functions of `seed`, of the step and of a weight's name, by the
-    generator of the weight's device.
+    generator of the weight's device. `apart`: whether those in fp32, too, take their steps one after the other. Raises
+    `UserError` for an optimizer that cannot, where some do.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module], seed: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module], seed: int, *,
+                 apart: bool = False) -> None:
         self.optimizer, self.seed = optimizer, seed
         self.names = {parameter: f"{prefix}.{name}" for prefix, module in modules.items()
                       for name, parameter in module.named_parameters() if parameter.dtype == torch.bfloat16}
-        if self.names and type(optimizer).__name__ in ADAPTIVE | SCHEDULE_FREE:
+        if (self.names or apart) and type(optimizer).__name__ in ADAPTIVE | SCHEDULE_FREE:
             raise _refused(optimizer)
+        self._group = {parameter: i for i, group in enumerate(optimizer.param_groups) for parameter in group["params"]}
 
     @torch.no_grad()
     def take(self, step: int, scaler: torch.amp.GradScaler) -> None:
@@ -41,11 +45,27 @@ class Steps:
         if not self.names:
             scaler.step(self.optimizer)
             return
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        try:
+        with self._groups() as groups:
             self._step_with([[p for p in params if p not in self.names] for params in groups])
             for bucket in self._buckets(groups):
                 self._bucket(bucket, step, [[p for p in params if p in bucket] for params in groups])
+
+    @torch.no_grad()
+    def one(self, parameter: nn.Parameter, step: int) -> None:
+        """Optimizer step `step` (from 0) of one weight alone, of the gradient that it has."""
+        with self._groups() as groups:
+            alone = [[parameter] if i == self._group[parameter] else [] for i in range(len(groups))]
+            if parameter in self.names:
+                self._bucket({parameter: None}, step, alone)
+            else:
+                self._step_with(alone)
+
+    @contextmanager
+    def _groups(self) -> Iterator[list[list[nn.Parameter]]]:
+        """The weights by the optimizer's groups, each of which has its own again afterwards."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        try:
+            yield groups
         finally:
             for group, params in zip(self.optimizer.param_groups, groups, strict=True):
                 group["params"] = params
@@ -106,5 +126,6 @@ def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _refused(optimizer: torch.optim.Optimizer) -> UserError:
-    return UserError(f"{type(optimizer).__name__} counts over all weights at once, and those in bf16 take their steps "
-                     "one after the other", where="train.optimizer", fix="take adamw, or method weights = \"fp32\"")
+    return UserError(f"{type(optimizer).__name__} counts over all weights at once, and these take their steps one "
+                     "after the other (weights in bf16, train.fused_backward)", where="train.optimizer",
+                     fix="take adamw, or leave that out")

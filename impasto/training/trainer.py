@@ -27,6 +27,8 @@ from impasto.methods.base import Method, all_off, check_method, group_of
 from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
+from impasto.training.frugal import check_here
+from impasto.training.fused import FusedBackward
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import compare_recipe
 from impasto.training.native import at_native_size
@@ -92,6 +94,7 @@ class Trainer:
         self.device = choose_device(self.processes.device(self.options.device))
         self.precision = Precision.choose(self.options.precision, self.device)
         choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
+        check_here(self.options, self.precision, self.processes)
         self.tracking = Tracking(recipe, run.folder, run.name, report)
         if not recipe.base.download:
             locate(recipe.base.path)  # a wrong path is told before pictures are looked at, which may take minutes
@@ -130,7 +133,8 @@ class Trainer:
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
-        self.steps = Steps(self.optimizer, self.trained, self.options.seed)
+        self.steps = Steps(self.optimizer, self.trained, self.options.seed, apart=self.options.fused_backward)
+        self.fused = FusedBackward(self.steps, self.parameters) if self.options.fused_backward else None
         self.previews = Previews(recipe, run.folder / "previews", self.source.example)
         if self.options.checkpointing:
             self.base.checkpoint_gradients()
@@ -202,6 +206,8 @@ class Trainer:
     def _accumulate(self, step: int) -> float:
         """Forward and backward over the micro-batches of an optimizer step; the mean loss over all processes."""
         total, finite = torch.zeros((), device=self.device), list[tuple[list[str], Tensor]]()
+        if self.fused is not None:
+            self.fused.begin(step, (parameter for method in self.methods for parameter in method.resting(step)))
         for micro, batches in enumerate(self.source.micro_batches(step)):
             # dropout, and whatever else draws
             torch.manual_seed(seed_for(self.options.seed, step, micro, self.processes.rank))
@@ -212,7 +218,8 @@ class Trainer:
                     losses = step_losses(self.base, batch, self.objective, draws)
                 finite.append((batch.names, losses.isfinite()))
                 loss = losses.sum() / self.pictures
-                self.scaler.scale(loss).backward()
+                if self.fused is None or bool(finite[-1][1].all()):  # whose backward would have changed the weights
+                    self.scaler.scale(loss).backward()
                 total += loss.detach()
         for method in self.methods:
             if (penalty := method.penalty()) is not None:
@@ -225,6 +232,17 @@ class Trainer:
 
     def _update(self, step: int) -> float:
         """The optimizer's step; the gradients' norm before clipping."""
+        if self.fused is not None:  # it has been taken
+            self.verdicts.gradients(step, self.fused.had())
+            norm = self.fused.norm()
+        else:
+            norm = self._step(step)
+        for method in self.methods:
+            method.after_step(step)
+        return norm.item()
+
+    def _step(self, step: int) -> Tensor:
+        """The optimizer's step of all gradients at once; their norm before clipping."""
         self.processes.add_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         self.verdicts.gradients(step)
@@ -235,9 +253,7 @@ class Trainer:
         self.steps.take(step, self.scaler)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for method in self.methods:
-            method.after_step(step)
-        return norm.item()
+        return norm
 
     def _validate(self, step: int, journal: Journal, wish: StopWish) -> None:
         """The loss of what is shown on held-out pictures; the artifact of the lowest one is kept.

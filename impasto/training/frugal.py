@@ -1,0 +1,53 @@
+"""What the means that save memory do not go with, and why: told before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from impasto.core.errors import UserError
+from impasto.methods import METHODS
+from impasto.training.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from impasto.training.environment import Precision
+    from impasto.training.processes import Processes
+    from impasto.training.recipe import Recipe, TrainOptions
+
+
+def check_means(recipe: Recipe) -> None:
+    """Raises `ValueError` for means of a recipe that do not go with its other settings."""
+    if recipe.train.fused_backward:
+        _fused(recipe)
+
+
+def check_here(options: TrainOptions, precision: Precision, processes: Processes) -> None:
+    """Raises `UserError` for means that cannot be had on this device, or in so many processes."""
+    if options.fused_backward and processes.count > 1:
+        raise UserError("gradients are added up over all processes before any step, and a fused backward takes steps "
+                        "before all are there", where="train.fused_backward", fix="train with one process")
+    if options.fused_backward and precision.scaler().is_enabled():
+        raise UserError(SCALED, where="train.fused_backward", fix="take train.precision=bf16 or fp32")
+
+
+#: why a fused backward needs a loss as it is
+SCALED = "fp16 scales the loss, and gradients are scaled back, and looked through, before any step"
+
+
+def _fused(recipe: Recipe) -> None:
+    train, entry = recipe.train, OPTIMIZERS.get(recipe.train.optimizer)
+    kinds = [method.kind for method in recipe.method if not METHODS.get(method.kind).in_place]
+    why = ""
+    if kinds:
+        why = f"saves the gradients of whole networks, and {kinds[0]}'s are small: it is for method full"
+    elif train.accumulation > 1:
+        why = "uses each gradient at once, and train.accumulation adds up several"
+    elif recipe.prior is not None:
+        why = "uses each gradient at once, and class pictures ([prior]) have a backward of their own"
+    elif train.clip:
+        why = "steps before all gradients are there, and train.clip wants their common norm: say train.clip = 0"
+    elif train.precision == "fp16":
+        why = f"cannot be: {SCALED}"
+    elif entry is not None and entry.whole:
+        why = f"steps weight by weight, and {train.optimizer} counts over all weights at once: take adamw"
+    if why:
+        raise ValueError(f"train.fused_backward {why}")
