@@ -90,6 +90,8 @@ class Base(abc.ABC):
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     #: the checkpoint's own scheduler config, for what it says about sampling
     scheduler: dict[str, Any] = field(default_factory=dict)
+    #: how components are held that are in few bits: names of `codes.CODES`
+    quantised: dict[str, str] = field(default_factory=dict)
     #: adapters that were merged into the weights after loading, in this order
     merged: tuple[Merged, ...] = ()
 
@@ -98,10 +100,13 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None, options: Mapping[str, Any] | None = None) -> Self:
+                         init_seed: int | None = None, options: Mapping[str, Any] | None = None,
+                         quantised: Mapping[str, str] | None = None) -> Self:
         """Build from the checkpoint of each component: one and the same, but for a VAE that was replaced.
 
         `options`: of `own_options`. With an `init_seed` their configurations alone count, and weights are random.
+        `quantised`: components whose blocks' weights are held in few bits, and how (`codes.CODES`); each is so before
+        the next tensor is read.
         Modules are in eval mode and frozen. `dtype` is of the weights; a family may hold a component in more.
         Raises `UserError` for what is missing or does not fit.
         """
@@ -313,6 +318,12 @@ class Base(abc.ABC):
         for each in self.merged:
             deltas = {layer: terms for layer, terms in each.deltas.items() if layer in layers}
             attach(self.components, beside_layers(self.components, deltas), each.strength).merge(only=paths)
+
+    def precision(self, component: str) -> str:
+        """What a component is held and computes in: its type, and how it is held if that is in few bits. For keys of
+        what it has made."""
+        held = self.quantised.get(component)
+        return str(next(self.components[component].parameters()).dtype) + (f", {held}" if held else "")
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by path: all others are what the checkpoint has, up to the precision in use."""

@@ -18,6 +18,11 @@ def check_means(recipe: Recipe) -> None:
     """Raises `ValueError` for means of a recipe that do not go with its other settings."""
     if recipe.train.fused_backward:
         _fused(recipe)
+    whole = [method.kind for method in recipe.method if METHODS.get(method.kind).in_place]
+    for key in ("quantize", "quantize_text"):
+        if whole and getattr(recipe.base, key) != "none":
+            raise ValueError(f"base.{key} is for frozen weights, and {whole[0]} trains them: train a lora, or leave it "
+                             "out")
 
 
 def check_here(options: TrainOptions, precision: Precision, processes: Processes) -> None:

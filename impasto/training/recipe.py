@@ -61,11 +61,23 @@ class BaseOptions(Section):
     adapters: list[Annotated[str, pydantic.AfterValidator(checked)]] = Field(
         [], description="Adapters, each a file or \"FILE:0.8\", that are merged into the base's weights in memory "
         "before all else, one after the other (kohya's base_weights).")
+    quantize: Literal["none", "int8", "fp8", "nf4"] = Field(
+        "none", description="How the denoiser's frozen weights are held: as they are, in a byte each (int8, fp8; with "
+        "a scale for each output), or in half a byte (nf4: QLoRA, Dettmers et al. 2023). Each is made anew where it is "
+        "multiplied. Not for method full.")
+    quantize_text: Literal["none", "int8", "fp8", "nf4"] = Field(
+        "none", description="Likewise those of the text encoders, of which SD 3's T5 is the largest network of all.")
 
     @pydantic.model_validator(mode="after")
     def _onto_weights(self) -> BaseOptions:
         if self.adapters and self.init == "random":
             raise ValueError("adapters are made for a base's own weights, not for random ones")
+        held = {self.quantize, self.quantize_text} - {"none"}
+        if held and self.adapters:
+            raise ValueError(f"weights that are held as {held.pop()} would round base.adapters away: merge them into a "
+                             "file first (impasto merge)")
+        if held and self.init == "random":
+            raise ValueError("random weights are there to be trained: leave quantize out")
         return self
 
 

@@ -103,7 +103,8 @@ class Trainer:
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
                                   prediction=recipe.base.prediction, text_encoders=recipe.base.text_encoders,
-                                  options=recipe.base.options,
+                                  options=recipe.base.options, quantize=recipe.base.quantize,
+                                  quantize_text=recipe.base.quantize_text,
                                   device=self.device, dtype=self.precision.dtype, report=report,
                                   adapters=recipe.base.adapters,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)
