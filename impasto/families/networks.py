@@ -194,8 +194,8 @@ def random_init(component: str, kind: str, config: Config, seed: int = 0, *, dev
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "init", component))
         network = _built(kind, config)
-    for name, (held, leaf) in _places(network).items():  # not by `Module.to`, which cannot move fake tensors
-        held[leaf] = _like(held[leaf], held[leaf].to(device, _width(network, name, dtype)))
+    for name, (held, leaf) in places(network).items():  # not by `Module.to`, which cannot move fake tensors
+        held[leaf] = like(held[leaf], held[leaf].to(device, _width(network, name, dtype)))
     for module in network.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
@@ -203,7 +203,7 @@ def random_init(component: str, kind: str, config: Config, seed: int = 0, *, dev
     return network
 
 
-def _places(network: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+def places(network: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Where each tensor belongs that files have: weights, and such constants as SD 3's positions."""
     found: dict[str, tuple[dict[str, Any], str]] = {}
     for path, module in network.named_modules():
@@ -214,7 +214,7 @@ def _places(network: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     return found
 
 
-def _like(old: Tensor, new: Tensor) -> Tensor:
+def like(old: Tensor, new: Tensor) -> Tensor:
     """The new tensor, as a frozen weight where the old one is a weight."""
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
@@ -245,15 +245,15 @@ def fill(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, where: ob
     `dtype` of the weights, or the file's own. Raises `UserError` for a tensor of another shape, one that is
     missing, or one that is not of floating point.
     """
-    places, packed, surplus = _places(network), quantised_layers(network), []
-    missing = [*packed, *(name for name, (held, leaf) in places.items() if held[leaf].is_meta)]
+    known, packed, surplus = places(network), quantised_layers(network), []
+    missing = [*packed, *(name for name, (held, leaf) in known.items() if held[leaf].is_meta)]
     left = set(missing)
     for name, tensor in tensors:
-        if name not in places and name not in packed:
+        if name not in known and name not in packed:
             if not name.endswith("position_ids"):  # a buffer of constants that old files carry
                 surplus.append(name)
             continue
-        wanted = packed[name].shape if name in packed else places[name][0][places[name][1]].shape
+        wanted = packed[name].shape if name in packed else known[name][0][known[name][1]].shape
         if tensor.shape != wanted:
             raise UserError(f"tensor {name!r} is {_shape(tensor.shape)}, the network wants {_shape(wanted)}",
                             where=where, fix="the file is damaged, or its config is another one's")
@@ -263,8 +263,8 @@ def fill(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, where: ob
         if name in packed:
             packed[name].take(tensor.to(device), width)
         else:
-            held, leaf = places[name]
-            held[leaf] = _like(held[leaf], tensor.to(device=device, dtype=width))
+            held, leaf = known[name]
+            held[leaf] = like(held[leaf], tensor.to(device=device, dtype=width))
         left.discard(name)
     if missing := [name for name in missing if name in left]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
