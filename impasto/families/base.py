@@ -417,6 +417,10 @@ class Base(abc.ABC):
                 self.components[name].to(place)
             self.sleep(sleeping)
 
+    def awake_networks(self) -> list[nn.Module]:
+        """The networks whose weights are there."""
+        return [network for name, network in self.components.items() if not self._sleeps(name)]
+
     def numbers(self, component: str) -> int:
         """How many a component's parameters hold; whether it sleeps or not."""
         return self.asleep[component].count if self._sleeps(component) else \

@@ -18,6 +18,8 @@ def check_means(recipe: Recipe) -> None:
     """Raises `ValueError` for means of a recipe that do not go with its other settings."""
     if recipe.train.fused_backward:
         _fused(recipe)
+    if "optimizer" in recipe.train.offload:
+        _states(recipe.train)
     whole = [method.kind for method in recipe.method if METHODS.get(method.kind).in_place]
     for key in ("quantize", "quantize_text"):
         if whole and getattr(recipe.base, key) != "none":
@@ -32,10 +34,24 @@ def check_here(options: TrainOptions, precision: Precision, processes: Processes
                         "before all are there", where="train.fused_backward", fix="train with one process")
     if options.fused_backward and precision.scaler().is_enabled():
         raise UserError(SCALED, where="train.fused_backward", fix="take train.precision=bf16 or fp32")
+    if "optimizer" in options.offload and precision.scaler().is_enabled():
+        raise UserError(SCALED, where="train.offload", fix="take train.precision=bf16 or fp32")
 
 
 #: why a fused backward needs a loss as it is
 SCALED = "fp16 scales the loss, and gradients are scaled back, and looked through, before any step"
+
+
+def _states(train: TrainOptions) -> None:
+    entry, why = OPTIMIZERS.get(train.optimizer), ""
+    if (entry.path if entry else train.optimizer).startswith("bitsandbytes"):
+        why = "moves states as they are, and bitsandbytes' share their tables: paged_adamw8bit moves its own"
+    elif entry is not None and entry.whole:
+        why = f"steps weight by weight, and {train.optimizer} counts over all weights at once: take adamw"
+    elif train.precision == "fp16":
+        why = f"cannot be: {SCALED}"
+    if why:
+        raise ValueError(f"train.offload \"optimizer\" {why}")
 
 
 def _fused(recipe: Recipe) -> None:

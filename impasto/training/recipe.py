@@ -127,6 +127,10 @@ class TrainOptions(Section):
                                  "go at once (LOMO, Lv et al. 2023; kohya's fused_backward_pass): of method full, "
                                  "where gradients take as much as the weights. Equal to the bit. Needs clip = 0 and "
                                  "accumulation = 1; not for fp16, [prior] or several processes.")
+    offload: list[Literal["activations", "optimizer"]] = Field(
+        [], description="What waits in the computer's memory until the device needs it: \"activations\", what the "
+        "forward keeps for the backward; \"optimizer\", its states, which come to the device weight by weight. Equal "
+        "results, for the time that the way takes.")
     ema: float = Field(0.0, ge=0, lt=1, description="Decay of an exponential moving average of the trained weights, "
                        "which previews and artifacts then show; 0: none (SD 1.x was trained with 0.9999).")
     compile: bool = Field(False, description="torch.compile the denoiser: slow first step, faster ones after.")

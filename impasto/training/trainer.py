@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import final
 
@@ -32,6 +34,7 @@ from impasto.training.fused import FusedBackward
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import compare_recipe
 from impasto.training.native import at_native_size
+from impasto.training.offload import Activations, States
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.outcome import Outcome
 from impasto.training.previews import Previews, evaluating
@@ -134,8 +137,11 @@ class Trainer:
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
-        self.steps = Steps(self.optimizer, self.trained, self.options.seed, apart=self.options.fused_backward)
+        self.states = States(self.optimizer) if "optimizer" in self.options.offload else None
+        self.steps = Steps(self.optimizer, self.trained, self.options.seed, apart=self.options.fused_backward,
+                           states=self.states)
         self.fused = FusedBackward(self.steps, self.parameters) if self.options.fused_backward else None
+        self.activations = Activations(self._weights) if "activations" in self.options.offload else None
         self.previews = Previews(recipe, run.folder / "previews", self.source.example)
         if self.options.checkpointing:
             self.base.checkpoint_gradients()
@@ -164,6 +170,8 @@ class Trainer:
     def train(self, stop_after: int | None = None) -> Outcome:
         """Take the steps that are left, then save the artifact."""
         started, first = time.monotonic(), resume(self.run, self.memory, self.circumstances, self.report)
+        if self.states is not None:
+            self.states.leave(self.parameters)
         step = first
         if self.processes.first and first < self.total:
             ask_for_room(self.run, self.recipe.output, self.memory.size(), self.artifacts.size(), self.report)
@@ -204,6 +212,16 @@ class Trainer:
         return Outcome(self.artifacts.path() if finished else None, step, first, mean, time.monotonic() - started,
                        None if finished else wish.asked, self.processes.rank, self.validation.last, ended)
 
+    def _keeping(self) -> contextlib.AbstractContextManager[None]:
+        """Where a forward keeps what its backward needs."""
+        return contextlib.nullcontext() if self.activations is None else self.activations.away()
+
+    def _weights(self) -> Iterator[Tensor]:
+        """What a step reads that is there all the time."""
+        yield from self.parameters
+        for network in self.base.awake_networks():
+            yield from itertools.chain(network.parameters(), network.buffers())
+
     def _accumulate(self, step: int) -> float:
         """Forward and backward over the micro-batches of an optimizer step; the mean loss over all processes."""
         total, finite = torch.zeros((), device=self.device), list[tuple[list[str], Tensor]]()
@@ -215,7 +233,7 @@ class Trainer:
             for batch in batches:
                 batch = batch.to(self.device)
                 draws = Draws(self.options.seed, step, batch.samples, self.device)
-                with self.precision.autocast():
+                with self.precision.autocast(), self._keeping():
                     losses = step_losses(self.base, batch, self.objective, draws)
                 finite.append((batch.names, losses.isfinite()))
                 loss = losses.sum() / self.pictures

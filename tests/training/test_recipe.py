@@ -157,8 +157,8 @@ OPTIONS = {
             "shuffle_window source source_dropout sources tag_dropout tag_separator upscale variants wildcards "
             "zoom",
     "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
-             "fused_backward learning_rate optimizer optimizer_options power precision rates restarts schedule seed "
-             "steps warmup weight_decay",
+             "fused_backward learning_rate offload optimizer optimizer_options power precision rates restarts "
+             "schedule seed steps warmup weight_decay",
     "validation": "every folder fraction keep_best patience repeats",
     "sample": "every guidance image_guidance negative prompts scheduler seed size steps",
     "output": "checkpoint_every dir dtype format keep keep_every metadata name push_private push_to save_every "
