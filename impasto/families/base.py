@@ -26,6 +26,7 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.deltas.attach import attach, beside_layers
 from impasto.deltas.delta import Delta
 from impasto.diffusion.process import Process
+from impasto.families.blocks import compute_again
 from impasto.families.tokens import Tokens, Vocabulary
 
 if TYPE_CHECKING:
@@ -375,9 +376,13 @@ class Base(abc.ABC):
             self._first.setdefault(name, own)
         return found
 
-    def checkpoint_gradients(self) -> None:
+    def checkpoint_gradients(self, share: float = 1.0) -> None:
         """Compute blocks of the denoiser and the text encoders again in the backward instead of keeping what
-        they made: less memory, about a third more time."""
+        they made: less memory, about a third more time. A share less than 1 is of the denoiser's blocks alone, those
+        that keep the most."""
+        if share < 1:
+            compute_again(self.denoiser, share)
+            return
         for name in (self.denoiser_name, *self.text_encoder_names):
             cast(Any, self.components[name]).enable_gradient_checkpointing()
 

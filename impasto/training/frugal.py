@@ -20,6 +20,8 @@ def check_means(recipe: Recipe) -> None:
         _fused(recipe)
     if "optimizer" in recipe.train.offload:
         _states(recipe.train)
+    if "blocks" in recipe.train.offload:
+        _blocks(recipe)
     whole = [method.kind for method in recipe.method if METHODS.get(method.kind).in_place]
     for key in ("quantize", "quantize_text"):
         if whole and getattr(recipe.base, key) != "none":
@@ -52,6 +54,16 @@ def _states(train: TrainOptions) -> None:
         why = f"cannot be: {SCALED}"
     if why:
         raise ValueError(f"train.offload \"optimizer\" {why}")
+
+
+def _blocks(recipe: Recipe) -> None:
+    why = ""
+    if recipe.train.checkpointing is not True:
+        why = "lets a block's weights go after its forward, and its backward needs them: say train.checkpointing = true"
+    elif recipe.train.compile:
+        why = "moves weights while the network runs, which a compiled one does not see: leave train.compile out"
+    if why:
+        raise ValueError(f"train.offload \"blocks\" {why}")
 
 
 def _fused(recipe: Recipe) -> None:

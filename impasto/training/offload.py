@@ -1,13 +1,16 @@
-"""What waits in the computer's memory while the device is busy with other things: activations, and optimizer states.
+"""What waits in the computer's memory while the device is busy with other things: activations, optimizer states, and
+frozen blocks.
 
 On a device without memory of its own all of it stays where it is, and goes the same ways.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,3 +117,68 @@ class States:
                     if home is not None and (home.shape, home.dtype) != (value.shape, value.dtype):
                         home = None
                     entry[key] = self._homes[parameter, key] = self._send(value, home)
+
+
+# --- blocks ------------------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """Frozen weights of blocks wait elsewhere, and are on the device for the length of each of the block's forwards.
+
+    A backward needs them too. Where it computes the block again, its graph holds what was brought for that, until it is
+    done with the block: another tensor than the one that waits, so that neither knows of the other. On CUDA the next
+    block in turn is on its way while one computes.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], device: torch.device, *, send: Callable[[Tensor], Tensor] = to_host,
+                 bring: Callable[[Tensor, torch.device], Tensor] = to_device) -> None:
+        self._device, self._bring, blocks = device, bring, list(blocks)
+        self._places = [_frozen(block) for block in blocks]
+        self._waiting = [[send(held[name].detach()) for held, name in places] for places in self._places]
+        self._coming: dict[int, list[Tensor]] = {}
+        self._last = -1
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for i, block in enumerate(blocks):
+            self._put(i, self._waiting[i])
+            block.register_forward_pre_hook(functools.partial(self._before, i))
+            # always: a block that is computed again stops in the midst, once all is there that was kept of it
+            block.register_forward_hook(functools.partial(self._after, i), always_call=True)
+
+    def _before(self, i: int, module: nn.Module, args: Any) -> None:
+        self._come(i)
+
+    def _after(self, i: int, module: nn.Module, args: Any, out: Any) -> None:
+        self._put(i, self._waiting[i])
+
+    def _put(self, i: int, tensors: list[Tensor]) -> None:
+        for (held, name), tensor in zip(self._places[i], tensors, strict=True):
+            held[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(held[name], nn.Parameter) else tensor
+
+    def _brought(self, i: int) -> list[Tensor]:
+        return [self._bring(tensor, self._device) for tensor in self._waiting[i]]
+
+    def _come(self, i: int) -> None:
+        if self._stream is None:
+            self._put(i, self._brought(i))
+            return
+        now, coming = torch.cuda.current_stream(self._device), self._coming.pop(i, None)
+        self._coming.clear()
+        if coming is not None:
+            now.wait_stream(self._stream)
+            for tensor in coming:
+                tensor.record_stream(now)  # or its memory might be given away while this stream reads it
+        self._put(i, coming or self._brought(i))
+        after = i + (1 if i > self._last else -1)  # the backward goes through them the other way
+        self._last = i
+        if 0 <= after < len(self._places):
+            with torch.cuda.stream(self._stream):
+                self._coming[after] = self._brought(after)
+
+
+def _frozen(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where in a block there is something that does not train."""
+    found: list[tuple[dict[str, Any], str]] = []
+    for module in block.modules():
+        for held in (module._parameters, module._buffers):
+            found += [(held, name) for name, tensor in held.items() if tensor is not None and not tensor.requires_grad]
+    return found

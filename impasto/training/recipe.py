@@ -122,15 +122,18 @@ class TrainOptions(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Of frozen weights and of the computation. auto: bf16 on a GPU that has it, fp16 "
         "with loss scaling on one that has not, fp32 on a CPU. Trained weights are always fp32.")
-    checkpointing: bool = Field(False, description="Gradient checkpointing: less memory, about a third more time.")
+    checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = Field(
+        False, description="Gradient checkpointing: less memory, about a third more time. A share such as 0.25 is of "
+        "the denoiser's blocks, those at the highest resolution first, which keep the most.")
     fused_backward: bool = Field(False, description="Step inside the backward, weight by weight, and let each gradient "
                                  "go at once (LOMO, Lv et al. 2023; kohya's fused_backward_pass): of method full, "
                                  "where gradients take as much as the weights. Equal to the bit. Needs clip = 0 and "
                                  "accumulation = 1; not for fp16, [prior] or several processes.")
-    offload: list[Literal["activations", "optimizer"]] = Field(
+    offload: list[Literal["activations", "blocks", "optimizer"]] = Field(
         [], description="What waits in the computer's memory until the device needs it: \"activations\", what the "
-        "forward keeps for the backward; \"optimizer\", its states, which come to the device weight by weight. Equal "
-        "results, for the time that the way takes.")
+        "forward keeps for the backward; \"optimizer\", its states, which come to the device weight by weight; "
+        "\"blocks\", the denoiser's frozen blocks, which come one by one (needs checkpointing = true). Equal results, "
+        "for the time that the way takes.")
     ema: float = Field(0.0, ge=0, lt=1, description="Decay of an exponential moving average of the trained weights, "
                        "which previews and artifacts then show; 0: none (SD 1.x was trained with 0.9999).")
     compile: bool = Field(False, description="torch.compile the denoiser: slow first step, faster ones after.")

@@ -23,6 +23,7 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import Draws, seed_for
 from impasto.data.pictures import pictures_of
 from impasto.data.source import prepare_source
+from impasto.families.blocks import blocks_of
 from impasto.families.load import load_base, locate
 from impasto.methods import METHODS
 from impasto.methods.base import Method, all_off, check_method, group_of
@@ -34,7 +35,7 @@ from impasto.training.fused import FusedBackward
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import compare_recipe
 from impasto.training.native import at_native_size
-from impasto.training.offload import Activations, States
+from impasto.training.offload import Activations, Blocks, States
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.outcome import Outcome
 from impasto.training.previews import Previews, evaluating
@@ -144,7 +145,9 @@ class Trainer:
         self.activations = Activations(self._weights) if "activations" in self.options.offload else None
         self.previews = Previews(recipe, run.folder / "previews", self.source.example)
         if self.options.checkpointing:
-            self.base.checkpoint_gradients()
+            self.base.checkpoint_gradients(float(self.options.checkpointing))
+        self.blocks = Blocks(blocks_of(self.base.denoiser).values(), self.device) \
+            if "blocks" in self.options.offload else None
         if self.options.compile:
             self.base.denoiser.compile()
         self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)

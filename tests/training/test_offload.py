@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from impasto.core.errors import UserError
+from impasto.deltas.attach import attach
+from impasto.deltas.layers import shape_of
+from impasto.deltas.lowrank import LowRank
+from impasto.families.blocks import blocks_of
+from impasto.families.load import load_base
 from impasto.training import offload, rounding
 from impasto.training.environment import Precision
 from impasto.training.frugal import check_here
-from impasto.training.offload import Activations, States
+from impasto.training.offload import Activations, Blocks, States
 from impasto.training.processes import Processes
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.rounding import Steps
 from impasto.training.trainer import train
+from tests.checkpoints import write_checkpoint
 from tests.training.conftest import tree
 from tests.training.test_fused import assert_equal
 from tests.training.test_trainer import losses
@@ -172,3 +178,74 @@ def test_fp16_by_itself_is_refused_too() -> None:
     options = make_recipe({"base": {"path": "x"}, "method": {"kind": "lora"}, "train": {"offload": ["optimizer"]}})
     with pytest.raises(UserError, match="fp16 scales the loss"):
         check_here(options.train, Precision(torch.device("cpu"), torch.float16), Processes())
+
+
+# --- blocks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
+def test_blocks_come_for_each_forward_and_go(family: str, quantize: str, tmp_path: Path) -> None:
+    """Equal predictions and gradients; of the blocks no more is on the device at once than one."""
+    checkpoint = write_checkpoint(tmp_path / "base", family, layout="diffusers")
+    there, results = Elsewhere(), []
+    for waits in (False, True):
+        base = load_base(checkpoint, quantize=quantize)
+        for parameter in base.denoiser.parameters():  # of mapped ones the last bits hang on where they begin
+            parameter.data = parameter.data.clone()
+        base.checkpoint_gradients()
+        delta = LowRank.from_factors(torch.ones(*shape_of(base.layer(path := base.targets("attention")[0]))[:1], 1),
+                                     torch.ones(1, shape_of(base.layer(path))[1]))
+        attach(base.components, {path: delta.requires_grad_()})
+        found = list(blocks_of(base.denoiser).values())
+        if waits:
+            waiting = Blocks(found, torch.device("cpu"), send=there.send, bring=there.bring)
+            homes = {tensor.data_ptr() for tensors in waiting._waiting for tensor in tensors}
+            assert homes == resident(found) and len(there.sent) == len(homes)
+            for block in found:
+                block.register_forward_hook(lambda module, args, out, all=found, homes=homes: once(all, homes))
+        x = torch.randn(1, base.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        time = torch.tensor([500]) if family == "sd1" else torch.tensor([0.5])
+        y = base.predict(x, time, base.condition(base.encode_text(["a cat"])))
+        y.square().sum().backward()
+        with torch.no_grad():
+            again = base.predict(x, time, base.condition(base.encode_text(["a cat"])))
+        results.append([y.detach(), again, x.grad, delta.up.grad, delta.down.grad])
+        if waits:
+            assert resident(found) == homes
+    assert there.brought >= 3 * len(there.sent) * 0.8  # forward, again in the backward, forward
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
+def resident(blocks: list[nn.Module]) -> set[int]:
+    return {tensor.data_ptr() for block in blocks for module in block.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None}
+
+
+def once(blocks: list[nn.Module], homes: set[int]) -> None:
+    """In a block's forward, or right after it: those of one block at most are elsewhere than at home."""
+    assert sum(bool(resident([block]) - homes) for block in blocks) <= 1
+
+
+def test_a_run_with_blocks_away_is_equal(mini: Path, photos: Path, tmp_path: Path) -> None:
+    runs = []
+    for name, waits in (("plain", []), ("away", ["blocks", "activations", "optimizer"])):
+        plain = tree(mini, photos, tmp_path / name, base={"quantize": "int8"},
+                     train={"checkpointing": True, "offload": waits},
+                     sample={"every": 3, "steps": 2, "prompts": ["sks dog"]})
+        runs.append(make_recipe(plain))
+        train(runs[-1])
+    assert_equal(*runs)
+    one, other = ([path.read_bytes() for path in sorted((Path(run.output.dir) / "previews").iterdir())] for run in runs)
+    assert one == other and len(one) == 3
+
+
+@pytest.mark.parametrize(("train", "line"), [
+    ({}, "lets a block's weights go after its forward.*say train.checkpointing = true"),
+    ({"checkpointing": 0.5}, "say train.checkpointing = true"),
+    ({"checkpointing": True, "compile": True}, "leave train.compile out"),
+])
+def test_what_blocks_away_do_not_go_with_is_one_line(train: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        make_recipe({"base": {"path": "x"}, "method": {"kind": "lora"}, "train": {"offload": ["blocks"], **train}})
