@@ -182,5 +182,5 @@ def encode_caption(base: Base, caption: Caption) -> TextStates:
 
 
 def precision(base: Base, component: str) -> str:
-    """The dtype that a component computes in, by name."""
-    return str(next(base.components[component].parameters()).dtype)
+    """What a component is held and computes in."""
+    return base.precision(component)

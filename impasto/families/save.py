@@ -36,8 +36,9 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
             stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
             (folder / name).mkdir()
             write_json(folder / name / "config.json", config_of(network))
-            tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in
-                       _weights(base, name, changed).items() if not key.endswith("position_ids")}
+            with base.awake([name]):
+                tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in
+                           _weights(base, name, changed).items() if not key.endswith("position_ids")}
             file = folder / name / f"{stem}.safetensors"
             save_tensors(tensors, file, {"format": "pt", **(metadata or {})})
             if not holds(file, tensors):

@@ -65,7 +65,8 @@ class SD3(UNetBase):
     @classmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None, options: Mapping[str, Any] | None = None) -> Self:
+                         init_seed: int | None = None, options: Mapping[str, Any] | None = None,
+                         quantised: Mapping[str, str] | None = None) -> Self:
         own = cls.checked(options or {})
         if not set(TOKENIZERS) & checkpoints.keys():
             raise UserError("holds no text encoders", where=next(iter(checkpoints.values())).path,
@@ -77,7 +78,7 @@ class SD3(UNetBase):
         why = why or not wanted
         kind = cast(type[Self], WithoutT5) if why else cls
         return super(SD3, kind).from_checkpoints(checkpoints, device=device, dtype=dtype, clip_skip=clip_skip,
-                                                 report=report, init_seed=init_seed, options=own)
+                                                 report=report, init_seed=init_seed, options=own, quantised=quantised)
 
     @classmethod
     def tools(cls, checkpoints: Mapping[str, Checkpoint], clip_skip: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from impasto.diffusion.process import process_from_scheduler_config
 from impasto.families import networks, unet_targets, vae, variants
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.families.parts import Places
+from impasto.families.quantised import quantise
 from impasto.formats.configs import CONFIGS
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class UNetBase(Base, abc.ABC):
     @classmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None, options: Mapping[str, Any] | None = None) -> Self:
+                         init_seed: int | None = None, options: Mapping[str, Any] | None = None,
+                         quantised: Mapping[str, str] | None = None) -> Self:
         own = cls.checked(options or {})
         names = (cls.denoiser_name, *cls.text_encoder_names, "vae")
         for name in names:
@@ -61,10 +63,13 @@ class UNetBase(Base, abc.ABC):
                                                             dtype=width)
                     continue
                 components[name] = networks.build(kind, source.configs[name])
+                if quantised and name in quantised:
+                    quantise(components[name], quantised[name])
                 surplus += networks.fill(components[name], _counted(source.tensors(name), advance),
                                          where=source.path, device=device, dtype=width)
         base = cls(components=components, process=process_from_scheduler_config(main.scheduler), source=main.path,
                    surplus=surplus, checkpoints=dict(checkpoints) if init_seed is None else {},
+                   quantised={name: held for name, held in (quantised or {}).items() if name in components},
                    scheduler=dict(main.scheduler), **cls.tools(checkpoints, clip_skip), **own)
         base.check()
         return base

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import final
 
@@ -21,15 +23,19 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import Draws, seed_for
 from impasto.data.pictures import pictures_of
 from impasto.data.source import prepare_source
+from impasto.families.blocks import blocks_of
 from impasto.families.load import load_base, locate
 from impasto.methods import METHODS
 from impasto.methods.base import Method, all_off, check_method, group_of
 from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
+from impasto.training.frugal import check_here
+from impasto.training.fused import FusedBackward
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import compare_recipe
 from impasto.training.native import at_native_size
+from impasto.training.offload import Activations, Blocks, States
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.outcome import Outcome
 from impasto.training.previews import Previews, evaluating
@@ -92,6 +98,7 @@ class Trainer:
         self.device = choose_device(self.processes.device(self.options.device))
         self.precision = Precision.choose(self.options.precision, self.device)
         choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
+        check_here(self.options, self.precision, self.processes)
         self.tracking = Tracking(recipe, run.folder, run.name, report)
         if not recipe.base.download:
             locate(recipe.base.path)  # a wrong path is told before pictures are looked at, which may take minutes
@@ -100,7 +107,8 @@ class Trainer:
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
                                   prediction=recipe.base.prediction, text_encoders=recipe.base.text_encoders,
-                                  options=recipe.base.options,
+                                  options=recipe.base.options, quantize=recipe.base.quantize,
+                                  quantize_text=recipe.base.quantize_text,
                                   device=self.device, dtype=self.precision.dtype, report=report,
                                   adapters=recipe.base.adapters,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)
@@ -130,10 +138,16 @@ class Trainer:
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
-        self.steps = Steps(self.optimizer, self.trained, self.options.seed)
+        self.states = States(self.optimizer) if "optimizer" in self.options.offload else None
+        self.steps = Steps(self.optimizer, self.trained, self.options.seed, apart=self.options.fused_backward,
+                           states=self.states)
+        self.fused = FusedBackward(self.steps, self.parameters) if self.options.fused_backward else None
+        self.activations = Activations(self._weights) if "activations" in self.options.offload else None
         self.previews = Previews(recipe, run.folder / "previews", self.source.example)
         if self.options.checkpointing:
-            self.base.checkpoint_gradients()
+            self.base.checkpoint_gradients(float(self.options.checkpointing))
+        self.blocks = Blocks(blocks_of(self.base.denoiser).values(), self.device) \
+            if "blocks" in self.options.offload else None
         if self.options.compile:
             self.base.denoiser.compile()
         self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)
@@ -159,6 +173,8 @@ class Trainer:
     def train(self, stop_after: int | None = None) -> Outcome:
         """Take the steps that are left, then save the artifact."""
         started, first = time.monotonic(), resume(self.run, self.memory, self.circumstances, self.report)
+        if self.states is not None:
+            self.states.leave(self.parameters)
         step = first
         if self.processes.first and first < self.total:
             ask_for_room(self.run, self.recipe.output, self.memory.size(), self.artifacts.size(), self.report)
@@ -199,20 +215,33 @@ class Trainer:
         return Outcome(self.artifacts.path() if finished else None, step, first, mean, time.monotonic() - started,
                        None if finished else wish.asked, self.processes.rank, self.validation.last, ended)
 
+    def _keeping(self) -> contextlib.AbstractContextManager[None]:
+        """Where a forward keeps what its backward needs."""
+        return contextlib.nullcontext() if self.activations is None else self.activations.away()
+
+    def _weights(self) -> Iterator[Tensor]:
+        """What a step reads that is there all the time."""
+        yield from self.parameters
+        for network in self.base.awake_networks():
+            yield from itertools.chain(network.parameters(), network.buffers())
+
     def _accumulate(self, step: int) -> float:
         """Forward and backward over the micro-batches of an optimizer step; the mean loss over all processes."""
         total, finite = torch.zeros((), device=self.device), list[tuple[list[str], Tensor]]()
+        if self.fused is not None:
+            self.fused.begin(step, (parameter for method in self.methods for parameter in method.resting(step)))
         for micro, batches in enumerate(self.source.micro_batches(step)):
             # dropout, and whatever else draws
             torch.manual_seed(seed_for(self.options.seed, step, micro, self.processes.rank))
             for batch in batches:
                 batch = batch.to(self.device)
                 draws = Draws(self.options.seed, step, batch.samples, self.device)
-                with self.precision.autocast():
+                with self.precision.autocast(), self._keeping():
                     losses = step_losses(self.base, batch, self.objective, draws)
                 finite.append((batch.names, losses.isfinite()))
                 loss = losses.sum() / self.pictures
-                self.scaler.scale(loss).backward()
+                if self.fused is None or bool(finite[-1][1].all()):  # whose backward would have changed the weights
+                    self.scaler.scale(loss).backward()
                 total += loss.detach()
         for method in self.methods:
             if (penalty := method.penalty()) is not None:
@@ -225,6 +254,17 @@ class Trainer:
 
     def _update(self, step: int) -> float:
         """The optimizer's step; the gradients' norm before clipping."""
+        if self.fused is not None:  # it has been taken
+            self.verdicts.gradients(step, self.fused.had())
+            norm = self.fused.norm()
+        else:
+            norm = self._step(step)
+        for method in self.methods:
+            method.after_step(step)
+        return norm.item()
+
+    def _step(self, step: int) -> Tensor:
+        """The optimizer's step of all gradients at once; their norm before clipping."""
         self.processes.add_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         self.verdicts.gradients(step)
@@ -235,9 +275,7 @@ class Trainer:
         self.steps.take(step, self.scaler)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for method in self.methods:
-            method.after_step(step)
-        return norm.item()
+        return norm
 
     def _validate(self, step: int, journal: Journal, wish: StopWish) -> None:
         """The loss of what is shown on held-out pictures; the artifact of the lowest one is kept.
