@@ -42,7 +42,8 @@ class Section(pydantic.BaseModel):
 class BaseOptions(Section):
     """`[base]`: the checkpoint to fine-tune."""
 
-    path: str = Field(description="A single file, a diffusers folder, a hub id, or mini, the embedded base.")
+    path: str | None = Field(None, description="A single file, a diffusers folder, a hub id, or mini, the embedded "
+                             "base. To plan without one, family is enough.")
     init: Literal["weights", "random"] = Field("weights", description="random: path gives the networks' shapes alone, "
                                                "and their weights begin as their libraries have it.")
     family: str | None = Field(None, description="The family, where the file's own word is not enough.")
@@ -56,6 +57,20 @@ class BaseOptions(Section):
     adapters: list[Annotated[str, pydantic.AfterValidator(checked)]] = Field(
         [], description="Adapters, each a file or \"FILE:0.8\", that are merged into the base's weights in memory "
         "before all else, one after the other (kohya's base_weights).")
+
+    @pydantic.model_validator(mode="after")
+    def _is_some_base(self) -> BaseOptions:
+        if self.path is None and self.family is None:
+            raise ValueError("say which base: path, or, to plan without one, family")
+        return self
+
+    @property
+    def place(self) -> str:
+        """The path. Raises `UserError` where there is none: planning alone can do without."""
+        if self.path is None:
+            raise UserError("'base.path' is missing", where="recipe",
+                            fix="say which base: base.path=… on the command line")
+        return self.path
 
     @pydantic.model_validator(mode="after")
     def _onto_weights(self) -> BaseOptions:

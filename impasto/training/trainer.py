@@ -19,7 +19,9 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import Draws, seed_for
+from impasto.data.dataset import check_folder
 from impasto.data.pictures import pictures_of
+from impasto.data.sets import label
 from impasto.data.source import prepare_source
 from impasto.families.load import load_base, locate
 from impasto.methods import METHODS
@@ -60,6 +62,10 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
     """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
+    assert recipe.base.place
+    for number, one in enumerate(recipe.data.sets):
+        if one.source == "folder":
+            check_folder(one.folder, f"{label(number, recipe.data)}.folder")
     recipe = at_native_size(recipe)
     folder = Path(recipe.output.dir)
     name = recipe.output.name or folder.absolute().name
@@ -94,10 +100,10 @@ class Trainer:
         choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
         self.tracking = Tracking(recipe, run.folder, run.name, report)
         if not recipe.base.download:
-            locate(recipe.base.path)  # a wrong path is told before pictures are looked at, which may take minutes
+            locate(recipe.base.place)  # a wrong path is told before pictures are looked at, which may take minutes
         pictures = pictures_of(recipe.data, recipe.prior, recipe.validation, self.options.seed, report)
         with report.phase("loading the base"):
-            self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
+            self.base = load_base(recipe.base.place, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
                                   prediction=recipe.base.prediction,
                                   device=self.device, dtype=self.precision.dtype, report=report,
