@@ -19,9 +19,11 @@ from impasto.core.errors import UserError
 from impasto.families import FAMILIES
 from impasto.families.base import Base
 from impasto.families.load import locate
-from impasto.formats.checkpoint import Checkpoint, Source, open_checkpoint
+from impasto.formats.checkpoint import Checkpoint, open_checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig
+from impasto.formats.source import Source
 from impasto.formats.tensor_files import NoTensors
+from impasto.formats.text_files import open_text_encoders
 from impasto.training.recipe import BaseOptions
 
 
@@ -94,11 +96,17 @@ def build(checkpoint: Checkpoint, options: BaseOptions, dtype: torch.dtype) -> t
         sources["vae"] = Imagined.of(replace(vae, family=checkpoint.family))
     elif options.vae is not None:
         notes.append(f"{options.vae} is not there: planned with the base's own VAE")
+    if options.text_encoders and all(map(_is_there, options.text_encoders)):
+        found = open_text_encoders(map(locate, options.text_encoders), checkpoint.family, checkpoint.path.parent)
+        sources |= {name: Imagined.of(replace(one, family=checkpoint.family)) for name, one in found.items()}
+    elif options.text_encoders:
+        notes.append("a file of base.text_encoders is not there: planned with the base's own")
     with tempfile.TemporaryDirectory() as folder:
         if not checkpoint.path.exists():
             sources = {name: replace(source, tokenizers=_stand_ins(CONFIGS.get(checkpoint.family), Path(folder)))
                        for name, source in sources.items()}
-        base = FAMILIES.get(checkpoint.family).from_checkpoints(sources, dtype=dtype, clip_skip=options.clip_skip)
+        base = FAMILIES.get(checkpoint.family).from_checkpoints(sources, dtype=dtype, clip_skip=options.clip_skip,
+                                                                options=options.options)
     return base, notes
 
 
