@@ -54,9 +54,6 @@ class AsOnCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.backward:  # a mode is off within what it handles, and in here the forward is computed again
-            with self:
-                return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func in IN_FP32 and torch.is_autocast_enabled("cpu"):

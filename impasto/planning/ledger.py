@@ -23,8 +23,6 @@ aten = torch.ops.aten
 
 #: what nothing else is known of
 UNKNOWN = "temporaries"
-#: labels of what an autocast copy is a copy of, see `_label_of`
-WEIGHTS = "weights"
 
 
 @dataclass
@@ -73,7 +71,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], torch._subclasses.FakeTensor):
-            return args[0].dtype.is_floating_point and 1.0 or 1  # whatever is asked for, all is well
+            return 1.0 if args[0].dtype.is_floating_point else 1  # whatever is asked, all is well
         out = func(*args, **kwargs)
         given = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
         moved = 0
@@ -128,10 +126,10 @@ class Ledger(TorchDispatchMode):
         self.totals[block.label] += block.size
         self.now += block.size
         self.events.append((block.number, block.size))
-        if self.now > self.peak.total:
+        if self.now >= self.peak.total:
             self.peak = Peak(self.now, dict(self.totals), self.moment)
         best = self.peaks.get(self.moment)
-        if best is None or self.now > best.total:
+        if best is None or self.now >= best.total:
             self.peaks[self.moment] = Peak(self.now, dict(self.totals), self.moment)
 
     def _remove(self, block: Block) -> None:
@@ -195,7 +193,7 @@ class Ledger(TorchDispatchMode):
         formula = FLOPS.get(func._overloadpacket)
         if formula is None:
             return
-        again = self.moment == "backward" and torch.is_grad_enabled()
+        again = self.moment == "backward" and (torch.is_grad_enabled() or func._overloadpacket in FORWARD)
         self.flops["recomputed" if again else self.moment] += formula(*args, **kwargs, out_val=out)
 
 
@@ -212,6 +210,9 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return 2 * b * h * s * t * (3 * d + 2 * e)
 
 
+#: what no backward has of its own: there it is the forward once more
+FORWARD = {aten.convolution, aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
+           aten._scaled_dot_product_flash_attention_for_cpu}
 #: multiply-adds, counted as two, of the operations that have most of them; torch does not count a CPU's attention
 FLOPS = dict(flop_registry) | {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,

@@ -47,8 +47,10 @@ def forecast(recipe: Recipe, device: str = "cuda") -> Forecast:
     if cuda:
         allocated, taken = replay(ledger.events)
         parts["allocator"] += taken - ledger.peak.total
-    return Forecast({name: parts[name] for name in PARTS if parts[name]}, ledger.peak.moment, 0,
-                    dict(ledger.flops), float(ledger.traffic), (*notes, *more, *of_base))
+        allocated += kernels.WORKSPACES
+    moments = {moment: peak.total for moment, peak in ledger.peaks.items()}
+    return Forecast({name: parts[name] for name in PARTS if parts[name]}, ledger.peak.moment, rehearsal.artifact(),
+                    rehearsal.flops(), rehearsal.traffic(), moments, allocated, (*notes, *more, *of_base))
 
 
 def precision_on(name: str, device: str) -> Precision:

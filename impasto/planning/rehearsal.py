@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from impasto.core.errors import UserError
 from impasto.core.rng import Draws
@@ -34,7 +34,7 @@ from impasto.objectives import OBJECTIVES
 from impasto.objectives.batch import Batch
 from impasto.planning.ledger import Ledger
 from impasto.planning.states import make_optimizer
-from impasto.training.environment import Precision
+from impasto.training.environment import DTYPES, Precision
 from impasto.training.previews import Previews, evaluating
 from impasto.training.rates import split_by_path
 from impasto.training.recipe import Recipe
@@ -159,6 +159,24 @@ class Rehearsal:
         """How many of a step are rehearsed."""
         return min(self.options.accumulation, MICRO_BATCHES)
 
+    def flops(self) -> dict[str, float]:
+        """Of one optimizer step: forward, backward, and what the backward computes again; a multiply-add is two."""
+        share = self.options.accumulation / self.micro_batches
+        return {name: share * count for name, count in self.ledger.flops.items()
+                if name in ("forward", "backward", "recomputed")}
+
+    def traffic(self) -> float:
+        """Bytes that one optimizer step's operations read and write, roughly: caches know better."""
+        return float(self.ledger.traffic) * self.options.accumulation / self.micro_batches
+
+    def artifact(self) -> int:
+        """Bytes of the tensors that are left at the end, in the artifact's precision."""
+        width = DTYPES[self.recipe.output.dtype].itemsize
+        whole = any(method.in_place for method in self.methods) and self.recipe.output.format != "delta"
+        modules: Iterable[nn.Module] = self.base.components.values() if whole else (
+            module for method in self.methods for module in method.modules().values())
+        return width * sum(parameter.numel() for module in modules for parameter in module.parameters())
+
     def _accumulate(self, step: int) -> None:
         for micro in range(self.micro_batches):
             batch = self._batch(micro)
@@ -168,11 +186,11 @@ class Rehearsal:
                 losses = step_losses(self.base, batch, self.objective, draws)
                 loss = losses.sum() / self.pictures
             with self.ledger.at("backward"):
-                self.scaler.scale(loss).backward()
+                _backward(self.scaler.scale(loss))
         for method in self.methods:
             if (penalty := method.penalty()) is not None:
                 with self.ledger.at("backward"):
-                    self.scaler.scale(penalty).backward()
+                    _backward(self.scaler.scale(penalty))
 
     def _update(self, step: int) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -262,6 +280,12 @@ def worst_bucket(data: DataOptions | DataSets) -> tuple[int, int]:
     if not sizes:
         raise UserError("no bucket has room within these bounds", where="data", fix="look at bucket_min and bucket_max")
     return max(sizes, key=lambda size: (size[0] * size[1], -abs(size[0] - size[1])))
+
+
+def _backward(loss: Tensor) -> None:
+    """loss.backward() without its way in, which switches off function modes: what is computed again is to see them."""
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
