@@ -116,6 +116,13 @@ def _undecodable(name: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in name)
 
 
+def check_folder(folder: str | None, key: str = "data.folder", what: str = "pictures") -> str:
+    """The folder. Raises `UserError` where a recipe names none by `key`: planning alone can do without."""
+    if folder is None:
+        raise UserError(f"say where the {what} are", where="recipe", fix=f"{key}=…")
+    return folder
+
+
 def list_folder(folder: Path, key: str = "data.folder", what: str = "pictures") -> Listing:
     """Find pictures and captions, in inner folders too; hidden files and folders (`.`, macOS's `._`) are not.
 

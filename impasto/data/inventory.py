@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.buckets import Placement, bucket_sizes, check_sizes, cuts
 from impasto.data.captions import read_captions
-from impasto.data.dataset import Listing, Problem, Size, list_folder, located, memory_of
+from impasto.data.dataset import Listing, Problem, Size, check_folder, list_folder, located, memory_of
 from impasto.data.looks import Look, look_over
 from impasto.data.masks import read_masks
 from impasto.data.options import DataOptions, PriorOptions, of_class_pictures
@@ -79,9 +79,9 @@ def take_inventories(data: DataOptions | DataSets, prior: PriorOptions | None, b
     folders: list[tuple[str, str, DataOptions]] = []
     for number, one in enumerate(data.sets):
         check_sizes(one, CELL, label(number, data))
-        if one.folder is not None:
+        if one.source == "folder":
             title = f"pictures of {label(number, data)}" if len(data.sets) > 1 else "pictures"
-            folders.append((title, one.folder, one))
+            folders.append((title, check_folder(one.folder, f"{label(number, data)}.folder"), one))
     own = len(folders)
     if prior is not None and prior.folder is not None:
         folders.append(("class pictures", prior.folder, of_class_pictures(data.sets[0], prior)))

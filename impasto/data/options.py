@@ -29,7 +29,7 @@ class DataOptions(Section):
     """`[data]`: the pictures to learn from."""
 
     folder: str | None = Field(None, description="Folder of pictures, folders inside it included, with a caption for "
-                               "each (caption_source) unless caption is given.")
+                               "each (caption_source) unless caption is given. Needed to train, not to plan.")
     source: Literal["folder", "shards", "world"] = Field(
         "folder", description="shards: webdataset's tar files (shards). world: pictures of the embedded base's drawn "
         "world with their captions, made as they are needed.")
@@ -203,8 +203,6 @@ class DataOptions(Section):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> DataOptions:
-        if self.source == "folder" and self.folder is None:
-            raise ValueError("say where the pictures are: data.folder")
         if self.source == "world" and (self.folder is not None or self.caption is not None):
             raise ValueError("source = \"world\" draws pictures and captions itself: leave folder and caption out")
         if self.source == "shards" and not self.shards:

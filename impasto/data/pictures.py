@@ -14,7 +14,7 @@ from impasto.core.files import key_of
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
 from impasto.data.augment import Augment
-from impasto.data.dataset import list_folder, located
+from impasto.data.dataset import check_folder, list_folder, located
 from impasto.data.heldout import beyond, divide
 from impasto.data.items import Item, collect, draw_world, unweighed
 from impasto.data.many import Many
@@ -85,8 +85,8 @@ def _found(data: DataOptions | DataSets, report: Reporter, notes: list[str], wro
             if one.source == "shards":
                 return shard_items(one, report, notes)
             if one.source == "folder":
-                found += collect(list_folder(located(str(one.folder)), f"{name}.folder"), one, report,
-                                 weight=one.loss_weight, notes=own, number=number)
+                found += collect(list_folder(located(check_folder(one.folder, f"{name}.folder")), f"{name}.folder"), one,
+                                 report, weight=one.loss_weight, notes=own, number=number)
         notes += [f"{name}: {line}" if len(data.sets) > 1 else line for line in own]
     return None if all(one.source == "world" for one in data.sets) else found
 

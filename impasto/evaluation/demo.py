@@ -88,7 +88,7 @@ def _is_base(artifact: Path) -> bool:
 def _fresh_base(recipe: Recipe, report: Reporter, path: Path | None = None) -> Base:
     """The recipe's base as it was, or the one at `path` that has come of it."""
     with report.phase("loading the base"):
-        return load_base(path or recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
+        return load_base(path or recipe.base.place, family=recipe.base.family, vae=recipe.base.vae,
                          prediction=recipe.base.prediction, text_encoders=recipe.base.text_encoders,
                          options=recipe.base.options, adapters=recipe.base.adapters if path is None else (),
                          device=choose_device(recipe.train.device), report=report)

@@ -23,7 +23,7 @@ class Forecast:
 
     #: bytes at the peak, by a name of `PARTS`; their sum is `peak_bytes`
     parts: Mapping[str, int]
-    #: where the peak is: "backward of step 2", "optimizer step", "preview", "encoding pictures"
+    #: where the peak is: "backward", "optimizer step", "preview", "encoding pictures"
     moment: str
     #: of the file, or folder, that the run leaves
     artifact_bytes: int
@@ -31,6 +31,10 @@ class Forecast:
     flops: Mapping[str, float] = field(default_factory=dict)
     #: bytes that one optimizer step reads and writes in the card's memory
     traffic: float = 0.0
+    #: bytes of tensors alone, at the peak of each moment: "encoding pictures", "forward", "backward", "preview", …
+    moments: Mapping[str, int] = field(default_factory=dict)
+    #: what `torch.cuda.max_memory_allocated` will say; on a CPU, the most bytes of tensors
+    allocated: int = 0
     #: one line each: what was assumed
     remarks: tuple[str, ...] = ()
 

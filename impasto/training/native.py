@@ -7,20 +7,23 @@ import pydantic
 from impasto.core.errors import UserError
 from impasto.data.options import DataOptions
 from impasto.families.load import locate
-from impasto.formats.checkpoint import open_checkpoint
+from impasto.formats.checkpoint import Checkpoint, open_checkpoint
 from impasto.training.recipe import Recipe
 
 
-def at_native_size(recipe: Recipe) -> Recipe:
+def at_native_size(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Recipe:
     """The recipe, its sets of pictures at the base's own size where they have none: 1024 for SDXL, say.
+
+    The base is that of the recipe, or `checkpoint`, opened already.
 
     Raises `UserError` for a base that cannot be opened, or bounds of buckets that leave its size out.
     """
     data = recipe.data
     if data is None or all(_sized(one) for one in data.sets):
         return recipe
-    side = open_checkpoint(locate(recipe.base.path, download=recipe.base.download), weights=False).predicting(
-        recipe.base.prediction).native_size
+    if checkpoint is None:
+        checkpoint = open_checkpoint(locate(recipe.base.place, download=recipe.base.download), weights=False)
+    side = checkpoint.predicting(recipe.base.prediction).native_size
     if not side:
         return recipe
     sets = [one if _sized(one) else _at(one, side) for one in data.sets]

@@ -43,7 +43,8 @@ class Section(pydantic.BaseModel):
 class BaseOptions(Section):
     """`[base]`: the checkpoint to fine-tune."""
 
-    path: str = Field(description="A single file, a diffusers folder, a hub id, or mini, the embedded base.")
+    path: str | None = Field(None, description="A single file, a diffusers folder, a hub id, or mini, the embedded "
+                             "base. To plan without one, family is enough.")
     init: Literal["weights", "random"] = Field("weights", description="random: path gives the networks' shapes alone, "
                                                "and their weights begin as their libraries have it.")
     family: str | None = Field(None, description="The family, where the file's own word is not enough.")
@@ -67,6 +68,20 @@ class BaseOptions(Section):
         "multiplied. Not for method full.")
     quantize_text: Literal["none", "int8", "fp8", "nf4"] = Field(
         "none", description="Likewise those of the text encoders, of which SD 3's T5 is the largest network of all.")
+
+    @pydantic.model_validator(mode="after")
+    def _is_some_base(self) -> BaseOptions:
+        if self.path is None and self.family is None:
+            raise ValueError("say which base: path, or, to plan without one, family")
+        return self
+
+    @property
+    def place(self) -> str:
+        """The path. Raises `UserError` where there is none: planning alone can do without."""
+        if self.path is None:
+            raise UserError("'base.path' is missing", where="recipe",
+                            fix="say which base: base.path=… on the command line")
+        return self.path
 
     @pydantic.model_validator(mode="after")
     def _onto_weights(self) -> BaseOptions:

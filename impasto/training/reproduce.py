@@ -102,7 +102,7 @@ def _compare_base(recipe: Recipe, before: dict[str, str], found: Reproduction) -
     if recipe.base.init == "random":
         return
     try:
-        checkpoint = open_checkpoint(locate(recipe.base.path))
+        checkpoint = open_checkpoint(locate(recipe.base.place))
         vae = open_checkpoint(locate(recipe.base.vae)) if recipe.base.vae else checkpoint
     except UserError as error:
         found.unknown.append(f"the base: {error.what}; say where it is: base.path=…")

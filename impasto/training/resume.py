@@ -124,7 +124,7 @@ class Circumstances:
                                 "with them by --accept-changes")
             report.warn(f"{changed}; it goes on with them, as told")
         if manifest["base"] != self.base:
-            raise UserError("the base is not the one this run began with", where=self.recipe.base.path,
+            raise UserError("the base is not the one this run began with", where=self.recipe.base.place,
                             fix="put it back, or choose another output.dir")
         for line in self.processes.compared(manifest, self.group, run.folder):
             report.warn(line)

@@ -21,7 +21,9 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import Draws, seed_for
+from impasto.data.dataset import check_folder
 from impasto.data.pictures import pictures_of
+from impasto.data.sets import label
 from impasto.data.source import prepare_source
 from impasto.families.blocks import blocks_of
 from impasto.families.load import load_base, locate
@@ -66,6 +68,10 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
     """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
+    assert recipe.base.place
+    for number, one in enumerate(recipe.data.sets):
+        if one.source == "folder":
+            check_folder(one.folder, f"{label(number, recipe.data)}.folder")
     recipe = at_native_size(recipe)
     folder = Path(recipe.output.dir)
     name = recipe.output.name or folder.absolute().name
@@ -101,10 +107,10 @@ class Trainer:
         check_here(self.options, self.precision, self.processes)
         self.tracking = Tracking(recipe, run.folder, run.name, report)
         if not recipe.base.download:
-            locate(recipe.base.path)  # a wrong path is told before pictures are looked at, which may take minutes
+            locate(recipe.base.place)  # a wrong path is told before pictures are looked at, which may take minutes
         pictures = pictures_of(recipe.data, recipe.prior, recipe.validation, self.options.seed, report)
         with report.phase("loading the base"):
-            self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
+            self.base = load_base(recipe.base.place, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
                                   prediction=recipe.base.prediction, text_encoders=recipe.base.text_encoders,
                                   options=recipe.base.options, quantize=recipe.base.quantize,

@@ -74,7 +74,7 @@ def _base_model(recipe: Recipe | None) -> str | None:
     """The base's hub id, where the recipe has one or the file is a known one."""
     if recipe is None or recipe.base.init == "random":
         return None
-    name = recipe.base.path
+    name = recipe.base.place
     if is_hub_id(name):
         return name
     own = PurePath(name).name
@@ -120,7 +120,7 @@ def _about(parcel: Parcel, recipe: Recipe | None, base_model: str | None, kinds:
     what += " and a hypernetwork" if own and parcel.hypernetworks else ""
     family = FAMILIES.get(parcel.detected.family, parcel.detected.family)
     on = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else \
-        _code(PurePath(recipe.base.path).name) if recipe else ""
+        _code(PurePath(recipe.base.place).name) if recipe else ""
     yield f"A {what}{f' for {family}' if family else ''}{f', trained on {on}' if on else ''}, made with Impasto."
     if caption := _caption(recipe):
         yield f"It answers to {_code(caption)}."
