@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from impasto.cli.console import RichReporter, emit
-from impasto.cli.options import Force, Json, Prediction, picture_size, refuse_existing, weighted
+from impasto.cli.options import Force, Json, Prediction, own_option, picture_size, refuse_existing, weighted
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
 
@@ -63,6 +63,10 @@ def generate(
     clip_skip: Annotated[int, typer.Option(
         min=0, metavar="N", help="Text encoder layers left out (A1111 counts one more).")] = 0,
     vae: Annotated[Path | None, typer.Option(metavar="FILE", help="Another VAE.")] = None,
+    text_encoder: Annotated[list[str] | None, typer.Option(
+        metavar="FILE", help="A text encoder alone, for a base without (SD 3); may be given several times.")] = None,
+    base_option: Annotated[list[str] | None, typer.Option(
+        metavar="KEY=VALUE", help="A setting of the family's own, as t5=false of SD 3.")] = None,
     prediction: Prediction = None,
     family: Annotated[str | None, typer.Option(metavar="NAME", help="Where the base's own word is not enough.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Let a hub id be fetched from the internet.")] = False,
@@ -96,7 +100,8 @@ def generate(
     begin, hole = open_picture(init) if init else None, open_picture(mask) if mask else None
     precision = _precision(dtype, device)
     loaded = load_base(base, family=family, vae=vae, device=precision.device, dtype=precision.dtype,
-                       download=download, report=report, clip_skip=clip_skip, prediction=prediction)
+                       download=download, report=report, clip_skip=clip_skip, prediction=prediction,
+                       text_encoders=text_encoder or (), options=dict(map(own_option, base_option or ())))
     finisher = load_base(refiner, device=precision.device, dtype=precision.dtype, download=download, report=report) \
         if refiner else None
     pictures.check_refiner(loaded, finisher, begin is not None)

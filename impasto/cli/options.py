@@ -33,6 +33,15 @@ def picture_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def own_option(text: str) -> tuple[str, bool | int]:
+    """KEY=VALUE, the value a truth or a whole number."""
+    key, sign, value = text.partition("=")
+    words: dict[str, bool | int] = {"true": True, "false": False}
+    if not sign or value.lower() not in words and not value.isdigit():
+        raise typer.BadParameter(f"{text!r} is not KEY=true, KEY=false or KEY=NUMBER", param_hint="--base-option")
+    return key.strip(), words.get(value.lower(), int(value) if value.isdigit() else 0)
+
+
 def refuse_existing(paths: list[Path], force: bool) -> None:
     """`UserError` if one of the outputs is there already."""
     there = [path for path in paths if path.exists()]

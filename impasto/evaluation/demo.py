@@ -89,7 +89,8 @@ def _fresh_base(recipe: Recipe, report: Reporter, path: Path | None = None) -> B
     """The recipe's base as it was, or the one at `path` that has come of it."""
     with report.phase("loading the base"):
         return load_base(path or recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
-                         prediction=recipe.base.prediction, adapters=recipe.base.adapters if path is None else (),
+                         prediction=recipe.base.prediction, text_encoders=recipe.base.text_encoders,
+                         options=recipe.base.options, adapters=recipe.base.adapters if path is None else (),
                          device=choose_device(recipe.train.device), report=report)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from impasto.core.errors import UserError
+from impasto.core.errors import UserError, nearest
 from impasto.core.files import key_of
 from impasto.core.progress import SILENT, Reporter
 from impasto.deltas.attach import attach, beside_layers
@@ -76,6 +76,8 @@ class Base(abc.ABC):
     #: kinds of methods that it cannot be trained by, and why
     refuses: ClassVar[Mapping[str, str]] = {}
 
+    #: settings of the family's own, by name: their kind, which are its fields too or what loading asks for
+    own_options: ClassVar[Mapping[str, type]] = {}
     #: whether it was made to finish pictures that others began
     refines: ClassVar[bool] = False
 
@@ -96,15 +98,27 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None) -> Self:
+                         init_seed: int | None = None, options: Mapping[str, Any] | None = None) -> Self:
         """Build from the checkpoint of each component: one and the same, but for a VAE that was replaced.
 
-        With an `init_seed` their configurations alone count, and weights are random.
+        `options`: of `own_options`. With an `init_seed` their configurations alone count, and weights are random.
         Modules are in eval mode and frozen. `dtype` is of the weights; a family may hold a component in more.
         Raises `UserError` for what is missing or does not fit.
         """
 
     # --- text ----------------------------------------------------------------------------------------
+    @classmethod
+    def checked(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the family's own, if they are. Raises `UserError`."""
+        for name, value in options.items():
+            if name not in cls.own_options:
+                raise UserError(f"has no setting {name!r} of its own", where=cls.family,
+                                fix=nearest(name, cls.own_options) if cls.own_options else "leave it out")
+            if type(value) is not cls.own_options[name] or value < 0:
+                raise UserError(f"takes no {value!r} as its {name}", where=cls.family,
+                                fix=f"give {'true or false' if cls.own_options[name] is bool else 'a whole number'}")
+        return dict(options)
+
     @abc.abstractmethod
     def encode_text(self, captions: Sequence[Caption]) -> TextStates:
         """Text states of captions of any length (in chunks)."""
@@ -228,7 +242,8 @@ class Base(abc.ABC):
 
     @abc.abstractmethod
     def targets(self, word: str) -> list[str]:
-        """Layer paths ("unet.down_blocks.0…to_q") that a target word or a regular expression names.
+        """Layer paths ("unet.down_blocks.0…to_q") that a target word or a regular expression names; no word those that
+        are `idle`.
 
         Words: attention, cross-attention, feed-forward, convolutions, text-encoder, all.
         Raises `UserError` with near matches if nothing matches.
@@ -240,6 +255,11 @@ class Base(abc.ABC):
 
         Raises `UserError` with near matches if nothing matches.
         """
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The beginnings of paths of what the family's networks hold and never compute with: no word names it."""
+        return ()
 
     def key_value_layers(self) -> list[tuple[str, str, int]]:
         """For each attention of the denoiser the paths of the layers that make its keys and its values, and the

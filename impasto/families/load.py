@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -17,6 +18,7 @@ from impasto.families import FAMILIES
 from impasto.families.base import Base
 from impasto.families.merged import merge_into
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+from impasto.formats.text_files import open_text_encoders
 from impasto.mini import BASE, check_weights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -29,7 +31,8 @@ _UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*", 
 def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | None = None,
               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False,
               report: Reporter = SILENT, clip_skip: int = 0, init_seed: int | None = None,
-              adapters: Sequence[str] = (), prediction: str | None = None) -> Base:
+              adapters: Sequence[str] = (), prediction: str | None = None,
+              text_encoders: Sequence[str | Path] = (), options: Mapping[str, Any] | None = None) -> Base:
     """The base at `path`: a checkpoint file, a diffusers folder, a hub id ("owner/name") in the local cache,
     or "mini", the embedded one.
 
@@ -38,7 +41,9 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
     component takes are noted and kept in `surplus`. With an `init_seed` the path gives the networks' shapes alone
     and the weights are random, as their libraries begin with them. `adapters`, each a file or "FILE:strength", are
     merged into the weights in memory. `prediction`: what the network predicts, "epsilon" or "v_prediction",
-    whatever the checkpoint says, or where it does not say. Raises `UserError`.
+    whatever the checkpoint says, or where it does not say. `text_encoders`: files of such alone, in any order, for a
+    base without them or in place of its own. `options`: settings of the family's own (`Base.own_options`). Raises
+    `UserError`.
     """
     if family is not None:
         FAMILIES.get(family)  # a name that is not known is an error, with the nearest one
@@ -56,8 +61,11 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
     sources = dict.fromkeys(main.components, main)
     if vae is not None:
         sources["vae"] = _vae(locate(vae, download=download), main.family)
+    if text_encoders:
+        files = [locate(file, download=download) for file in text_encoders]
+        sources |= open_text_encoders(files, main.family, main.path if main.path.is_dir() else main.path.parent)
     base = FAMILIES.get(main.family).from_checkpoints(sources, device=device, dtype=dtype, clip_skip=clip_skip,
-                                                      report=report, init_seed=init_seed)
+                                                      report=report, init_seed=init_seed, options=options or {})
     if base.surplus:
         shown = ", ".join(base.surplus[:3]) + (", …" if len(base.surplus) > 3 else "")
         plural = "s" if len(base.surplus) > 1 else ""

@@ -20,7 +20,7 @@ from torch import nn
 
 from impasto.core.errors import UserError
 from impasto.families.unet_targets import WORDS as UNET_WORDS
-from impasto.families.unet_targets import matches, paths
+from impasto.families.unet_targets import matches, paths, reached
 
 _BLOCKS = r"^transformer\.transformer_blocks\.\d+\."
 
@@ -41,8 +41,13 @@ ABSENT = {
 }
 
 
-def targets(components: Mapping[str, nn.Module], names: Sequence[str], word: str) -> list[str]:
-    """Layer paths that `word` names, in the components `names`. Raises `UserError` with near matches if none."""
+def targets(components: Mapping[str, nn.Module], names: Sequence[str], word: str, idle: tuple[str, ...] = ()
+            ) -> list[str]:
+    """Layer paths that `word` names, in the components `names`; of the words no one names what begins as `idle` says.
+
+    Raises `UserError` with near matches if none.
+    """
     if word in ABSENT:
         raise UserError(f"{word!r} names no layer of this base", where="targets", fix=ABSENT[word])
-    return matches(paths(components, names, embeddings=word not in WORDS), word, WORDS)
+    return reached(matches(paths(components, names, embeddings=word not in WORDS), word, WORDS),
+                   idle if word in WORDS else ())

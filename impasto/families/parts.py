@@ -45,6 +45,8 @@ class Places:
     #: target words, and the layers that one names
     targets: Sequence[str]
     layers: Callable[[str], list[str]]
+    #: the beginnings of what nothing computes with: it comes along with no word, and with no path of more than it
+    idle: tuple[str, ...] = ()
 
     @property
     def words(self) -> list[str]:
@@ -52,7 +54,8 @@ class Places:
 
     def find(self, word: str) -> list[str]:
         """Paths of the parameters that `word` names. Raises `UserError` with near matches if none."""
-        found = self._by_word(word) or self._at_path(word) or self._by_pattern(word)
+        found = self._by_word(word) or self._at_path(word)
+        found = [path for path in found if not path.startswith(self.idle)] or found or self._by_pattern(word)
         if not found:
             raise UserError(f"{word!r} names no weight of this base", where="parts", fix=self._hint(word))
         return found

@@ -47,6 +47,7 @@ class SD3(UNetBase):
     family: ClassVar[str] = "sd3"
     denoiser_name: ClassVar[str] = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = (*TOKENIZERS, T5_ENCODER)
+    own_options: ClassVar[Mapping[str, type]] = {"t5": bool, "t5_length": int, "mask_padding": bool}
     refuses: ClassVar[Mapping[str, str]] = {
         "hypernetwork": "its keys and values are made of text and picture together, and no program reads such a file"}
 
@@ -64,15 +65,19 @@ class SD3(UNetBase):
     @classmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None) -> Self:
+                         init_seed: int | None = None, options: Mapping[str, Any] | None = None) -> Self:
+        own = cls.checked(options or {})
         if not set(TOKENIZERS) & checkpoints.keys():
             raise UserError("holds no text encoders", where=next(iter(checkpoints.values())).path,
-                            fix="take the file that includes the CLIPs, or a diffusers folder")
-        if why := _no_t5(checkpoints):
+                            fix="name their files (base.text_encoders, or --text-encoder), or take the file that has "
+                            "them, or a diffusers folder")
+        wanted = own.pop("t5", True)
+        if (why := _no_t5(checkpoints)) and wanted:
             report.note(f"goes on without T5, which understands long captions: {why}")
+        why = why or not wanted
         kind = cast(type[Self], WithoutT5) if why else cls
         return super(SD3, kind).from_checkpoints(checkpoints, device=device, dtype=dtype, clip_skip=clip_skip,
-                                                 report=report, init_seed=init_seed)
+                                                 report=report, init_seed=init_seed, options=own)
 
     @classmethod
     def tools(cls, checkpoints: Mapping[str, Checkpoint], clip_skip: int) -> dict[str, Any]:
@@ -187,12 +192,18 @@ class SD3(UNetBase):
 
     def targets(self, word: str) -> list[str]:
         """See `mmdit_targets` for the exact set that each word names."""
-        return mmdit_targets.targets(self.components, (self.denoiser_name, *self.text_encoder_names), word)
+        return mmdit_targets.targets(self.components, (self.denoiser_name, *self.text_encoder_names), word, self.idle)
 
     def parts(self, word: str) -> list[str]:
         """See `parts` for what each word names."""
         return Places(self.components, self.denoiser_name, self.text_encoder_names, {}, list(mmdit_targets.WORDS),
-                      self.targets).find(word)
+                      self.targets, self.idle).find(word)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The text's queries in the last block, which makes no more of the text."""
+        last = f"transformer.transformer_blocks.{self.config('transformer').num_layers - 1}.attn."
+        return (f"{last}add_q_proj", f"{last}norm_added_q")
 
     def key_value_layers(self) -> list[tuple[str, str, int]]:
         """None: see `refuses`."""

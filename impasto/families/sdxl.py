@@ -97,6 +97,15 @@ class SDXL(UNetBase):
             write_tokenizer(folder / TOKENIZERS[name], tokenizer)
         return {TOKENIZERS[name]: ["transformers", "CLIPTokenizer"] for name in self.tokenizers}
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The last layer of a text encoder of which no pooled embedding is taken."""
+        found = []
+        for name in self.text_encoder_names[:-1]:
+            last = self.encoder(name).text_model.config.num_hidden_layers - 1
+            found += [f"{name}.text_model.encoder.layers.{last}.", f"{name}.text_model.final_layer_norm"]
+        return tuple(found)
+
     # --- the denoiser --------------------------------------------------------------------------------
     def condition(self, text: TextStates, geometry: Geometry | None = None,
                   extras: Mapping[str, Tensor] | None = None) -> dict[str, Any]:

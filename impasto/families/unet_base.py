@@ -39,7 +39,8 @@ class UNetBase(Base, abc.ABC):
     @classmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None) -> Self:
+                         init_seed: int | None = None, options: Mapping[str, Any] | None = None) -> Self:
+        own = cls.checked(options or {})
         names = (cls.denoiser_name, *cls.text_encoder_names, "vae")
         for name in names:
             if name not in checkpoints or name not in checkpoints[name].components:
@@ -64,7 +65,7 @@ class UNetBase(Base, abc.ABC):
                                          where=source.path, device=device, dtype=width)
         base = cls(components=components, process=process_from_scheduler_config(main.scheduler), source=main.path,
                    surplus=surplus, checkpoints=dict(checkpoints) if init_seed is None else {},
-                   scheduler=dict(main.scheduler), **cls.tools(checkpoints, clip_skip))
+                   scheduler=dict(main.scheduler), **cls.tools(checkpoints, clip_skip), **own)
         base.check()
         return base
 
@@ -134,7 +135,7 @@ class UNetBase(Base, abc.ABC):
     # --- the denoiser --------------------------------------------------------------------------------
     @property
     def variant(self) -> str:
-        return variants.variant_of(self.config("unet").in_channels, self.latent_channels) or ""
+        return variants.variant_of(self.config(self.denoiser_name).in_channels, self.latent_channels) or ""
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -163,12 +164,13 @@ class UNetBase(Base, abc.ABC):
 
     def targets(self, word: str) -> list[str]:
         """See `unet_targets` for the exact set that each word names."""
-        return unet_targets.targets(self.components, (self.denoiser_name, *self.text_encoder_names), word)
+        return unet_targets.targets(self.components, (self.denoiser_name, *self.text_encoder_names), word,
+                                    self.idle)
 
     def parts(self, word: str) -> list[str]:
         """See `parts` for what each word names."""
         return Places(self.components, self.denoiser_name, self.text_encoder_names, unet_targets.PARTS,
-                      list(unet_targets.WORDS), self.targets).find(word)
+                      list(unet_targets.WORDS), self.targets, self.idle).find(word)
 
     def key_value_layers(self) -> list[tuple[str, str, int]]:
         """Self- and cross-attention alike, in the network's order."""

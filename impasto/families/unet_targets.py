@@ -45,9 +45,19 @@ PARTS = {
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def targets(components: Mapping[str, nn.Module], names: Sequence[str], word: str) -> list[str]:
-    """Layer paths that `word` names, in the components `names`. Raises `UserError` with near matches if none."""
-    return matches(paths(components, names, embeddings=word not in WORDS), word, WORDS)
+def targets(components: Mapping[str, nn.Module], names: Sequence[str], word: str, idle: tuple[str, ...] = ()
+            ) -> list[str]:
+    """Layer paths that `word` names, in the components `names`; of the words no one names what begins as `idle` says.
+
+    Raises `UserError` with near matches if none.
+    """
+    return reached(matches(paths(components, names, embeddings=word not in WORDS), word, WORDS),
+                   idle if word in WORDS else ())
+
+
+def reached(found: list[str], idle: tuple[str, ...]) -> list[str]:
+    """Those of the paths that do not begin so."""
+    return [path for path in found if not path.startswith(idle)]
 
 
 def paths(components: Mapping[str, nn.Module], names: Sequence[str], embeddings: bool = True) -> list[str]:

@@ -7,12 +7,10 @@ of ours with other settings record them in their metadata, `impasto.config` (JSO
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +18,9 @@ from torch import Tensor
 from impasto.core.errors import UserError, nearest
 from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.detect import Detected, detect_names, family_of_folder, variant_of
-from impasto.formats.entries import Entry
+from impasto.formats.placing import derived, left_over, place, spelled
 from impasto.formats.probe import read_json
+from impasto.formats.source import Source
 from impasto.formats.tensor_files import NoTensors, TensorFile, open_tensors
 
 #: names of a component's weights in a diffusers folder, the first that is there: safetensors before pickles, the
@@ -37,66 +36,6 @@ WEIGHTS = (
 #: `modelspec.prediction_type` -> diffusers' word
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
                "v-prediction": "v_prediction"}
-
-#: more tensors than any network of these families has: a configuration that wants them is no real one
-MOST_TENSORS = 20_000
-
-
-class Place(NamedTuple):
-    """Where a tensor is: the key of the file's tensor, the shape it has itself, and how it lies in there (`Entry`).
-
-    An identity that the file does not hold has the key "".
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    piece: tuple[int, int] = (0, 1)
-    how: str = ""
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is the file's tensor itself."""
-        return self.piece == (0, 1) and not self.how
-
-    def out_of(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, a view where one will do."""
-        index, count = self.piece
-        if count > 1:
-            tensor = tensor.chunk(count)[index]
-        return turned(tensor, self.how).reshape(self.shape)
-
-
-def turned(tensor: Tensor, how: str) -> Tensor:
-    """Between the two layouts, in either direction: see `Entry`."""
-    if how == "halves":
-        return torch.cat(tensor.chunk(2)[::-1])
-    return tensor.T if how == "turned" else tensor
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a component's tensors are, by diffusers' names."""
-
-    file: TensorFile
-    places: dict[str, Place]
-
-    def owners(self) -> dict[str, list[str]]:
-        """The file's keys, and the names of the tensors in each, in the order in which they lie there."""
-        found: dict[str, list[str]] = {}
-        for name, place in self.places.items():
-            if place.key:
-                found.setdefault(place.key, []).append(name)
-        return {key: sorted(names, key=lambda name: self.places[name].piece) for key, names in found.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The file's; of an identity, that of the component's first tensor."""
-        key = self.places[name].key or next(place.key for place in self.places.values() if place.key)
-        return self.file.dtype(key)
-
-    def identity(self, name: str) -> Tensor:
-        """A tensor that the file does not hold."""
-        return torch.eye(self.places[name].shape[0], dtype=self.dtype(name))
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -237,11 +176,11 @@ def _open_single(path: Path, file: TensorFile, found: Detected, table: FamilyCon
     unused: list[str] = []
     for name, part in table.parts.items():
         prefix = "" if bare and name in ("unet", "transformer") else part.prefix
-        spelled = _spelled((key for key in rest if key.startswith(prefix)), prefix, part.ldm_spelling)
-        if not spelled:
+        names = spelled((key for key in rest if key.startswith(prefix)), prefix, part.ldm_spelling)
+        if not names:
             continue
-        configs[name] = _derived(path, name, part, spelled, file)
-        sources[name] = _place(path, name, part, configs[name], spelled, file, ldm=True)
+        configs[name] = derived(path, name, part, names, file)
+        sources[name] = place(path, name, part, configs[name], names, file, ldm=True)
         for key in sources[name].owners():
             del rest[key]
         unused += [key for extra in part.extras(configs[name]) if (key := prefix + extra.ldm) in rest]
@@ -260,44 +199,16 @@ def _open_vae(path: Path, file: TensorFile, found: Detected, family: str) -> Che
     part = table.parts["vae"]
     ldm = found.layout == "ldm"
     prefix = part.prefix if ldm and any(key.startswith(part.prefix) for key in file.shapes) else ""
-    spelled = _spelled((key for key in file.shapes if key.startswith(prefix)), prefix,
+    names = spelled((key for key in file.shapes if key.startswith(prefix)), prefix,
                        part.ldm_spelling if ldm else part.spelling)
     beside = path.parent / "config.json"
     if ldm:
-        config = _derived(path, "vae", part, spelled, file)
+        config = derived(path, "vae", part, names, file)
     else:
         config = read_json(beside) if beside.exists() else dict(part.config)
-    source = _place(path, "vae", part, config, spelled, file, ldm=ldm)
+    source = place(path, "vae", part, config, names, file, ldm=ldm)
     return Checkpoint(path=path, family="", layout=found.layout, configs={"vae": config}, scheduler={},
-                      sources={"vae": source}, surplus=_unused(source), metadata=file.metadata)
-
-
-def _derived(path: Path, name: str, part: Part, spelled: Mapping[str, str], file: TensorFile) -> dict[str, Any]:
-    """A component's configuration: the published one, what shapes tell, what the file records."""
-    with _naming(path):
-        config = {**part.config, **part.derive({word: file.shapes[key] for word, key in spelled.items()})}
-    config.update(_recorded(path, name, part, file.metadata))
-    groups = config.get("norm_num_groups", 1)
-    if any(width % groups for width in config.get("block_out_channels", ())):
-        raise UserError(f"has a {name} whose channels {config['block_out_channels']} are no multiples of {groups}, "
-                        "the groups of its norms", where=path,
-                        fix="such a file records its settings in the metadata impasto.config; or use a folder")
-    return config
-
-
-def _recorded(path: Path, name: str, part: Part, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file of ours records of the settings that shapes do not tell."""
-    try:
-        told = json.loads(metadata.get("impasto.config", "{}")).get(name, {})
-        kinds = {key: type(part.config[key]) for key in part.untold}
-        good = all(type(value) is kinds[key] and (kinds[key] is str or min(_listed(value)) > 0)
-                   for key, value in told.items())
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        good = False
-    if not good:
-        raise UserError(f"has metadata impasto.config that cannot be read for its {name}", where=path,
-                        fix="known settings: " + ", ".join(part.untold))
-    return told
+                      sources={"vae": source}, surplus=left_over(source), metadata=file.metadata)
 
 
 def _sized(configs: dict[str, dict[str, Any]], scheduler: Mapping[str, Any], table: FamilyConfig
@@ -308,10 +219,6 @@ def _sized(configs: dict[str, dict[str, Any]], scheduler: Mapping[str, Any], tab
             and configs["unet"].get("sample_size") == usual:
         return {**configs, "unet": {**configs["unet"], "sample_size": table.velocity_size}}
     return configs
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _scheduler(path: Path, file: TensorFile, table: FamilyConfig) -> dict[str, Any]:
@@ -349,7 +256,7 @@ def _open_folder(path: Path, weights: bool) -> Checkpoint:
         if entry[1] not in part.classes:
             raise UserError(f"has a {entry[1]} as its {name}, where a {part.classes[0]} belongs", where=path)
         configs[name], sources[name] = _read_component(path / name, name, part, weights)
-        surplus += [f"{name}.{key}" for key in _unused(sources[name])]
+        surplus += [f"{name}.{key}" for key in left_over(sources[name])]
     scheduler = path / "scheduler" / "scheduler_config.json"
     return Checkpoint(
         path=path, family=table.name, layout="diffusers", configs=configs,
@@ -372,7 +279,7 @@ def _open_component(path: Path) -> Checkpoint:
                         fix="give a diffusers folder, or a single file")
     configs, source = _read_component(path, "vae", part)
     return Checkpoint(path=path, family="", layout="diffusers", configs={"vae": configs}, scheduler={},
-                      sources={"vae": source}, surplus=_unused(source))
+                      sources={"vae": source}, surplus=left_over(source))
 
 
 def _read_component(folder: Path, name: str, part: Part, wanted: bool = True) -> tuple[dict[str, Any], Source]:
@@ -386,82 +293,4 @@ def _read_component(folder: Path, name: str, part: Part, wanted: bool = True) ->
                         fix=f"there is {', '.join(others)}; wanted is {WEIGHTS[0]} or model.safetensors" if others
                         else "download the folder again")
     file = open_tensors(weights)
-    return config, _place(folder, name, part, config, _spelled(file.shapes, "", part.spelling), file, ldm=False)
-
-
-# --- both ------------------------------------------------------------------------------------------------
-
-
-def _spelled(keys: Iterable[str], prefix: str, spelling: Callable[[str], str]) -> dict[str, str]:
-    """Today's name -> key. Of two keys that come to the same name the one that is it counts, else the first; the other
-    is surplus."""
-    found: dict[str, str] = {}
-    for key in keys:
-        own = key.removeprefix(prefix)
-        name = spelling(own)
-        found[name] = key if name == own else found.get(name, key)
-    return found
-
-
-def _place(path: Path, name: str, part: Part, config: Mapping[str, Any], spelled: Mapping[str, str],
-           file: TensorFile, *, ldm: bool) -> Source:
-    """Find every tensor that the configuration wants. `UserError` for those missing, or of another shape."""
-    places: dict[str, Place] = {}
-    missing: list[str] = []
-    wrong: list[str] = []
-    for entry in _entries(path, part, config):
-        wanted = entry.ldm if ldm else entry.name
-        if ldm and entry.how == "identity":
-            places[entry.name] = Place("", entry.shape, how=entry.how)
-            continue
-        key = spelled.get(wanted)
-        if key is None:
-            missing.append(wanted)
-        elif _squeezed(file.shapes[key]) != _squeezed(shape := entry.ldm_shape if ldm else entry.shape):
-            wrong.append(f"{key} is {file.shapes[key]}, where {shape} belongs")
-        else:
-            places[entry.name] = Place(key, entry.shape, entry.piece, entry.how) if ldm else Place(key, entry.shape)
-    if missing:
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        total = len(missing) + len(wrong) + len(places)
-        raise UserError(f"lacks {len(missing)} of {total} tensors of its {name}: {shown}", where=path,
-                        fix="the file is incomplete: download it again")
-    if wrong:
-        raise UserError(f"has tensors of another shape than its {name} wants: {wrong[0]}", where=path,
-                        fix="the file is damaged, or its configuration is another one's")
-    return Source(file, places)
-
-
-def _entries(path: Path, part: Part, config: Mapping[str, Any]) -> list[Entry]:
-    entries = []
-    with _naming(path):
-        for entry in part.entries(config):
-            entries.append(entry)
-            if not all(isinstance(n, int) for n in entry.shape):
-                raise TypeError(f"{entry.name} would be {entry.shape}")
-            if len(entries) > MOST_TENSORS:
-                raise UserError("describes a network of too many tensors")
-    return entries
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors about a network name the file; a configuration that makes no sense is the user's to mend."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(error.what, where=path, fix=error.fix) from error
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"has a configuration that describes no network ({error})", where=path,
-                        fix="download it again") from error
-
-
-def _unused(source: Source) -> list[str]:
-    """The file's keys that the component does not take."""
-    taken = {place.key for place in source.places.values()}
-    return [key for key in source.file.shapes if key not in taken and not key.endswith("position_ids")]
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the 1×1 window of a convolution, which a linear layer lacks."""
-    return shape[:2] if len(shape) > 2 and set(shape[2:]) == {1} else shape
+    return config, place(folder, name, part, config, spelled(file.shapes, "", part.spelling), file, ldm=False)

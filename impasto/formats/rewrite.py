@@ -19,8 +19,9 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, atomic_write, require_space
 from impasto.core.progress import SILENT, Advance, Reporter
-from impasto.formats.checkpoint import Checkpoint, Place, turned
+from impasto.formats.checkpoint import Checkpoint
 from impasto.formats.header import dtype_name, header_bytes
+from impasto.formats.source import Place, turned
 from impasto.formats.tensor_files import Shards, TensorFile
 
 #: of a tensor's component and name in diffusers' terms, and of itself, as the file has it: what takes its place, of as

@@ -15,9 +15,9 @@ from impasto.families.load import is_hub_id
 from impasto.training.recipe import Recipe
 
 #: keys that name places on the user's disk: only their last part goes into a file that may be shared
-PLACES = [("base", "path"), ("base", "vae"), ("base", "adapters"), ("method", "warm_start"), ("data", "folder"),
-          ("data", "masks"), ("data", "sources"), ("data", "shards"), ("data", "cache"), ("prior", "folder"),
-          ("validation", "folder"), ("output", "dir")]
+PLACES = [("base", "path"), ("base", "vae"), ("base", "adapters"), ("base", "text_encoders"), ("method", "warm_start"),
+          ("data", "folder"), ("data", "masks"), ("data", "sources"), ("data", "shards"), ("data", "cache"),
+          ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
 
 #: keys that say whom else to tell of a run: they are of the one who trains, not of what is trained
 TOLD = ["trackers", "track_every", "push_to", "push_private"]

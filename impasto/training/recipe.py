@@ -50,6 +50,10 @@ class BaseOptions(Section):
         None, description="What its network predicts, where the file does not tell. Of SD 2, whose files do not, "
         "it is epsilon in the one of 512 pixels and v_prediction in that of 768.")
     vae: str | None = Field(None, description="Another VAE: a file or a folder.")
+    text_encoders: list[str] = Field([], description="Files of text encoders alone, for a base without: clip_l, clip_g "
+                                     "and t5xxl of SD 3, in any order.")
+    options: dict[str, bool | int] = Field({}, description="Settings of the family's own, in docs/families.md: of SD "
+                                           "3, t5 = false leaves T5 out.")
     clip_skip: int = Field(0, ge=0, le=11, description="Text encoder layers left out at the end; 0 is the "
                            "last layer (A1111 and kohya call that clip skip 1).")
     download: bool = Field(False, description="Whether a hub id may be fetched from the internet.")

@@ -99,7 +99,8 @@ class Trainer:
         with report.phase("loading the base"):
             self.base = load_base(recipe.base.path, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
-                                  prediction=recipe.base.prediction,
+                                  prediction=recipe.base.prediction, text_encoders=recipe.base.text_encoders,
+                                  options=recipe.base.options,
                                   device=self.device, dtype=self.precision.dtype, report=report,
                                   adapters=recipe.base.adapters,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from impasto.families.base import Base
 from impasto.families.load import load_base
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.methods import METHODS
+from impasto.training.recipe import make_recipe
 from impasto.training.trainer import train
 from tests.checkpoints import write_checkpoint
+from tests.training.conftest import tree
 from tests.training.of_method import EVERY_METHOD, NEEDED, of_method
 
 #: formats that hold what a method leaves behind, beside those of all families: of one text encoder alone
@@ -92,3 +95,29 @@ def saved(adapter: Adapter, folder: Path, format: str) -> Path:
 def test_every_method_has_its_needs() -> None:
     assert NEEDED.keys() <= set(METHODS)
     assert all(FAMILIES.get(family).refuses.keys() <= set(METHODS) for family in FAMILIES)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_it_learns(bases, photos, class_pictures, tmp_path, family) -> None:
+    """The loss on held-out pictures, at the same noise each time, falls in a short training."""
+    made = make_recipe(tree(
+        bases[family], photos, tmp_path / "run", method={"kind": "lora", "rank": 8, "targets": ["all"]},
+        train={"steps": 60, "learning_rate": 5e-3}, validation={"every": 60, "folder": str(class_pictures)},
+        output={"checkpoint_every": 100}))
+    train(made)
+    lines = (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [entry["validation"] for entry in map(json.loads, lines) if "validation" in entry]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_everything_that_words_name_is_reached(bases, photos, tmp_path, family, kind) -> None:
+    """No layer goes without a gradient: SDXL's first text encoder has one that nothing computes with, SD 3 another."""
+    own = {"targets": ["all", "attention", "text-encoder"]} if kind == "lora" else {"parts": ["unet", "text-encoder"]}
+    if family == "sd3" and kind == "full":
+        own = {"parts": ["transformer", "text_encoder", "text_encoder_2"]}
+    made = tree(bases[family], photos, tmp_path / "run", train={"steps": 5, "learning_rate": 1e-3},
+                output={"checkpoint_every": 100})
+    made["method"] = {"kind": kind, **own}
+    assert train(make_recipe(made)).step == 5

@@ -148,7 +148,7 @@ def test_every_key_says_what_it_is() -> None:
 
 #: The list of options is an interface: a new one is added here on purpose, and none goes by accident.
 OPTIONS = {
-    "base": "adapters clip_skip download family init path prediction vae",
+    "base": "adapters clip_skip download family init options path prediction text_encoders vae",
     "data": "background bad_samples both_dropout brightness bucket_max bucket_min bucket_step buckets cache "
             "caption caption_dropout caption_loss_weights caption_source caption_template caption_weights "
             "contrast doodles flip folder hue inpaint inpaint_masks keep_tags keep_tags_separator loss_weight "

@@ -1,0 +1,92 @@
+"""Text encoders in files of their own, for a base without: Stable Diffusion 3's; and settings of the family's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from impasto.core.errors import UserError
+from impasto.families.load import load_base
+from impasto.formats.checkpoint import open_checkpoint
+from tests.checkpoints import write_checkpoint
+from tests.heard import Heard
+
+PREFIXES = {"clip_l": "text_encoders.clip_l.transformer.", "clip_g": "text_encoders.clip_g.transformer.",
+            "t5xxl": "text_encoders.t5xxl.transformer."}
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole base, and the same in four files as they are published: the transformer with its VAE, three encoders."""
+    folder = tmp_path_factory.mktemp("apart")
+    whole = write_checkpoint(folder / "whole.safetensors", "sd3", layout="ldm")
+    shutil.copytree(write_checkpoint(folder / "folder", "sd3", layout="diffusers") / "tokenizer_3",
+                    folder / "tokenizer_3", dirs_exist_ok=True)
+    metadata = open_checkpoint(whole).metadata
+    tensors = load_file(whole)
+    for name, prefix in PREFIXES.items():
+        own = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        save_file(own, folder / f"{name}.safetensors", metadata)
+    save_file(tensors, folder / "alone.safetensors", metadata)
+    return folder
+
+
+def files(folder: Path, *names: str) -> list[Path]:
+    return [folder / f"{name}.safetensors" for name in names]
+
+
+def test_in_any_order_they_are_the_whole_base(apart: Path) -> None:
+    base = load_base(apart / "alone.safetensors", text_encoders=files(apart, "t5xxl", "clip_g", "clip_l"))
+    assert base.fingerprint() == load_base(apart / "whole.safetensors").fingerprint()
+    ours, theirs = (load_base(apart / name, text_encoders=given).encode_text(["a cat"]) for name, given in (
+        ("alone.safetensors", files(apart, "clip_l", "clip_g", "t5xxl")), ("whole.safetensors", ())))
+    for name, state in theirs.items():
+        torch.testing.assert_close(ours[name], state)
+
+
+def test_without_t5_it_goes_on_and_says_so(apart: Path) -> None:
+    heard = Heard()
+    base = load_base(apart / "alone.safetensors", text_encoders=files(apart, "clip_l", "clip_g"), report=heard)
+    assert base.text_encoder_names == ("text_encoder", "text_encoder_2")
+    assert any("goes on without T5" in line for line in heard.notes)
+
+
+def test_what_is_missing_or_no_text_encoder(apart: Path, tmp_path: Path) -> None:
+    alone = apart / "alone.safetensors"
+    for given, says in (((), "holds no text encoders.*--text-encoder"),
+                        (files(apart, "clip_l", "clip_l", "clip_g"), "channels, which sd3 has none of|is a second"),
+                        (files(apart, "alone"), "is no text encoder"),
+                        ([tmp_path / "absent.safetensors"], "no such file")):
+        with pytest.raises(UserError, match=says) as caught:
+            load_base(alone, text_encoders=given)
+        assert "\n" not in str(caught.value)
+    sd1 = write_checkpoint(tmp_path / "sd1.safetensors", layout="ldm")
+    with pytest.raises(UserError, match="is a T5 text encoder, which sd1 has none of"):
+        load_base(sd1, text_encoders=files(apart, "t5xxl"))
+
+
+def test_settings_of_the_familys_own(apart: Path) -> None:
+    whole, heard = apart / "whole.safetensors", Heard()
+    assert "text_encoder_3" not in load_base(whole, options={"t5": False}, report=heard).components
+    assert not heard.notes  # it was asked for
+    base = load_base(whole, options={"t5_length": 77, "mask_padding": True})
+    assert base.text_settings() == {"clip_skip": 0, "t5_length": 77, "mask_padding": True}
+    for options, says in (({"t5_lenght": 77}, "has no setting 't5_lenght' of its own.*t5_length"),
+                          ({"t5_length": True}, "takes no True as its t5_length"),
+                          ({"t5_length": -1}, "takes no -1 as its t5_length")):
+        with pytest.raises(UserError, match=says):
+            load_base(whole, options=options)
+
+
+def test_masked_lengths_alone_are_kept_of_t5(apart: Path) -> None:
+    """What a cache keeps of a short caption is short, and the condition is what it is at full length."""
+    base = load_base(apart / "whole.safetensors", options={"mask_padding": True})
+    short, long = base.encode_text(["a cat"]), base.encode_text(["a cat and a dog on a green hill under the moon"])
+    assert short["t5"].shape[1] < long["t5"].shape[1] < 256
+    both = base.condition(base.stack_text([short, long]))["encoder_hidden_states"]
+    assert both.shape[1] == 77 + 256
+    torch.testing.assert_close(both[:1], base.condition(short)["encoder_hidden_states"])
