@@ -97,8 +97,8 @@ def write_bare(folder: Path, family: str, size: str) -> Path:
 
 def recipe_of(folder: Path, base: Path, sections: dict[str, Any], device: str) -> Recipe:
     """The recipe of a configuration; its one picture is in `folder`."""
-    tree = {"base": {"path": str(base), "init": "random"}, "sample": {"every": 0}, "output": {"dir": str(folder / "run")},
-            **sections}
+    tree = {"base": {"path": str(base), "init": "random"}, "sample": {"every": 0},
+            "output": {"dir": str(folder / "run")}, **sections}
     tree["data"] = {"folder": str(folder / "photos"), "caption": "a photo of <thing>", "resolution": 128,
                     "buckets": False, "cache": str(folder / "cache"), **sections.get("data", {})}
     tree["train"] = {"device": device, "precision": "fp32", **sections.get("train", {})}

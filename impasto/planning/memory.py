@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from impasto.data.options import DataOptions
-from impasto.families.base import Base
 from impasto.formats.checkpoint import Checkpoint
 from impasto.planning import faking, kernels
 from impasto.planning.allocator import replay
@@ -65,5 +62,5 @@ def planned(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, list[str]]:
     if recipe.data is not None:
         return at_native_size(recipe, checkpoint), []
     side = checkpoint.native_size or DataOptions.model_fields["resolution"].default
-    return recipe.model_copy(update={"data": DataOptions(resolution=side)}), \
+    return recipe.model_copy(update={"data": DataOptions.model_validate({"resolution": side})}), \
         [f"pictures of {side}x{side} pixels, as the base was made for: data.resolution says otherwise"]

@@ -1,4 +1,4 @@
-"""A run rehearsed on fake tensors: what the trainer does from loading to a preview, in its order, by the same functions.
+"""A run rehearsed on fake tensors: what the trainer does from loading to a preview, in its order, by its functions.
 
 What takes the most memory is done once, or as often as it takes to see it all: two optimizer steps, since the first
 makes the optimizer's state; of a step's micro-batches two, since the second finds gradients. Validation holds less than
@@ -74,7 +74,7 @@ class Rehearsal:
         self.trains = frozenset[str]().union(*(method.trains(base) for method in self.methods))
         for number, one in enumerate(self.data.sets):
             check_sizes(one, base.grid, f"data.{number}" if len(self.data.sets) > 1 else "data")
-        extras = beside.wanted(base, self.data, self.objective.reads, self.trains) if stage.recipe.data.folder else \
+        extras = beside.wanted(base, self.data, self.objective.reads, self.trains) if self.data.folder else \
             base.extras if "extras" in self.objective.reads else ()
         self.rule: Frontier = frontier(self.trains, base.text_encoder_names, self.data, self.objective.reads,
                                        extras=extras)
