@@ -33,6 +33,7 @@ from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
 from impasto.training.frugal import check_here
+from impasto.training.full_device import memory_is_full
 from impasto.training.fused import FusedBackward
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import compare_recipe
@@ -195,7 +196,10 @@ class Trainer:
             while step < self.total and not wish.asked and not self.validation.over:
                 clock = time.monotonic()
                 set_rates(self.optimizer, rate_factor(step, self.total, self.options))
-                loss = self._accumulate(step)
+                try:
+                    loss = self._accumulate(step)
+                except torch.OutOfMemoryError as error:
+                    raise self._full(step, first, error) from error
                 norm = self._update(step)
                 step += 1
                 self.shown.update(step)
@@ -230,6 +234,24 @@ class Trainer:
         yield from self.parameters
         for network in self.base.awake_networks():
             yield from itertools.chain(network.parameters(), network.buffers())
+
+    def _full(self, step: int, first: int, error: torch.OutOfMemoryError) -> UserError:
+        """Save what step `step` has not touched yet: its gradients alone are lost."""
+        self.optimizer.zero_grad(set_to_none=True)
+        whole = self.processes.first and self.fused is None and step > first  # a fused backward has taken steps
+        if whole and not self._saved(step):
+            error.__traceback__ = None  # which holds the tensors of the step
+            torch.cuda.empty_cache()
+            self.run.save(self.memory.state(step), self.circumstances.manifest(), self.recipe.output.keep,
+                          self.recipe.output.keep_every)
+        taken = {"train.checkpointing=true"} if self.options.checkpointing else set()
+        taken |= {"train.batch_size=1"} if self.options.batch_size == 1 else set()
+        taken |= {"base.quantize=int8"} if self.recipe.base.quantize != "none" or any(
+            method.in_place for method in self.methods) else set()
+        return memory_is_full(error, step, self.device, self.run, whole or self._saved(step), taken)
+
+    def _saved(self, step: int) -> bool:
+        return any(int(folder.name) == step for folder in self.run.checkpoints())
 
     def _accumulate(self, step: int) -> float:
         """Forward and backward over the micro-batches of an optimizer step; the mean loss over all processes."""
