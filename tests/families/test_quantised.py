@@ -24,6 +24,7 @@ from impasto.families.base import Base
 from impasto.families.codes import BLOCK, CODES, NF4
 from impasto.families.load import load_base
 from impasto.families.quantised import quantise, quantised_layers
+from impasto.formats.checkpoint import open_checkpoint
 from tests.checkpoints import write_checkpoint
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -273,3 +274,20 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_told() -> None:
     with pytest.raises(UserError, match="'down_blocks.0.resnets.0.conv1.weight' is 1×1, the network wants 32×32×3×3"):
         networks.fill(network, {**whole, "down_blocks.0.resnets.0.conv1.weight": torch.ones(1, 1)}.items())
     assert networks.fill(network, whole.items()) == []
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_a_whole_base_can_be_traced(checkpoint: Path, kind: str) -> None:
+    """Built, filled and used on fake tensors, as large as real ones."""
+    opened = open_checkpoint(checkpoint)
+    with FakeTensorMode():
+        given = [(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in opened.names("unet").items()]
+        network = networks.build("UNet2DConditionModel", opened.configs["unet"])
+        quantise(network, kind)
+        networks.fill(network, given, dtype=torch.bfloat16)
+        x = torch.empty(1, 4, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+        states = torch.empty(1, 77, 32, dtype=torch.bfloat16)
+        network(x, torch.empty(1, dtype=torch.long), states, return_dict=False)[0].sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+    held = load_base(checkpoint, dtype=torch.bfloat16, quantize=kind)
+    assert bytes_of(network) == bytes_of(held.components["unet"])
