@@ -60,9 +60,13 @@ def train(
         from impasto.cli.rates import find
 
         return find(checked, as_json=as_json)
+    from impasto.planning.before import look_ahead
     from impasto.training.trainer import train as run
 
-    outcome = run(checked, RichReporter(), accept_changes=accept)
+    report = RichReporter()
+    checked, found = look_ahead(checked, report)
+    outcome = run(checked, report, accept_changes=accept, foreseen=None if found is None else {
+        "peak_bytes": found.peak_bytes, "allocated": found.allocated, "parts": dict(found.parts)})
     if outcome.rank:
         pass  # the first process tells of it
     elif as_json:

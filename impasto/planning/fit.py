@@ -192,6 +192,12 @@ def _rank(recipe: Recipe, now: Forecast) -> Change | None:
                   "room for less to be learned") if ranks else None
 
 
+#: section and key of all that the means set
+TOUCHED = (("train", "precision"), ("sample", "every"), ("data", "shuffle_tags"), ("data", "tag_dropout"),
+           ("train", "checkpointing"), ("train", "batch_size"), ("train", "accumulation"), ("method", "weights"),
+           ("train", "fused_backward"), ("train", "clip"), ("train", "optimizer"), ("base", "quantize"),
+           ("base", "quantize_text"), ("train", "offload"), ("method", "rank"))
+
 #: each is asked again, while it has an answer and helps
 MEANS: tuple[Callable[[Recipe, Forecast], Change | None], ...] = (
     _precision, _previews, _captions, _checkpointing, _micro_batches, _weights, _fused, _eight_bits,

@@ -11,9 +11,9 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -60,12 +60,13 @@ from impasto.training.verdicts import Verdicts, not_finite
 
 
 def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None,
-          accept_changes: bool = False) -> Outcome:
+          accept_changes: bool = False, foreseen: Mapping[str, Any] | None = None) -> Outcome:
     """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`.
 
     After step `stop_after` it stops as if it had been asked to. `accept_changes`: go on with another recipe, or other
     pictures, than those that the run began with. Started by torchrun or accelerate, it is one of
-    several processes that train as one; only the first of them writes and reports.
+    several processes that train as one; only the first of them writes and reports. `foreseen`: what was forecast of
+    it, for its log; on a GPU what it took stands there too.
     """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
@@ -84,6 +85,8 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
                 run = held.enter_context(Run.open(folder, name, report))
                 compare_recipe(run, recipe.plain(), accept=accept_changes)
                 announce(recipe.output, report)
+                if foreseen is not None:
+                    run.log(event="forecast", **foreseen)
         with processes.all_or_none():
             trainer = Trainer(recipe, run, report, processes, accept_changes=accept_changes)
         outcome = trainer.train(stop_after)
@@ -222,8 +225,12 @@ class Trainer:
                 self.verdicts.end()
             if self.processes.first:
                 self.artifacts.save(self.artifacts.path(), step)
+        taken = None
+        if self.device.type == "cuda" and self.processes.first:
+            taken = torch.cuda.max_memory_allocated(self.device)
+            self.run.log(event="memory", allocated=taken, reserved=torch.cuda.max_memory_reserved(self.device))
         return Outcome(self.artifacts.path() if finished else None, step, first, mean, time.monotonic() - started,
-                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended)
+                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended, taken)
 
     def _keeping(self) -> contextlib.AbstractContextManager[None]:
         """Where a forward keeps what its backward needs."""
