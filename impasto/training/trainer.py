@@ -85,11 +85,9 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
                 run = held.enter_context(Run.open(folder, name, report))
                 compare_recipe(run, recipe.plain(), accept=accept_changes)
                 announce(recipe.output, report)
-                if foreseen is not None:
-                    run.log(event="forecast", **foreseen)
         with processes.all_or_none():
             trainer = Trainer(recipe, run, report, processes, accept_changes=accept_changes)
-        outcome = trainer.train(stop_after)
+        outcome = trainer.train(stop_after, foreseen)
     if outcome.artifact is not None and processes.first:
         push_after(recipe.output, outcome.artifact, report)
     return outcome
@@ -180,12 +178,14 @@ class Trainer:
             report.note(line)
 
     # --- the loop ----------------------------------------------------------------------------------------
-    def train(self, stop_after: int | None = None) -> Outcome:
+    def train(self, stop_after: int | None = None, foreseen: Mapping[str, Any] | None = None) -> Outcome:
         """Take the steps that are left, then save the artifact."""
         started, first = time.monotonic(), resume(self.run, self.memory, self.circumstances, self.report)
         if self.states is not None:
             self.states.leave(self.parameters)
         step = first
+        if foreseen is not None and self.processes.first:
+            self.run.log(event="forecast", step=first, **foreseen)
         if self.processes.first and first < self.total:
             ask_for_room(self.run, self.recipe.output, self.memory.size(), self.artifacts.size(), self.report)
         with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
@@ -228,7 +228,8 @@ class Trainer:
         taken = None
         if self.device.type == "cuda" and self.processes.first:
             taken = torch.cuda.max_memory_allocated(self.device)
-            self.run.log(event="memory", allocated=taken, reserved=torch.cuda.max_memory_reserved(self.device))
+            self.run.log(event="memory", step=step, allocated=taken,
+                         reserved=torch.cuda.max_memory_reserved(self.device))
         return Outcome(self.artifacts.path() if finished else None, step, first, mean, time.monotonic() - started,
                        None if finished else wish.asked, self.processes.rank, self.validation.last, ended, taken)
 
