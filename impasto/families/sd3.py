@@ -21,11 +21,11 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.diffusion.process import RectifiedFlow
 from impasto.families import clip, mmdit_targets, t5
 from impasto.families.base import Caption, Geometry, TextStates
+from impasto.families.latent_base import LatentBase
 from impasto.families.networks import ClipText, T5Text
 from impasto.families.parts import Places
 from impasto.families.tokenizer import t5_tokenizer, write_tokenizer
 from impasto.families.tokens import Vocabulary
-from impasto.families.unet_base import UNetBase
 
 if TYPE_CHECKING:
     from impasto.formats.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ T5_ENCODER, T5_TOKENIZER = "text_encoder_3", "tokenizer_3"
 
 
 @dataclass(kw_only=True)
-class SD3(UNetBase):
+class SD3(LatentBase):
     """Stable Diffusion 3. Text states: "clip" (B, 77, 2048), both CLIPs' side by side, of the last layer but one;
     "t5" (B, `t5_length`, 4096); "pooled" (B, 2048).
 
