@@ -67,6 +67,11 @@ def train(
     checked, found = look_ahead(checked, report)
     outcome = run(checked, report, accept_changes=accept, foreseen=None if found is None else {
         "peak_bytes": found.peak_bytes, "allocated": found.allocated, "parts": dict(found.parts)})
+    if found is not None and outcome.allocated is not None:
+        from impasto.planning.drift import record
+
+        record(checked.output.name or Path(checked.output.dir).name, found.allocated, outcome.allocated,
+               {"precision": checked.train.precision, "methods": " ".join(method.kind for method in checked.method)})
     if outcome.rank:
         pass  # the first process tells of it
     elif as_json:
