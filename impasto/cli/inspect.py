@@ -291,8 +291,16 @@ def command(told: dict[str, Any]) -> str:
         words += ["--image-guidance", settings["image_guidance"]] if edits else ["--strength", settings["strength"]]
     if told.get("mask"):
         words += ["--mask", told["mask"]]
+    if told.get("refiner"):
+        words += ["--refiner", told["refiner"], "--handover", settings["handover"]]
     if skip := told["text"].get("clip_skip"):
         words += ["--clip-skip", skip]
+    for option in ("vae", "prediction"):
+        words += [f"--{option}", told[option]] if told.get(option) else []
+    for file in told.get("text_encoders", ()):
+        words += ["--text-encoder", file]
+    for name, value in told.get("options", {}).items():
+        words += ["--base-option", f"{name}={str(value).lower()}"]
     return shlex.join(map(str, [*words, "--", told["prompt"]]))
 
 

@@ -155,6 +155,10 @@ class Base(abc.ABC):
         """What text states depend on beside caption, weights and precision (clip skip), for cache keys."""
         return {}
 
+    def own_settings(self) -> dict[str, Any]:
+        """Those of `own_options` in force, where they are not the usual ones."""
+        return {}
+
     def stack_text(self, states: Sequence[TextStates]) -> TextStates:
         """One batch out of several text states, which may differ in their number of chunks."""
         return {name: torch.cat([s[name] for s in states]) for name in states[0]}
