@@ -93,8 +93,9 @@ def other(path: Path, detected: Detected, error: UserError) -> Findings:
     """What is known of a file that Impasto itself does not read, and why it does not."""
     from impasto.formats.tensor_files import open_tensors
 
+    where = f"{error.where}: " if error.where and str(error.where) != str(path) else ""
     found: Findings = {"kind": detected.kind, "title": detected.title, "family": detected.family,
-                       "layout": detected.layout, "unread": error.what}
+                       "layout": detected.layout, "unread": f"{where}{error.what}"}
     if path.is_dir():
         return found
     file = open_tensors(path)

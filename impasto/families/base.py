@@ -123,9 +123,9 @@ class Base(abc.ABC):
             if name not in cls.own_options:
                 raise UserError(f"has no setting {name!r} of its own", where=cls.family,
                                 fix=nearest(name, cls.own_options) if cls.own_options else "leave it out")
-            if type(value) is not cls.own_options[name] or value < 0:
+            if (kind := cls.own_options[name]) is not type(value) or kind is int and value < 1:
                 raise UserError(f"takes no {value!r} as its {name}", where=cls.family,
-                                fix=f"give {'true or false' if cls.own_options[name] is bool else 'a whole number'}")
+                                fix=f"give {'true or false' if kind is bool else 'a whole number from 1 on'}")
         return dict(options)
 
     @abc.abstractmethod

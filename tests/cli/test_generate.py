@@ -251,6 +251,8 @@ def test_force_writes_over_it(mini: Path, tmp_path: Path) -> None:
     (["a dog", "--device", "cuda:99"], "cuda:99"),
     (["a dog", "--clip-skip", "9"], "clip_skip"),
     (["a dog", "--family", "sd9"], "sd9"),
+    (["a dog", "--strength", "0.5"], "--strength: says how much of a picture is drawn anew; give it with --init"),
+    (["a dog", "--handover", "0.5"], "--handover: says when another base takes over; give it with --refiner"),
 ])
 def test_what_users_get_wrong_is_one_line(mini: Path, dog: Path, tmp_path: Path, capsys, arguments, line) -> None:
     assert run(mini, "--seed", 5, "-o", tmp_path, "--adapter-dir", dog.parent, *SMALL, *arguments) == 1
