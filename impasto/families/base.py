@@ -247,7 +247,8 @@ class Base(abc.ABC):
         """
 
     def encode_negatives(self, captions: Sequence[Caption]) -> TextStates:
-        """Text states of negative prompts; a family may have its own for none at all."""
+        """Text states of negative prompts, and of captions that are learned from: a family may have its own for none at
+        all, and what guidance starts from is to be what was trained without caption."""
         return self.encode_text(captions)
 
     def sampling_extras(self, unwanted: int, wanted: int) -> dict[str, Tensor]:
