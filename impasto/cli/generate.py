@@ -58,8 +58,9 @@ def generate(
         min=0, metavar="X", help="Guidance by --init of an instruct-pix2pix base; default: 1.5.")] = None,
     refiner: Annotated[str | None, typer.Option(
         metavar="BASE", help="A base that draws the last steps: SDXL's refiner.")] = None,
-    handover: Annotated[float, typer.Option(
-        metavar="X", help="The share of the noise levels that the base draws before --refiner takes over.")] = 0.8,
+    handover: Annotated[float | None, typer.Option(
+        metavar="X", help="The share of the noise levels that the base draws before --refiner takes over; default: "
+        "0.8.")] = None,
     clip_skip: Annotated[int, typer.Option(
         min=0, metavar="N", help="Text encoder layers left out (A1111 counts one more).")] = 0,
     vae: Annotated[Path | None, typer.Option(metavar="FILE", help="Another VAE.")] = None,
@@ -97,6 +98,10 @@ def generate(
     shots = pictures.plan_shots(prompts, seeds, files, lambda name: pictures.find_adapter(name, folders))
     if mask and not init:
         raise UserError("a mask is of a picture", where=mask, fix="give the picture with --init")
+    if strength is not None and not init:
+        raise UserError("says how much of a picture is drawn anew", where="--strength", fix="give it with --init")
+    if handover is not None and not refiner:
+        raise UserError("says when another base takes over", where="--handover", fix="give it with --refiner")
     begin, hole = open_picture(init) if init else None, open_picture(mask) if mask else None
     precision = _precision(dtype, device)
     loaded = load_base(base, family=family, vae=vae, device=precision.device, dtype=precision.dtype,
@@ -111,7 +116,8 @@ def generate(
     settings = SampleSettings(
         steps=steps, guidance=guidance, scheduler=scheduler, width=width, height=height,
         strength=strength if strength is not None else 1.0 if mask or loaded.extras else 0.75,
-        image_guidance=image_guidance if image_guidance is not None else 1.5, handover=handover)
+        image_guidance=image_guidance if image_guidance is not None else 1.5,
+        handover=handover if handover is not None else 0.8)
     hole = pictures.fit_mask(hole, begin, width, height) if hole and begin else None
     begin = pictures.fit_picture(begin, width, height) if begin else None
     drawn, written = [], []

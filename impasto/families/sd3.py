@@ -144,6 +144,12 @@ class SD3(LatentBase):
         own = {"t5_length": self.t5_length, "mask_padding": self.mask_padding} if self.t5 is not None else {}
         return {"clip_skip": self.clip_skip, **own}
 
+    def own_settings(self) -> dict[str, Any]:
+        if self.t5 is None:
+            return {"t5": False}
+        own = {"t5_length": self.t5_length, "mask_padding": self.mask_padding}
+        return {name: value for name, value in own.items() if value != getattr(SD3, name)}
+
     def stack_text(self, states: Sequence[TextStates]) -> TextStates:
         """T5's states, where they are of unequal length, end in zeros, as they would up to the full length."""
         found = {name: torch.cat([state[name] for state in states]) for name in ("clip", "pooled")}

@@ -14,6 +14,7 @@ from impasto.data.options import DataOptions, PriorOptions
 from impasto.data.source import Source, prepare_source
 from impasto.families.base import Base
 from impasto.families.load import load_base
+from impasto.objectives.denoise import Denoise
 from tests.checkpoints import write_checkpoint
 from tests.data.fakes import write_picture
 
@@ -57,6 +58,22 @@ def test_batches_hold_what_the_base_makes_of_the_pictures(base: Base, photos: Pa
             expected = base.stack_text([base.encode_text([item.caption]) for item in chosen])
         assert batch.text.keys() == expected.keys()
         assert all(batch.text[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sdxl-refiner"])
+def test_without_caption_is_what_is_drawn_without_negative_prompt(photos: Path, tmp_path: Path, family: str,
+                                                                  live: bool) -> None:
+    base = load_base(write_checkpoint(tmp_path / "base.safetensors", family))
+    trains = frozenset({"unet", *(base.text_encoder_names if live else ())})
+    data = DataOptions(folder=str(photos), resolution=64, bucket_step=8, caption_dropout=1.0)
+    source = prepare_source(base, data, None, trains=trains, batch_size=2, accumulation=1, seed=0, device="cpu")
+    with torch.no_grad():
+        expected = base.encode_negatives([""])
+        for batch in (one for batches in source.micro_batches(0) for one in batches):
+            assert (batch.text is None) == live
+            for name, states in Denoise.text(base, batch).items():
+                assert states.equal(expected[name].expand_as(states))
 
 
 def test_clip_skip_is_part_of_the_key(base: Base, checkpoint: Path, photos: Path) -> None:
