@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from impasto.data.options import DataOptions
 from impasto.formats.checkpoint import Checkpoint
 from impasto.planning import faking, kernels
-from impasto.planning.allocator import replay
+from impasto.planning.allocator import least_room, replay
 from impasto.planning.forecast import PARTS, Forecast
 from impasto.planning.ledger import Ledger
 from impasto.planning.rehearsal import Rehearsal, Stage
@@ -35,7 +35,8 @@ def forecast(recipe: Recipe, device: str = "cuda") -> Forecast:
             with ledger.at("loading"):
                 rehearsal = Rehearsal(Stage(recipe, precision, device, ledger), base)
             rehearsal.encode()
-            rehearsal.prepare()
+            with ledger.at("preparing"):
+                rehearsal.prepare()
             rehearsal.train()
             rehearsal.preview()
     parts = Counter(ledger.peak.parts)
@@ -43,7 +44,7 @@ def forecast(recipe: Recipe, device: str = "cuda") -> Forecast:
     allocated = ledger.peak.total
     if cuda:
         allocated, taken = replay(ledger.events)
-        parts["allocator"] += taken - ledger.peak.total
+        parts["allocator"] += least_room(ledger.events, ledger.peak.total, taken) - ledger.peak.total
         allocated += kernels.WORKSPACES
     moments = {moment: peak.total for moment, peak in ledger.peaks.items()}
     return Forecast({name: parts[name] for name in PARTS if parts[name]}, ledger.peak.moment, rehearsal.artifact(),
