@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from impasto.cli.console import RichReporter, emit
+from impasto.cli.drawings import short
 from impasto.cli.options import Force, Json, Prediction, own_option, picture_size, refuse_existing, weighted
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
+from impasto.core.progress import Reporter
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -112,6 +114,7 @@ def generate(
     pictures.check_refiner(loaded, finisher, begin is not None)
     pictures.check_shown(loaded, begin is not None, hole is not None)
     _check_of_edits("picture" in loaded.extras, loaded.source, strength, image_guidance)
+    _tell_unread([shot.text for shot in shots], loaded, report)
     width, height = wish or _default_size(loaded, begin)
     settings = SampleSettings(
         steps=steps, guidance=guidance, scheduler=scheduler, width=width, height=height,
@@ -153,6 +156,15 @@ def _check_of_edits(edits: bool, source: Path | None, strength: float | None, im
                         fix="leave --strength out; --image-guidance says how much stays")
     if not edits and image_guidance is not None:
         raise UserError("is no instruct-pix2pix base, which --image-guidance is of", where=source, fix="leave it out")
+
+
+def _tell_unread(prompts: Sequence[str], base: Base, report: Reporter) -> None:
+    from impasto.data.wording import cut_to
+    from impasto.families.prompts import parse
+
+    for prompt in dict.fromkeys(prompts) if base.longest is not None else ():
+        if lost := cut_to(parse(prompt), base.longest)[1]:
+            report.note(f"CLIP reads {base.longest} tokens of a prompt in this family, and not: '{short(lost, 80)}'")
 
 
 def _default_size(base: Base, begin: Image.Image | None) -> tuple[int, int]:

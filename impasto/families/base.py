@@ -80,6 +80,8 @@ class Base(abc.ABC):
 
     #: settings of the family's own, by name: their kind, which are its fields too or what loading asks for
     own_options: ClassVar[Mapping[str, type]] = {}
+    #: tokens of a caption that its CLIPs read; None: all, however long it is
+    longest: ClassVar[int | None] = None
     #: whether it was made to finish pictures that others began
     refines: ClassVar[bool] = False
 

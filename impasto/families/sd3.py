@@ -48,6 +48,7 @@ class SD3(LatentBase):
     denoiser_name: ClassVar[str] = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = (*TOKENIZERS, T5_ENCODER)
     own_options: ClassVar[Mapping[str, type]] = {"t5": bool, "t5_length": int, "mask_padding": bool}
+    longest: ClassVar[int | None] = 75
     refuses: ClassVar[Mapping[str, str]] = {
         "hypernetwork": "its keys and values are made of text and picture together, and no program reads such a file"}
 

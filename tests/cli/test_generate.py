@@ -295,3 +295,9 @@ def test_what_was_drawn_before_a_stop_is_kept(mini: Path, tmp_path: Path, capsys
     monkeypatch.setattr(pictures, "sample", stopped)
     assert run(mini, "a dog", "--seed", 5, "--count", 3, "-o", tmp_path, *SMALL) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["001-5.png"]
+
+
+def test_what_is_not_read_of_a_long_prompt_is_told(tmp_path: Path, capsys) -> None:
+    base = write_checkpoint(tmp_path / "base.safetensors", "sd3")
+    draw(tmp_path / "a", base, "a dog, " * 25 + "and a cat", "--seed", 5)
+    assert "CLIP reads 75 tokens of a prompt in this family, and not: 'and a cat'" in capsys.readouterr().err

@@ -60,6 +60,17 @@ def test_batches_hold_what_the_base_makes_of_the_pictures(base: Base, photos: Pa
         assert all(batch.text[name].equal(expected[name]) for name in expected)
 
 
+def test_what_a_base_does_not_read_of_long_captions_is_told(base: Base, photos: Path, tmp_path: Path) -> None:
+    flow = load_base(write_checkpoint(tmp_path / "base.safetensors", "sd3"))
+    data = DataOptions(folder=str(photos), resolution=64, bucket_step=16)
+    found = prepare_source(flow, data, None, trains=frozenset({flow.denoiser_name}), batch_size=1, accumulation=1,
+                           seed=0, device="cpu").describe()
+    (line,) = (line for line in found if "75 tokens" in line)
+    assert line.startswith("captions of more than 75 tokens, of which CLIP reads no more in this family: 1; most is "
+                           "lost of 1.png: 'a dog, a photo of")
+    assert not any("75 tokens" in line for line in prepare(base, photos).describe())
+
+
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sdxl-refiner"])
 def test_without_caption_is_what_is_drawn_without_negative_prompt(photos: Path, tmp_path: Path, family: str,
