@@ -1,7 +1,7 @@
 """The memory forecast beside what a run takes: the peak of two training steps, in miniature and at SD 1.5's size.
 
     python -m benchmarks.forecast                      miniatures of all families, on the CPU
-    python -m benchmarks.forecast --real               SD 1.5's networks at 256², a LoRA and full (14 GiB) beside them
+    python -m benchmarks.forecast --real               SD 1.5's networks at 256², up to 14 GiB
     python -m benchmarks.forecast --only sd3           configurations whose name has this in it
     python -m benchmarks.forecast --device cuda        on a GPU: torch.cuda.max_memory_allocated is what is forecast
 
@@ -50,9 +50,13 @@ TRAINING = ("forward", "backward", "optimizer step", "average")
 def configurations(real: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Name, family and recipe of each."""
     if real:
-        for name in ("lora", "full"):
-            method = {"kind": name} if name == "full" else {"kind": name, "rank": 16}
-            yield f"sd1 at its size, {name}, 1, fp32", "sd1", {"method": method, "data": {"resolution": 256}}
+        size = {"data": {"resolution": 256}}
+        yield "sd1 at its size, lora, 1, fp32", "sd1", {**size, "method": {"kind": "lora"}}
+        yield "sd1 at its size, lora, 2, bf16, checkpointing", "sd1", {
+            **size, "method": {"kind": "lora"}, "train": {"batch_size": 2, "precision": "bf16", "checkpointing": True}}
+        yield "sd1 at its size, full, sgd", "sd1", {**size, "method": {"kind": "full"}, "train": {
+            "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}}}
+        yield "sd1 at its size, full, adamw", "sd1", {**size, "method": {"kind": "full"}}
         return
     ways = [{"batch_size": 1}, {"batch_size": 4}, {"batch_size": 4, "checkpointing": True},
             {"batch_size": 1, "precision": "bf16"}, {"batch_size": 4, "precision": "bf16", "checkpointing": True}]
@@ -97,8 +101,8 @@ def write_bare(folder: Path, family: str, size: str) -> Path:
 
 def recipe_of(folder: Path, base: Path, sections: dict[str, Any], device: str) -> Recipe:
     """The recipe of a configuration; its one picture is in `folder`."""
-    tree = {"base": {"path": str(base), "init": "random"}, "sample": {"every": 0}, "output": {"dir": str(folder / "run")},
-            **sections}
+    tree = {"base": {"path": str(base), "init": "random"}, "sample": {"every": 0},
+            "output": {"dir": str(folder / "run")}, **sections}
     tree["data"] = {"folder": str(folder / "photos"), "caption": "a photo of <thing>", "resolution": 128,
                     "buckets": False, "cache": str(folder / "cache"), **sections.get("data", {})}
     tree["train"] = {"device": device, "precision": "fp32", **sections.get("train", {})}

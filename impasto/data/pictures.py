@@ -85,8 +85,9 @@ def _found(data: DataOptions | DataSets, report: Reporter, notes: list[str], wro
             if one.source == "shards":
                 return shard_items(one, report, notes)
             if one.source == "folder":
-                found += collect(list_folder(located(check_folder(one.folder, f"{name}.folder")), f"{name}.folder"), one,
-                                 report, weight=one.loss_weight, notes=own, number=number)
+                folder = located(check_folder(one.folder, f"{name}.folder"))
+                found += collect(list_folder(folder, f"{name}.folder"), one, report,
+                                 weight=one.loss_weight, notes=own, number=number)
         notes += [f"{name}: {line}" if len(data.sets) > 1 else line for line in own]
     return None if all(one.source == "world" for one in data.sets) else found
 

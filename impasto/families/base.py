@@ -80,6 +80,8 @@ class Base(abc.ABC):
 
     #: settings of the family's own, by name: their kind, which are its fields too or what loading asks for
     own_options: ClassVar[Mapping[str, type]] = {}
+    #: tokens of a caption that its CLIPs read; None: all, however long it is
+    longest: ClassVar[int | None] = None
     #: whether it was made to finish pictures that others began
     refines: ClassVar[bool] = False
 
@@ -123,9 +125,9 @@ class Base(abc.ABC):
             if name not in cls.own_options:
                 raise UserError(f"has no setting {name!r} of its own", where=cls.family,
                                 fix=nearest(name, cls.own_options) if cls.own_options else "leave it out")
-            if type(value) is not cls.own_options[name] or value < 0:
+            if (kind := cls.own_options[name]) is not type(value) or kind is int and value < 1:
                 raise UserError(f"takes no {value!r} as its {name}", where=cls.family,
-                                fix=f"give {'true or false' if cls.own_options[name] is bool else 'a whole number'}")
+                                fix=f"give {'true or false' if kind is bool else 'a whole number from 1 on'}")
         return dict(options)
 
     @abc.abstractmethod
@@ -153,6 +155,10 @@ class Base(abc.ABC):
 
     def text_settings(self) -> dict[str, Any]:
         """What text states depend on beside caption, weights and precision (clip skip), for cache keys."""
+        return {}
+
+    def own_settings(self) -> dict[str, Any]:
+        """Those of `own_options` in force, where they are not the usual ones."""
         return {}
 
     def stack_text(self, states: Sequence[TextStates]) -> TextStates:
@@ -243,7 +249,8 @@ class Base(abc.ABC):
         """
 
     def encode_negatives(self, captions: Sequence[Caption]) -> TextStates:
-        """Text states of negative prompts; a family may have its own for none at all."""
+        """Text states of negative prompts, and of captions that are learned from: a family may have its own for none at
+        all, and what guidance starts from is to be what was trained without caption."""
         return self.encode_text(captions)
 
     def sampling_extras(self, unwanted: int, wanted: int) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from impasto.families.base import Base
 from impasto.families.merged import merge_into
 from impasto.families.quantised import check_device
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+from impasto.formats.configs import CONFIGS
 from impasto.formats.text_files import open_text_encoders
 from impasto.mini import BASE, check_weights
 
@@ -86,6 +87,12 @@ def _vae(path: Path, family: str) -> Checkpoint:
     checkpoint = open_checkpoint(path, family=family)
     if "vae" not in checkpoint.components:
         raise UserError("holds no VAE", where=path)
+    scales = {name: CONFIGS.get(name).parts["vae"].config["scaling_factor"] for name in FAMILIES}
+    own = checkpoint.configs["vae"].get("scaling_factor")
+    if own != scales[family] and own in scales.values():
+        others = " and ".join(name for name, scale in scales.items() if scale == own)
+        raise UserError(f"is a VAE of {others}, whose latents are others than those of {family}", where=path,
+                        fix=f"take a VAE of {family}")
     return checkpoint
 
 

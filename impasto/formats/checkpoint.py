@@ -80,6 +80,9 @@ class Checkpoint:
             return self
         if kind not in PREDICTIONS:
             raise UserError(f"there is no kind of prediction {kind!r}", fix=nearest(kind, PREDICTIONS))
+        if "Flow" in str(self.scheduler.get("_class_name")):
+            raise UserError("predicts a flow, as all of its family do", where=self.path,
+                            fix="leave --prediction (base.prediction) out")
         told = {**self.scheduler, "prediction_type": PREDICTIONS[kind]}
         configs = self.configs if self.layout != "ldm" else _sized(self.configs, told, CONFIGS.get(self.family))
         return replace(self, scheduler=told, configs=configs)

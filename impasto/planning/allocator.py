@@ -1,14 +1,15 @@
 """CUDA's caching allocator, replayed: what it takes from the card for storages that come and go.
 
 It asks the card for segments and cuts blocks from them, the smallest that fits first; what is given back is joined with
-free neighbours and kept (c10/cuda/CUDACachingAllocator.cpp, with its default settings). On a full card it gives whole
-free segments back before it fails, so that what it takes here, where there is room, is what it takes at most.
+free neighbours and kept (c10/cuda/CUDACachingAllocator.cpp, with its default settings). On a full card it gives back
+segments that are free as a whole before it fails.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -16,6 +17,10 @@ MIB = 2**20
 #: sizes of c10/core/AllocatorConfig.h: kMinBlockSize, kSmallSize, kSmallBuffer, kLargeBuffer, kMinLargeAlloc,
 #: kRoundLarge
 BLOCK, SMALL, SMALL_SEGMENT, LARGE_SEGMENT, LARGE, ROUND = 512, MIB, 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
+
+
+#: how closely the least room is told, bytes
+ACCURACY = 16 * MIB
 
 
 @dataclass(eq=False)
@@ -73,18 +78,31 @@ class Pool:
         del self._sorted[bisect.bisect_left(self._sorted, (piece.size, id(piece)))]
         del self._pieces[id(piece)]
 
+    def empty(self) -> int:
+        """Give segments that are free as a whole back to the card; their bytes."""
+        whole = [piece for piece in self._pieces.values() if piece.before is None and piece.after is None]
+        for piece in whole:
+            self.remove(piece)
+        return sum(piece.size for piece in whole)
+
     def take(self, size: int) -> Piece | None:
         """The smallest piece that has that size."""
         place = bisect.bisect_left(self._sorted, (size, 0))
         return self._pieces.pop(self._sorted.pop(place)[1]) if place < len(self._sorted) else None
 
 
-def replay(events: Iterable[tuple[int, int]]) -> tuple[int, int]:
+class Full(Exception):
+    """The card has no room for a segment that is needed."""
+
+
+def replay(events: Iterable[tuple[int, int]], room: float = math.inf) -> tuple[int, int]:
     """The most bytes that were in use, as `torch.cuda.max_memory_allocated` counts them, and that were taken from the
-    card (`max_memory_reserved`); of events (number, bytes) of storages that come, and (number, 0) of those that go."""
+    card (`max_memory_reserved`), which has that much room; of events (number, bytes) of storages that come, and
+    (number, 0) of those that go. Raises `Full`.
+    """
     small, large = Pool(BLOCK - 1), Pool(SMALL)
     held: dict[int, Piece] = {}
-    used = most = taken = 0
+    used = most_used = taken = most_taken = 0
     for number, size in events:
         if not size:
             if (piece := held.pop(number, None)) is not None:
@@ -97,11 +115,26 @@ def replay(events: Iterable[tuple[int, int]]) -> tuple[int, int]:
         if piece is None:
             segment = SMALL_SEGMENT if pool is small else LARGE_SEGMENT if wanted < LARGE else \
                 -(-wanted // ROUND) * ROUND
+            if taken + segment > room:
+                taken -= small.empty() + large.empty()
+                if taken + segment > room:
+                    raise Full
             taken += segment
             piece = Piece(pool, segment)
         if piece.size - wanted > pool.least:
             piece.split(wanted)
         held[number] = piece
         used += piece.size
-        most = max(most, used)
-    return most, taken
+        most_used, most_taken = max(most_used, used), max(most_taken, taken)
+    return most_used, most_taken
+
+
+def least_room(events: Sequence[tuple[int, int]], low: int, high: int) -> int:
+    """The smallest room between two that does not work, or just does, and one that works; to `ACCURACY`, bytes."""
+    while high - low > ACCURACY:
+        middle = (low + high) // 2
+        try:
+            high = replay(events, middle)[1]
+        except Full:
+            low = middle
+    return high

@@ -17,6 +17,10 @@ PARTS = {
 }
 
 
+#: those of PARTS that are a base's weights
+WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer")
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What one run will take."""
@@ -42,3 +46,8 @@ class Forecast:
     def peak_bytes(self) -> int:
         """All parts together."""
         return sum(self.parts.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """The base's weights, as far as they are there at the peak."""
+        return sum(self.parts.get(name, 0) for name in WEIGHTS)

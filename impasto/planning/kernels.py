@@ -32,8 +32,8 @@ WORKSPACES = 2 * (2 * 4096 + 8 * 16) * 1024 + 2 * MIB
 #: (github.com/pytorch/pytorch/issues/107667)
 CONTEXT = 300 * 10**6
 
-#: what CUDA's autocast computes in fp32, as far as networks here use it (AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE
-#: in ATen/autocast_mode.h); the CPU's leaves these in half precision
+#: what CUDA's autocast computes in fp32, as far as networks here use it (AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE
+#: and norm in ATen/autocast_mode.h); the CPU's leaves these in half precision
 IN_FP32 = frozenset({
     F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, torch.rms_norm,
     F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, torch.log_softmax, Tensor.log_softmax,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from impasto.data.options import DataOptions
-from impasto.families.base import Base
 from impasto.formats.checkpoint import Checkpoint
 from impasto.planning import faking, kernels
-from impasto.planning.allocator import replay
+from impasto.planning.allocator import least_room, replay
 from impasto.planning.forecast import PARTS, Forecast
 from impasto.planning.ledger import Ledger
 from impasto.planning.rehearsal import Rehearsal, Stage
@@ -38,7 +35,8 @@ def forecast(recipe: Recipe, device: str = "cuda") -> Forecast:
             with ledger.at("loading"):
                 rehearsal = Rehearsal(Stage(recipe, precision, device, ledger), base)
             rehearsal.encode()
-            rehearsal.prepare()
+            with ledger.at("preparing"):
+                rehearsal.prepare()
             rehearsal.train()
             rehearsal.preview()
     parts = Counter(ledger.peak.parts)
@@ -46,7 +44,7 @@ def forecast(recipe: Recipe, device: str = "cuda") -> Forecast:
     allocated = ledger.peak.total
     if cuda:
         allocated, taken = replay(ledger.events)
-        parts["allocator"] += taken - ledger.peak.total
+        parts["allocator"] += least_room(ledger.events, ledger.peak.total, taken) - ledger.peak.total
         allocated += kernels.WORKSPACES
     moments = {moment: peak.total for moment, peak in ledger.peaks.items()}
     return Forecast({name: parts[name] for name in PARTS if parts[name]}, ledger.peak.moment, rehearsal.artifact(),
@@ -65,5 +63,5 @@ def planned(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, list[str]]:
     if recipe.data is not None:
         return at_native_size(recipe, checkpoint), []
     side = checkpoint.native_size or DataOptions.model_fields["resolution"].default
-    return recipe.model_copy(update={"data": DataOptions(resolution=side)}), \
+    return recipe.model_copy(update={"data": DataOptions.model_validate({"resolution": side})}), \
         [f"pictures of {side}x{side} pixels, as the base was made for: data.resolution says otherwise"]

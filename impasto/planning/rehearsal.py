@@ -1,8 +1,7 @@
-"""A run rehearsed on fake tensors: what the trainer does from loading to a preview, in its order, by the same functions.
+"""A run rehearsed on fake tensors: what the trainer does from loading to a preview, in its order.
 
-What takes the most memory is done once, or as often as it takes to see it all: two optimizer steps, since the first
-makes the optimizer's state; of a step's micro-batches two, since the second finds gradients. Validation holds less than
-the step before it (no gradients, nothing kept), and is left out.
+What takes the most memory is done once, or as often as it takes to see it all: of a step's micro-batches two, since the
+second finds gradients. Validation holds less than the step before it (no gradients, nothing kept), and is left out.
 """
 
 from __future__ import annotations
@@ -16,6 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 from impasto.core.errors import UserError
 from impasto.core.rng import Draws
@@ -42,8 +46,8 @@ from impasto.training.rounding import Steps
 from impasto.training.shown import Shown
 from impasto.training.step import step as step_losses
 
-#: optimizer steps, and micro-batches of each, that are rehearsed at most
-STEPS, MICRO_BATCHES = 2, 2
+#: micro-batches of a step that are rehearsed at most
+MICRO_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Rehearsal:
         self.trains = frozenset[str]().union(*(method.trains(base) for method in self.methods))
         for number, one in enumerate(self.data.sets):
             check_sizes(one, base.grid, f"data.{number}" if len(self.data.sets) > 1 else "data")
-        extras = beside.wanted(base, self.data, self.objective.reads, self.trains) if stage.recipe.data.folder else \
+        extras = beside.wanted(base, self.data, self.objective.reads, self.trains) if self.data.folder else \
             base.extras if "extras" in self.objective.reads else ()
         self.rule: Frontier = frontier(self.trains, base.text_encoder_names, self.data, self.objective.reads,
                                        extras=extras)
@@ -117,7 +121,7 @@ class Rehearsal:
             for parameter in network.parameters():
                 self.ledger.enter(parameter, name, weights=True)
         self.ledger.gradients_of(self.parameters)
-        self.optimizer = make_optimizer(split_by_path(groups, self.options.rates), self.options, self.stage.device)
+        self.optimizer = make_optimizer(split_by_path(groups, self.options.rates), self.options)
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         for average in self.shown.ema.averages:
             self.ledger.enter(average, "ema")
@@ -131,7 +135,7 @@ class Rehearsal:
                            for tensor in (*network.parameters(), *network.buffers())]
             self.ledger.move(self.asleep, here=False)
         for method in self.methods:
-            method.begin(STEPS)
+            method.begin(self.options.steps or 500)
 
     # --- training ------------------------------------------------------------------------------------------
     @property
@@ -140,19 +144,31 @@ class Rehearsal:
         return self.options.batch_size * (1 if self.recipe.prior is None else 2)
 
     def train(self) -> None:
-        """Optimizer steps, the last of which is what work is counted in."""
-        for step in range(STEPS):
-            self.ledger.flops.clear()
-            self.ledger.traffic = 0
-            self._accumulate(step)
-            with self.ledger.at("optimizer step"):
-                self._update(step)
-            for state in self.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        self.ledger.enter(value, "optimizer")
-            with self.ledger.at("average"):
-                self.shown.update(step + 1)
+        """An optimizer step of made-up gradients, so that the optimizer has its state, then a whole one.
+
+        Every weight gets a gradient: a run in which one does not is refused (`training.verdicts`).
+        """
+        with self.ledger.at("optimizer step"):
+            for parameter in self.parameters:
+                parameter.grad = torch.empty_like(parameter)
+                self.ledger.enter(parameter.grad, "gradients")
+            self.scaler.scale(torch.zeros(()))  # which is when it makes what it holds
+            self._update(0)
+        self._note_states()
+        self.ledger.flops.clear()
+        self.ledger.traffic = 0
+        self._accumulate(1)
+        with self.ledger.at("optimizer step"):
+            self._update(1)
+        self._note_states()
+        with self.ledger.at("average"):
+            self.shown.update(1)
+
+    def _note_states(self) -> None:
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    self.ledger.enter(value, "optimizer")
 
     @property
     def micro_batches(self) -> int:
@@ -198,8 +214,13 @@ class Rehearsal:
             for parameter in method.resting(step):
                 parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip or float("inf"))
-        # whether a step is taken, loss scaling asks the gradients: here it always is
-        self.steps.take(step, torch.amp.GradScaler("cpu", enabled=False))
+        try:  # whether a step is taken, loss scaling asks the gradients: here it always is
+            self.steps.take(step, torch.amp.GradScaler("cpu", enabled=False))
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+            raise UserError(f"{self.options.optimizer} cannot be rehearsed on weights without contents",
+                            where="train.optimizer",
+                            fix="plan with one that keeps as much, such as adamw") from error
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for method in self.methods:
             method.after_step(step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from impasto.training import optimizers
 from impasto.training.recipe import TrainOptions
@@ -44,10 +45,13 @@ class Sized(torch.optim.Optimizer):
         return made
 
 
-def make_optimizer(groups: list[dict[str, Any]], options: TrainOptions, device: str) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> torch.optim.Optimizer:
     """The recipe's optimizer over fake weights. Raises `UserError` as the trainer does, but for a missing library."""
     entry = optimizers.OPTIMIZERS.get(options.optimizer)
     if entry is not None and entry.path.startswith("bitsandbytes"):
         name = entry.path.rpartition(":")[2]
         return Sized([{"params": group["params"]} for group in groups], 1 if "Lion" in name else 2, "8bit" in name)
+    if entry is None:  # whether it comes back from a checkpoint is tried on real weights
+        with _disable_current_modes():
+            return optimizers.make_optimizer(groups, options, torch.device("cpu"))
     return optimizers.make_optimizer(groups, options, torch.device("cpu"))

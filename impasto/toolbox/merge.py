@@ -192,6 +192,8 @@ def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]]
     blocks.check(f"{component}.{name}" for component in first.components for name in first.names(component))
     for other in others:
         _check_identities(first, other, common)
+        if not wider:
+            _check_predictions(first, other)
     left = [name for name in first.components if name not in common]
     streams = {name: [lockstep(other, name, in_order(first, name, dtype)) for other in others] for name in common}
     changed = 0
@@ -215,6 +217,15 @@ def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]]
     unread = rewrite(first, out, change, dtype=dtype, metadata=made_of(merged=facts), replace=force, report=report)
     remarks = (f"{' and '.join(left)}: as in {first.path.name}; the others have none",) if left else ()
     return Told(changed, (*remarks, *left_out(unread, "as they were not read")))
+
+
+def _check_predictions(first: Checkpoint, other: Checkpoint) -> None:
+    """Raise a `UserError` for networks of which a sum would predict neither what one does nor the other."""
+    kinds = [checkpoint.scheduler.get("prediction_type") for checkpoint in (first, other)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise UserError(f"predicts {kinds[1]}, and {first.path.name} {kinds[0]}: a sum of them would predict neither",
+                        where=other.path, fix="merge checkpoints that predict the same; impasto convert --prediction "
+                        "corrects a file that tells it wrongly")
 
 
 def _check_identities(first: Checkpoint, other: Checkpoint, common: Sequence[str]) -> None:

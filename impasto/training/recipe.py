@@ -149,6 +149,8 @@ class TrainOptions(Section):
         "forward keeps for the backward; \"optimizer\", its states, which come to the device weight by weight; "
         "\"blocks\", the denoiser's frozen blocks, which come one by one (needs checkpointing = true). Equal results, "
         "for the time that the way takes.")
+    fit: bool = Field(False, description="Whether the run is changed before it begins so that it fits the memory that "
+                      "is free, by the cheapest means (those of impasto plan), which are told.")
     ema: float = Field(0.0, ge=0, lt=1, description="Decay of an exponential moving average of the trained weights, "
                        "which previews and artifacts then show; 0: none (SD 1.x was trained with 0.9999).")
     compile: bool = Field(False, description="torch.compile the denoiser: slow first step, faster ones after.")

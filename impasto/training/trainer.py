@@ -11,9 +11,9 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
 from impasto.training.frugal import check_here
+from impasto.training.full_device import memory_is_full
 from impasto.training.fused import FusedBackward
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import compare_recipe
@@ -59,12 +60,13 @@ from impasto.training.verdicts import Verdicts, not_finite
 
 
 def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None,
-          accept_changes: bool = False) -> Outcome:
+          accept_changes: bool = False, foreseen: Mapping[str, Any] | None = None) -> Outcome:
     """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`.
 
     After step `stop_after` it stops as if it had been asked to. `accept_changes`: go on with another recipe, or other
     pictures, than those that the run began with. Started by torchrun or accelerate, it is one of
-    several processes that train as one; only the first of them writes and reports.
+    several processes that train as one; only the first of them writes and reports. `foreseen`: what was forecast of
+    it, for its log; on a GPU what it took stands there too.
     """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
@@ -85,7 +87,7 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
                 announce(recipe.output, report)
         with processes.all_or_none():
             trainer = Trainer(recipe, run, report, processes, accept_changes=accept_changes)
-        outcome = trainer.train(stop_after)
+        outcome = trainer.train(stop_after, foreseen)
     if outcome.artifact is not None and processes.first:
         push_after(recipe.output, outcome.artifact, report)
     return outcome
@@ -176,12 +178,14 @@ class Trainer:
             report.note(line)
 
     # --- the loop ----------------------------------------------------------------------------------------
-    def train(self, stop_after: int | None = None) -> Outcome:
+    def train(self, stop_after: int | None = None, foreseen: Mapping[str, Any] | None = None) -> Outcome:
         """Take the steps that are left, then save the artifact."""
         started, first = time.monotonic(), resume(self.run, self.memory, self.circumstances, self.report)
         if self.states is not None:
             self.states.leave(self.parameters)
         step = first
+        if foreseen is not None and self.processes.first:
+            self.run.log(event="forecast", step=first, **foreseen)
         if self.processes.first and first < self.total:
             ask_for_room(self.run, self.recipe.output, self.memory.size(), self.artifacts.size(), self.report)
         with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
@@ -195,7 +199,10 @@ class Trainer:
             while step < self.total and not wish.asked and not self.validation.over:
                 clock = time.monotonic()
                 set_rates(self.optimizer, rate_factor(step, self.total, self.options))
-                loss = self._accumulate(step)
+                try:
+                    loss = self._accumulate(step)
+                except torch.OutOfMemoryError as error:
+                    raise self._full(step, first, error) from error
                 norm = self._update(step)
                 step += 1
                 self.shown.update(step)
@@ -218,8 +225,13 @@ class Trainer:
                 self.verdicts.end()
             if self.processes.first:
                 self.artifacts.save(self.artifacts.path(), step)
+        taken = None
+        if self.device.type == "cuda" and self.processes.first:
+            taken = torch.cuda.max_memory_allocated(self.device)
+            self.run.log(event="memory", step=step, allocated=taken,
+                         reserved=torch.cuda.max_memory_reserved(self.device))
         return Outcome(self.artifacts.path() if finished else None, step, first, mean, time.monotonic() - started,
-                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended)
+                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended, taken)
 
     def _keeping(self) -> contextlib.AbstractContextManager[None]:
         """Where a forward keeps what its backward needs."""
@@ -230,6 +242,24 @@ class Trainer:
         yield from self.parameters
         for network in self.base.awake_networks():
             yield from itertools.chain(network.parameters(), network.buffers())
+
+    def _full(self, step: int, first: int, error: torch.OutOfMemoryError) -> UserError:
+        """Save what step `step` has not touched yet: its gradients alone are lost."""
+        self.optimizer.zero_grad(set_to_none=True)
+        whole = self.processes.first and self.fused is None and step > first  # a fused backward has taken steps
+        if whole and not self._saved(step):
+            error.__traceback__ = None  # which holds the tensors of the step
+            torch.cuda.empty_cache()
+            self.run.save(self.memory.state(step), self.circumstances.manifest(), self.recipe.output.keep,
+                          self.recipe.output.keep_every)
+        taken = {"train.checkpointing=true"} if self.options.checkpointing else set()
+        taken |= {"train.batch_size=1"} if self.options.batch_size == 1 else set()
+        taken |= {"base.quantize=int8"} if self.recipe.base.quantize != "none" or any(
+            method.in_place for method in self.methods) else set()
+        return memory_is_full(error, step, self.device, self.run, whole or self._saved(step), taken)
+
+    def _saved(self, step: int) -> bool:
+        return any(int(folder.name) == step for folder in self.run.checkpoints())
 
     def _accumulate(self, step: int) -> float:
         """Forward and backward over the micro-batches of an optimizer step; the mean loss over all processes."""

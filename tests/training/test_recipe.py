@@ -156,7 +156,7 @@ OPTIONS = {
             "random_crop repeats resolution resolutions rotate saturation shards share shuffle_tags "
             "shuffle_window source source_dropout sources tag_dropout tag_separator upscale variants wildcards "
             "zoom",
-    "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
+    "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps fit "
              "fused_backward learning_rate offload optimizer optimizer_options power precision rates restarts "
              "schedule seed steps warmup weight_decay",
     "validation": "every folder fraction keep_best patience repeats",

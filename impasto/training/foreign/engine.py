@@ -159,7 +159,7 @@ class Work:
             self._adopt(number, subset, work)
         self.told.files = list(files)
         recipe = self._settle()
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.base.path) and "base.path" not in self.told.to_fill_in:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.base.place) and "base.path" not in self.told.to_fill_in:
             self.told.notes.append(f"if {recipe.base.path} is a hub id, it is read from the local cache; "
                                    "base.download = true fetches it")
         self.told.lost = [Left(each.key, each.value, each.why, each.here, value_at(recipe, each.here))
