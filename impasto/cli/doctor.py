@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from impasto.cli.console import RichReporter, can_show, emit, size
 from impasto.cli.options import Json
@@ -30,10 +33,18 @@ class Finding:
     fix: str = ""
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure first how fast a training can be here, in "
+                                            "about a minute; impasto plan then tells times.")] = False,
+    device: Annotated[str, typer.Option(help="What to measure: auto, cuda, mps, cpu, or one such as cuda:1.")] = "auto",
+    precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16|fp16", help="In which precision.")] = "auto",
+    as_json: Json = False,
+) -> None:
     """Look at this machine: devices, precision, packages, disk."""
+    if calibrate:
+        _calibrate(device, precision)
     with RichReporter().phase("looking around"):
-        found = [*_system(), *_devices(), *_packages(), *_disk(), _hub()]
+        found = [*_system(), *_devices(), *_speeds(), *_packages(), *_disk(), _hub(), *_forecasts()]
     if as_json:
         emit({"ok": all(f.ok for f in found), "findings": [asdict(f) for f in found]})
         return
@@ -72,6 +83,46 @@ def _devices() -> Iterator[Finding]:
     verdict = "use fp32 here" if ratio < 1 else "bf16 is worth trying"
     yield Finding("cpu", True, f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; a "
                                f"matrix product in bf16 is {_times(ratio)} than in fp32: {verdict}")
+
+
+def _calibrate(device: str, precision: str) -> None:
+    """Measure and keep a device's speed. Raises `UserError` for one that is not there, or lacks the precision."""
+    from impasto.core.errors import UserError, nearest
+    from impasto.planning import time as pace
+    from impasto.training.environment import DTYPES, choose_device
+
+    if precision not in ("auto", *DTYPES):
+        raise UserError(f"there is no precision {precision!r}", where="--precision", fix=nearest(precision, DTYPES))
+    pace.calibrate(choose_device(device), precision, RichReporter())
+
+
+def _speeds() -> Iterator[Finding]:
+    """What was measured on this machine, and what part of a known card's figures that is."""
+    from impasto.core.errors import UserError
+    from impasto.planning.cards import card_of
+    from impasto.planning.time import kept
+
+    for speed in kept():
+        of_products = of_memory = ""
+        try:
+            card = card_of(speed.name)
+            if paper := card.tflops.get(speed.precision):
+                of_products = f" ({speed.flops / paper / 1e12:.0%} of the card's {paper:g})"
+                of_memory = f" ({speed.bandwidth / card.bandwidth / 1e9:.0%} of {card.bandwidth:g})"
+        except UserError:
+            pass  # a CPU, or a card that is not in the table
+        products = f"{speed.flops / 1e12:.3g} TFLOPS" if speed.flops >= 1e12 else f"{speed.flops / 1e9:.3g} GFLOPS"
+        yield Finding("speed", True, f"{speed.name}, {speed.precision}: {products} in products{of_products}, "
+                                     f"{speed.bandwidth / 1e9:.3g} GB/s in the rest{of_memory}")
+
+
+def _forecasts() -> Iterator[Finding]:
+    """How far forecasts of memory were from what runs took; nothing before the first."""
+    from impasto.planning.drift import seen
+
+    if (drift := seen()) is not None:
+        yield Finding("forecasts", abs(drift.median) < 0.05, drift.summary(), "" if abs(drift.median) < 0.05 else
+                      "tell the authors: forecasts of memory are meant to be within 5%")
 
 
 def half_precision_gain(side: int = 384) -> float:

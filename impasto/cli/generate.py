@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from impasto.cli.console import RichReporter, emit
+from impasto.cli.drawings import short
 from impasto.cli.options import Force, Json, Prediction, own_option, picture_size, refuse_existing, weighted
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
+from impasto.core.progress import Reporter
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,8 +60,9 @@ def generate(
         min=0, metavar="X", help="Guidance by --init of an instruct-pix2pix base; default: 1.5.")] = None,
     refiner: Annotated[str | None, typer.Option(
         metavar="BASE", help="A base that draws the last steps: SDXL's refiner.")] = None,
-    handover: Annotated[float, typer.Option(
-        metavar="X", help="The share of the noise levels that the base draws before --refiner takes over.")] = 0.8,
+    handover: Annotated[float | None, typer.Option(
+        metavar="X", help="The share of the noise levels that the base draws before --refiner takes over; default: "
+        "0.8.")] = None,
     clip_skip: Annotated[int, typer.Option(
         min=0, metavar="N", help="Text encoder layers left out (A1111 counts one more).")] = 0,
     vae: Annotated[Path | None, typer.Option(metavar="FILE", help="Another VAE.")] = None,
@@ -97,6 +100,10 @@ def generate(
     shots = pictures.plan_shots(prompts, seeds, files, lambda name: pictures.find_adapter(name, folders))
     if mask and not init:
         raise UserError("a mask is of a picture", where=mask, fix="give the picture with --init")
+    if strength is not None and not init:
+        raise UserError("says how much of a picture is drawn anew", where="--strength", fix="give it with --init")
+    if handover is not None and not refiner:
+        raise UserError("says when another base takes over", where="--handover", fix="give it with --refiner")
     begin, hole = open_picture(init) if init else None, open_picture(mask) if mask else None
     precision = _precision(dtype, device)
     loaded = load_base(base, family=family, vae=vae, device=precision.device, dtype=precision.dtype,
@@ -107,11 +114,13 @@ def generate(
     pictures.check_refiner(loaded, finisher, begin is not None)
     pictures.check_shown(loaded, begin is not None, hole is not None)
     _check_of_edits("picture" in loaded.extras, loaded.source, strength, image_guidance)
+    _tell_unread([shot.text for shot in shots], loaded, report)
     width, height = wish or _default_size(loaded, begin)
     settings = SampleSettings(
         steps=steps, guidance=guidance, scheduler=scheduler, width=width, height=height,
         strength=strength if strength is not None else 1.0 if mask or loaded.extras else 0.75,
-        image_guidance=image_guidance if image_guidance is not None else 1.5, handover=handover)
+        image_guidance=image_guidance if image_guidance is not None else 1.5,
+        handover=handover if handover is not None else 0.8)
     hole = pictures.fit_mask(hole, begin, width, height) if hole and begin else None
     begin = pictures.fit_picture(begin, width, height) if begin else None
     drawn, written = [], []
@@ -147,6 +156,15 @@ def _check_of_edits(edits: bool, source: Path | None, strength: float | None, im
                         fix="leave --strength out; --image-guidance says how much stays")
     if not edits and image_guidance is not None:
         raise UserError("is no instruct-pix2pix base, which --image-guidance is of", where=source, fix="leave it out")
+
+
+def _tell_unread(prompts: Sequence[str], base: Base, report: Reporter) -> None:
+    from impasto.data.wording import cut_to
+    from impasto.families.prompts import parse
+
+    for prompt in dict.fromkeys(prompts) if base.longest is not None else ():
+        if lost := cut_to(parse(prompt), base.longest)[1]:
+            report.note(f"CLIP reads {base.longest} tokens of a prompt in this family, and not: '{short(lost, 80)}'")
 
 
 def _default_size(base: Base, begin: Image.Image | None) -> tuple[int, int]:

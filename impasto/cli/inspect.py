@@ -93,8 +93,9 @@ def other(path: Path, detected: Detected, error: UserError) -> Findings:
     """What is known of a file that Impasto itself does not read, and why it does not."""
     from impasto.formats.tensor_files import open_tensors
 
+    where = f"{error.where}: " if error.where and str(error.where) != str(path) else ""
     found: Findings = {"kind": detected.kind, "title": detected.title, "family": detected.family,
-                       "layout": detected.layout, "unread": error.what}
+                       "layout": detected.layout, "unread": f"{where}{error.what}"}
     if path.is_dir():
         return found
     file = open_tensors(path)
@@ -291,8 +292,16 @@ def command(told: dict[str, Any]) -> str:
         words += ["--image-guidance", settings["image_guidance"]] if edits else ["--strength", settings["strength"]]
     if told.get("mask"):
         words += ["--mask", told["mask"]]
+    if told.get("refiner"):
+        words += ["--refiner", told["refiner"], "--handover", settings["handover"]]
     if skip := told["text"].get("clip_skip"):
         words += ["--clip-skip", skip]
+    for option in ("vae", "prediction"):
+        words += [f"--{option}", told[option]] if told.get(option) else []
+    for file in told.get("text_encoders", ()):
+        words += ["--text-encoder", file]
+    for name, value in told.get("options", {}).items():
+        words += ["--base-option", f"{name}={str(value).lower()}"]
     return shlex.join(map(str, [*words, "--", told["prompt"]]))
 
 

@@ -37,9 +37,9 @@ def own_option(text: str) -> tuple[str, bool | int]:
     """KEY=VALUE, the value a truth or a whole number."""
     key, sign, value = text.partition("=")
     words: dict[str, bool | int] = {"true": True, "false": False}
-    if not sign or value.lower() not in words and not value.isdigit():
+    if not sign or value.lower() not in words and not value.isdecimal():
         raise typer.BadParameter(f"{text!r} is not KEY=true, KEY=false or KEY=NUMBER", param_hint="--base-option")
-    return key.strip(), words.get(value.lower(), int(value) if value.isdigit() else 0)
+    return key.strip(), words.get(value.lower(), int(value) if value.isdecimal() else 0)
 
 
 def refuse_existing(paths: list[Path], force: bool) -> None:

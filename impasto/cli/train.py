@@ -60,9 +60,18 @@ def train(
         from impasto.cli.rates import find
 
         return find(checked, as_json=as_json)
+    from impasto.planning.before import look_ahead
     from impasto.training.trainer import train as run
 
-    outcome = run(checked, RichReporter(), accept_changes=accept)
+    report = RichReporter()
+    checked, found = look_ahead(checked, report)
+    outcome = run(checked, report, accept_changes=accept, foreseen=None if found is None else {
+        "peak_bytes": found.peak_bytes, "allocated": found.allocated, "parts": dict(found.parts)})
+    if found is not None and outcome.allocated is not None:
+        from impasto.planning.drift import record
+
+        record(checked.output.name or Path(checked.output.dir).name, found.allocated, outcome.allocated,
+               {"precision": checked.train.precision, "methods": " ".join(method.kind for method in checked.method)})
     if outcome.rank:
         pass  # the first process tells of it
     elif as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from impasto.data.augment import Augment
@@ -149,6 +150,19 @@ def wordings(items: Sequence[Item]) -> list[str]:
         lines.append(f"captions that are cut to {how.max_tokens} tokens (data.max_tokens): {cut}; most "
                      f"is lost of {example}: {_short(most)}")
     return lines
+
+
+def unread(items: Sequence[Item], longest: int | None) -> list[str]:
+    """Which captions are longer than what the base reads of them (`Base.longest`): a line for the user."""
+    if longest is None or isinstance(items, Many):  # it would be to read all captions
+        return []
+    lost = {item.picture.name: words for item in items if (item.phrasing.max_tokens or longest + 1) > longest
+            and (words := replace(item.phrasing, max_tokens=longest).lost(item.caption))}
+    if not lost:
+        return []
+    most = max(lost, key=lambda name: len(lost[name]))
+    return [f"captions of more than {longest} tokens, of which CLIP reads no more in this family: {len(lost)}; most is "
+            f"lost of {most}: {_short(lost[most])}"]
 
 
 def unused(listing: Listing, data: DataOptions, captions: Captions) -> list[str]:

@@ -161,7 +161,7 @@ def encode_pixels(base: Base, pixels: Tensor, device: torch.device, where: objec
 
 def text_key(caption: Caption, encoder: str) -> str:
     """The key of a caption's states."""
-    return key_of("text", RECIPE, caption, encoder)
+    return key_of("text", RECIPE, caption, encoder, *(["as a negative"] if caption == "" else []))
 
 
 def text_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
@@ -174,7 +174,7 @@ def text_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
 def encode_caption(base: Base, caption: Caption) -> TextStates:
     """A caption's states, each with a leading dimension of 1."""
     with torch.no_grad():
-        states = base.encode_text([caption])
+        states = base.encode_negatives([caption])
     if any(not torch.isfinite(state).all() for state in states.values() if state.is_floating_point()):
         raise UserError("the text encoder makes numbers of it that are not finite",
                         where=f"caption {caption!r}", fix="use train.precision=fp32")
@@ -182,5 +182,5 @@ def encode_caption(base: Base, caption: Caption) -> TextStates:
 
 
 def precision(base: Base, component: str) -> str:
-    """The dtype that a component computes in, by name."""
-    return str(next(base.components[component].parameters()).dtype)
+    """What a component is held and computes in."""
+    return base.precision(component)

@@ -13,7 +13,7 @@ import torch
 
 from impasto.core.progress import SILENT, Reporter
 from impasto.core.rng import seed_for
-from impasto.data.account import accounts, of_set, wordings
+from impasto.data.account import accounts, of_set, unread, wordings
 from impasto.data.augment import Variant
 from impasto.data.beside import Example, example, in_batch, versions, wanted
 from impasto.data.buckets import check_sizes
@@ -295,8 +295,9 @@ def prepare_source(base: Base, data: DataOptions | DataSets, prior: PriorOptions
     no_caption = encoding.caption("") if any(one.caption_dropout + one.both_dropout for one in data.sets) \
         else ""
     encoding.run(report, rank, world)
+    notes = unread(items, base.longest) if rule.text or rule.captions else []
     return Source(_kept(items), tuple(class_items), data, rule, share, cache, base.stack_text, no_caption,
-                  LABEL_SIZES if any(one.source == "world" for one in data.sets) else (), notes=found.notes,
+                  LABEL_SIZES if any(one.source == "world" for one in data.sets) else (), notes=notes + found.notes,
                   varied=rule.captions and not set(base.text_encoder_names) & trains, held_out=_kept(held_out))
 
 

@@ -21,7 +21,7 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta, at_least_fp32
 from impasto.deltas.fit import fitted
 from impasto.deltas.hook import InputHook
-from impasto.deltas.layers import weight_of
+from impasto.deltas.layers import device_of, held_in_few_bits, weight_of
 
 Modules = Mapping[str, nn.Module] | nn.Module
 M = TypeVar("M", bound=nn.Module)
@@ -90,8 +90,8 @@ def beside_layers(modules: Modules, deltas: Mapping[str, tuple[Delta, ...]]) -> 
     """
     placed = {}
     for path, terms in deltas.items():
-        weight = next(find_layer(modules, path).parameters(), None)
-        placed[path] = terms if weight is None else tuple(on_device(term, weight.device) for term in terms)
+        device = device_of(find_layer(modules, path))
+        placed[path] = terms if device is None else tuple(on_device(term, device) for term in terms)
     return placed
 
 
@@ -169,9 +169,13 @@ class Attachment(Attached):
 
         `only`: paths of the parameters ("unet.conv_in.weight") that are to change; those not there stay as they are.
         The weight's own tensor is changed. Raises `UserError`, before anything is changed, if another layer
-        shares it (GPT-2's output layer is its token embedding), since that one would change too, or if a change
-        of a bias has no bias to go to.
+        shares it (GPT-2's output layer is its token embedding), since that one would change too, if a change of a bias
+        has no bias to go to, or if a weight is held in few bits, which would round the change away.
         """
+        for place in self._placed:
+            if kind := held_in_few_bits(place.layer):
+                raise UserError(f"is held as {kind}, which would round most of the change away", where=place.path,
+                                fix="keep the adapter apart, or merge it into the file, and hold that in few bits")
         self._check_unshared()
         for place in self._placed:
             if place.delta.bias() is not None and getattr(place.layer, "bias", None) is None:

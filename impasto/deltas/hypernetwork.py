@@ -164,17 +164,17 @@ def initialise(network: nn.Sequential, how: str, generator: torch.Generator) -> 
         init.zeros_(module.bias)
     if how == "zero_last":
         modules = list(network)
-        _check_zero(nn.Sequential(*modules[modules.index(weighted[-1]) + 1:]), weighted[-1].weight.device)
+        _check_zero(modules[modules.index(weighted[-1]) + 1:])
         init.zeros_(weighted[-1].weight)
 
 
-def _check_zero(rest: nn.Sequential, device: torch.device) -> None:
-    """That what follows the last layer takes zero to zero, and lets a gradient through there."""
-    with torch.enable_grad():
-        zero = torch.zeros(1, device=device, requires_grad=True)
-        out = rest.eval()(zero)
+def _check_zero(rest: Sequence[nn.Module]) -> None:
+    """That what follows the last layer takes zero to zero, and lets a gradient through there: tried on new ones of its
+    kind, on the CPU, whatever device it is on."""
+    with torch.enable_grad(), torch.device("cpu"):
+        zero = torch.zeros(1, requires_grad=True)
+        out = nn.Sequential(*(type(module)() for module in rest)).eval()(zero)
         gradient, = torch.autograd.grad(out.sum(), zero)
-    rest.train()
     if not ((out == 0) & (gradient != 0)).all():  # one question, which a fake tensor's yes answers
         name = type(rest[0]).__name__.lower()
         raise UserError(f"zero_last cannot begin under a last activation {name}: it does not take zero to zero, or "

@@ -2,10 +2,16 @@
 
 A delta changes a linear map (out, in, *kernel). Linear and convolutional layers store it like that in
 `weight`; an embedding (of one-hot vectors) and GPT-2's `Conv1D` store its transpose.
+
+A layer may hold its weight in few bits, and make it whenever it is asked for: `quantised` names how, `shape` is known
+without making it. Deltas stand beside such a layer as beside any other; nothing can be merged into it.
 """
 
 from __future__ import annotations
 
+import itertools
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,7 +52,8 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The layer's linear map W, (out, in / groups, *kernel): a view of its weight, never a copy."""
+    """The layer's linear map W, (out, in / groups, *kernel): a view of its weight, a copy only of one that is held in
+    few bits."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.T if is_transposed(layer) else weight
@@ -54,7 +61,20 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 def shape_of(layer: nn.Module) -> tuple[int, ...]:
     """The shape of `weight_of`."""
-    return tuple(weight_of(layer).shape)
+    shape = layer.shape if held_in_few_bits(layer) else weight_of(layer).shape
+    assert isinstance(shape, tuple)
+    return tuple(shape)
+
+
+def held_in_few_bits(layer: nn.Module) -> str:
+    """How, if the layer's weight is; else ""."""
+    return getattr(layer, "quantised", "")
+
+
+def device_of(layer: nn.Module) -> torch.device | None:
+    """Where what a layer holds is; None of one that holds nothing."""
+    first = next(itertools.chain(layer.parameters(), layer.buffers()), None)
+    return None if first is None else first.device
 
 
 def apply_weight(x: Tensor, weight: Tensor, layer: nn.Module) -> Tensor:

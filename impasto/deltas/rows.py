@@ -149,7 +149,8 @@ def _in_blocks(deltas: Sequence[Delta | None], kind: str, inputs: tuple[str, ...
     common = scales.pop() if len(scales) == 1 else 1.0
     made: Tensors = {name: torch.cat([block[name] for block in blocks]) for name in inputs}
     for name in OUTPUTS[kind]:
-        rows = [torch.zeros(there[0][name].shape[0], ends[-1], *there[0][name].shape[2:]) for _ in parts]
+        like = there[0][name]
+        rows = [torch.zeros(like.shape[0], ends[-1], *like.shape[2:], device=like.device) for _ in parts]
         for part, row in zip(parts, rows, strict=True):
             if part is not None:
                 end = ends[next(i for i, block in enumerate(blocks) if _same(part, block, inputs))]

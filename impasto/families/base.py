@@ -26,9 +26,11 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.deltas.attach import attach, beside_layers
 from impasto.deltas.delta import Delta
 from impasto.diffusion.process import Process
+from impasto.families.blocks import compute_again
 from impasto.families.tokens import Tokens, Vocabulary
 
 if TYPE_CHECKING:
+    from impasto.families.asleep import Asleep
     from impasto.formats.checkpoint import Checkpoint
 
 #: What the text encoders leave behind, by name; each tensor has a leading batch dimension.
@@ -78,6 +80,8 @@ class Base(abc.ABC):
 
     #: settings of the family's own, by name: their kind, which are its fields too or what loading asks for
     own_options: ClassVar[Mapping[str, type]] = {}
+    #: tokens of a caption that its CLIPs read; None: all, however long it is
+    longest: ClassVar[int | None] = None
     #: whether it was made to finish pictures that others began
     refines: ClassVar[bool] = False
 
@@ -90,6 +94,10 @@ class Base(abc.ABC):
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     #: the checkpoint's own scheduler config, for what it says about sampling
     scheduler: dict[str, Any] = field(default_factory=dict)
+    #: how components are held that are in few bits: names of `codes.CODES`
+    quantised: dict[str, str] = field(default_factory=dict)
+    #: components that were put to sleep, and whose weights were let go: they may have woken since
+    asleep: dict[str, Asleep] = field(default_factory=dict)
     #: adapters that were merged into the weights after loading, in this order
     merged: tuple[Merged, ...] = ()
 
@@ -98,10 +106,13 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None, options: Mapping[str, Any] | None = None) -> Self:
+                         init_seed: int | None = None, options: Mapping[str, Any] | None = None,
+                         quantised: Mapping[str, str] | None = None) -> Self:
         """Build from the checkpoint of each component: one and the same, but for a VAE that was replaced.
 
         `options`: of `own_options`. With an `init_seed` their configurations alone count, and weights are random.
+        `quantised`: components whose blocks' weights are held in few bits, and how (`codes.CODES`); each is so before
+        the next tensor is read.
         Modules are in eval mode and frozen. `dtype` is of the weights; a family may hold a component in more.
         Raises `UserError` for what is missing or does not fit.
         """
@@ -114,9 +125,9 @@ class Base(abc.ABC):
             if name not in cls.own_options:
                 raise UserError(f"has no setting {name!r} of its own", where=cls.family,
                                 fix=nearest(name, cls.own_options) if cls.own_options else "leave it out")
-            if type(value) is not cls.own_options[name] or value < 0:
+            if (kind := cls.own_options[name]) is not type(value) or kind is int and value < 1:
                 raise UserError(f"takes no {value!r} as its {name}", where=cls.family,
-                                fix=f"give {'true or false' if cls.own_options[name] is bool else 'a whole number'}")
+                                fix=f"give {'true or false' if kind is bool else 'a whole number from 1 on'}")
         return dict(options)
 
     @abc.abstractmethod
@@ -126,6 +137,11 @@ class Base(abc.ABC):
     def vocabulary(self, encoder: str) -> Vocabulary:
         """What a text encoder knows: what new tokens stand beside. Raises `UserError` where it takes none."""
         raise UserError("takes no new tokens", where=f"{self.family} {encoder}", fix="choose another method")
+
+    @functools.cached_property
+    def _first(self) -> dict[str, str]:
+        """What `origin` told of each component when it was first asked."""
+        return {}
 
     @functools.cached_property
     def tokens(self) -> Tokens:
@@ -139,6 +155,10 @@ class Base(abc.ABC):
 
     def text_settings(self) -> dict[str, Any]:
         """What text states depend on beside caption, weights and precision (clip skip), for cache keys."""
+        return {}
+
+    def own_settings(self) -> dict[str, Any]:
+        """Those of `own_options` in force, where they are not the usual ones."""
         return {}
 
     def stack_text(self, states: Sequence[TextStates]) -> TextStates:
@@ -229,7 +249,8 @@ class Base(abc.ABC):
         """
 
     def encode_negatives(self, captions: Sequence[Caption]) -> TextStates:
-        """Text states of negative prompts; a family may have its own for none at all."""
+        """Text states of negative prompts, and of captions that are learned from: a family may have its own for none at
+        all, and what guidance starts from is to be what was trained without caption."""
         return self.encode_text(captions)
 
     def sampling_extras(self, unwanted: int, wanted: int) -> dict[str, Tensor]:
@@ -314,9 +335,15 @@ class Base(abc.ABC):
             deltas = {layer: terms for layer, terms in each.deltas.items() if layer in layers}
             attach(self.components, beside_layers(self.components, deltas), each.strength).merge(only=paths)
 
+    def precision(self, component: str) -> str:
+        """What a component is held and computes in: its type, and how it is held if that is in few bits. For keys of
+        what it has made."""
+        held = self.quantised.get(component)
+        return str(next(self.components[component].parameters()).dtype) + (f", {held}" if held else "")
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by path: all others are what the checkpoint has, up to the precision in use."""
-        return {f"{name}.{path}": parameter for name, network in self.components.items()
+        return {f"{name}.{path}": parameter for name, network in self.components.items() if not self._sleeps(name)
                 for path, parameter in network.named_parameters() if parameter.requires_grad}
 
     def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
@@ -349,17 +376,85 @@ class Base(abc.ABC):
         """
         from impasto.families.fingerprint import fingerprint, of_module
 
-        return {name: fingerprint(self.checkpoints[name], name) if name in self.checkpoints
-                else of_module(self.components[name])
-                for name in (self.components if components is None else components)}
+        found = {name: fingerprint(self.checkpoints[name], name) if name in self.checkpoints
+                 else of_module(self.components[name])
+                 for name in (self.components if components is None else components)}
+        for name, own in found.items():
+            self._first.setdefault(name, own)
+        return found
 
-    def checkpoint_gradients(self) -> None:
+    def checkpoint_gradients(self, share: float = 1.0) -> None:
         """Compute blocks of the denoiser and the text encoders again in the backward instead of keeping what
-        they made: less memory, about a third more time."""
+        they made: less memory, about a third more time. A share less than 1 is of the denoiser's blocks alone, those
+        that keep the most."""
+        if share < 1:
+            compute_again(self.denoiser, share)
+            return
         for name in (self.denoiser_name, *self.text_encoder_names):
             cast(Any, self.components[name]).enable_gradient_checkpointing()
 
+    # --- sleep ---------------------------------------------------------------------------------------
     def sleep(self, components: Iterable[str]) -> None:
-        """Move components that nobody needs now to the CPU. What they are asked for meanwhile is computed there."""
+        """Put components to sleep that nobody needs now.
+
+        One that is what its checkpoint holds, up to precision, is let go: its weights are read again from there, to the
+        denoiser's device, as soon as one of them is looked at (see `asleep`). That raises `UserError` if the checkpoint
+        has changed since it was loaded. Any other is moved to the CPU, and what it is asked for is computed there.
+        """
+        from impasto.families.asleep import Asleep
+
         for name in components:
-            self.components[name].to("cpu")
+            if self._sleeps(name):
+                continue
+            if self._can_be_read(name):
+                self.asleep[name] = Asleep(self.components[name], functools.partial(self._read_again, name),
+                                           self.device)
+            else:
+                self.components[name].to("cpu")
+
+    @contextlib.contextmanager
+    def awake(self, components: Iterable[str] | None = None) -> Iterator[None]:
+        """A block in which components, or all, may be asked for anything, on the denoiser's device; afterwards those
+        that slept do so again."""
+        names = [*(self.components if components is None else components)]
+        away = {name: place for name in names if not self._sleeps(name) and
+                (place := next(self.components[name].parameters()).device) != self.device}
+        sleeping = [name for name in names if self._sleeps(name)]
+        for name in away:
+            self.components[name].to(self.device)
+        try:
+            yield
+        finally:
+            for name, place in away.items():
+                self.components[name].to(place)
+            self.sleep(sleeping)
+
+    def awake_networks(self) -> list[nn.Module]:
+        """The networks whose weights are there."""
+        return [network for name, network in self.components.items() if not self._sleeps(name)]
+
+    def numbers(self, component: str) -> int:
+        """How many a component's parameters hold; whether it sleeps or not."""
+        return self.asleep[component].count if self._sleeps(component) else \
+            sum(parameter.numel() for parameter in self.components[component].parameters())
+
+    def _sleeps(self, name: str) -> bool:
+        return name in self.asleep and not self.asleep[name].woken
+
+    def _can_be_read(self, name: str) -> bool:
+        """Whether a component is what its checkpoint holds, and that is what it was when it was first looked at."""
+        return name in self.checkpoints and not any(name in each.components for each in self.merged) and \
+            not any(parameter.requires_grad for parameter in self.components[name].parameters()) and \
+            self._is_first(name)
+
+    def _is_first(self, name: str) -> bool:
+        try:
+            return self.origin([name])[name] == self._first[name]
+        except OSError:
+            return False
+
+    def _read_again(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        if not self._is_first(name):
+            raise UserError(f"its {name}, which is needed again, is not what it was when this began",
+                            where=self.checkpoints[name].path, fix="put the base back to where and what it was")
+        return self.stored(name)

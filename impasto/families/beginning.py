@@ -46,8 +46,10 @@ class Beginning:
 
 
 def begin(base: Base, scheduler: Any, times: Tensor, generators: Sequence[torch.Generator], settings: SampleSettings,
-          pictures: Sequence[Image.Image] | None, masks: Sequence[Image.Image] | None) -> Beginning:
-    """At the first of `times`, of pictures and masks of the settings' size, if there are any.
+          pictures: Sequence[Image.Image] | None, masks: Sequence[Image.Image] | None, *,
+          refined: bool = False) -> Beginning:
+    """At the first of `times`, of pictures and masks of the settings' size, if there are any. `refined`: another base,
+    that is shown no mask, goes on.
 
     The order in which each picture's generator is asked for noise is diffusers'.
     """
@@ -84,11 +86,14 @@ def begin(base: Base, scheduler: Any, times: Tensor, generators: Sequence[torch.
         extras |= {"mask": mask.to(base.device)}
         if "masked" in base.extras:
             extras["masked"] = moments(pixels * (mask < 0.5))
-    kept = None
-    if keeps and mask is not None and latents is not None:
-        noise()  # diffusers asks for the masked picture's too, which nobody then sees
+    kept, seen = None, base.seen(extras, noise)
+    if mask is not None and pixels is not None and (keeps or refined):
+        if latents is None:
+            latents = base.latents(moments(pixels), noise())
+        elif keeps:
+            noise()  # diffusers asks for the masked picture's too, which nobody then sees
         kept = Kept(latents, drawn, F.interpolate(mask, size=shape[1:]).to(base.device))
-    return Beginning(x, base.seen(extras, noise), kept)
+    return Beginning(x, seen, kept)
 
 
 def nothing_kept(base: Base, settings: SampleSettings, count: int

@@ -17,7 +17,9 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.families import FAMILIES
 from impasto.families.base import Base
 from impasto.families.merged import merge_into
+from impasto.families.quantised import check_device
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+from impasto.formats.configs import CONFIGS
 from impasto.formats.text_files import open_text_encoders
 from impasto.mini import BASE, check_weights
 
@@ -32,7 +34,8 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False,
               report: Reporter = SILENT, clip_skip: int = 0, init_seed: int | None = None,
               adapters: Sequence[str] = (), prediction: str | None = None,
-              text_encoders: Sequence[str | Path] = (), options: Mapping[str, Any] | None = None) -> Base:
+              text_encoders: Sequence[str | Path] = (), options: Mapping[str, Any] | None = None,
+              quantize: str = "none", quantize_text: str = "none") -> Base:
     """The base at `path`: a checkpoint file, a diffusers folder, a hub id ("owner/name") in the local cache,
     or "mini", the embedded one.
 
@@ -42,8 +45,9 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
     and the weights are random, as their libraries begin with them. `adapters`, each a file or "FILE:strength", are
     merged into the weights in memory. `prediction`: what the network predicts, "epsilon" or "v_prediction",
     whatever the checkpoint says, or where it does not say. `text_encoders`: files of such alone, in any order, for a
-    base without them or in place of its own. `options`: settings of the family's own (`Base.own_options`). Raises
-    `UserError`.
+    base without them or in place of its own. `options`: settings of the family's own (`Base.own_options`). `quantize`:
+    how the denoiser's weights are held, "none" as they are, or in few bits (`codes.CODES`), `quantize_text` those of
+    the text encoders: nothing can then be merged into them. Raises `UserError`.
     """
     if family is not None:
         FAMILIES.get(family)  # a name that is not known is an error, with the nearest one
@@ -64,8 +68,13 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
     if text_encoders:
         files = [locate(file, download=download) for file in text_encoders]
         sources |= open_text_encoders(files, main.family, main.path if main.path.is_dir() else main.path.parent)
-    base = FAMILIES.get(main.family).from_checkpoints(sources, device=device, dtype=dtype, clip_skip=clip_skip,
-                                                      report=report, init_seed=init_seed, options=options or {})
+    kind: type[Base] = FAMILIES.get(main.family)
+    held = {kind.denoiser_name: quantize, **dict.fromkeys(kind.text_encoder_names, quantize_text)}
+    held = {name: code for name, code in held.items() if code != "none"}
+    for code in held.values():
+        check_device(code, device)
+    base = kind.from_checkpoints(sources, device=device, dtype=dtype, clip_skip=clip_skip, report=report,
+                                 init_seed=init_seed, options=options or {}, quantised=held)
     if base.surplus:
         shown = ", ".join(base.surplus[:3]) + (", …" if len(base.surplus) > 3 else "")
         plural = "s" if len(base.surplus) > 1 else ""
@@ -78,6 +87,12 @@ def _vae(path: Path, family: str) -> Checkpoint:
     checkpoint = open_checkpoint(path, family=family)
     if "vae" not in checkpoint.components:
         raise UserError("holds no VAE", where=path)
+    scales = {name: CONFIGS.get(name).parts["vae"].config["scaling_factor"] for name in FAMILIES}
+    own = checkpoint.configs["vae"].get("scaling_factor")
+    if own != scales[family] and own in scales.values():
+        others = " and ".join(name for name, scale in scales.items() if scale == own)
+        raise UserError(f"is a VAE of {others}, whose latents are others than those of {family}", where=path,
+                        fix=f"take a VAE of {family}")
     return checkpoint
 
 

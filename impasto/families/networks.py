@@ -6,7 +6,7 @@ time: at no moment is there a second copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from impasto.core.errors import UserError, nearest
 from impasto.core.rng import seed_for
 from impasto.families.lean import lean
+from impasto.families.quantised import quantised_layers
 from impasto.families.tokens import looked_up
 
 Config = Mapping[str, Any]
@@ -193,8 +194,8 @@ def random_init(component: str, kind: str, config: Config, seed: int = 0, *, dev
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "init", component))
         network = _built(kind, config)
-    for name, (held, leaf) in _places(network).items():  # not by `Module.to`, which cannot move fake tensors
-        held[leaf] = _like(held[leaf], held[leaf].to(device, _width(network, name, dtype)))
+    for name, (held, leaf) in places(network).items():  # not by `Module.to`, which cannot move fake tensors
+        held[leaf] = like(held[leaf], held[leaf].to(device, _width(network, name, dtype)))
     for module in network.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
@@ -202,7 +203,7 @@ def random_init(component: str, kind: str, config: Config, seed: int = 0, *, dev
     return network
 
 
-def _places(network: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+def places(network: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Where each tensor belongs that files have: weights, and such constants as SD 3's positions."""
     found: dict[str, tuple[dict[str, Any], str]] = {}
     for path, module in network.named_modules():
@@ -213,7 +214,7 @@ def _places(network: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     return found
 
 
-def _like(old: Tensor, new: Tensor) -> Tensor:
+def like(old: Tensor, new: Tensor) -> Tensor:
     """The new tensor, as a frozen weight where the old one is a weight."""
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
@@ -244,21 +245,28 @@ def fill(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, where: ob
     `dtype` of the weights, or the file's own. Raises `UserError` for a tensor of another shape, one that is
     missing, or one that is not of floating point.
     """
-    places, surplus = _places(network), []
+    known, packed, surplus = places(network), quantised_layers(network), []
+    missing = [*packed, *(name for name, (held, leaf) in known.items() if held[leaf].is_meta)]
+    left = set(missing)
     for name, tensor in tensors:
-        if name not in places:
+        if name not in known and name not in packed:
             if not name.endswith("position_ids"):  # a buffer of constants that old files carry
                 surplus.append(name)
             continue
-        held, leaf = places[name]
-        wanted = held[leaf]
-        if tensor.shape != wanted.shape:
-            raise UserError(f"tensor {name!r} is {_shape(tensor)}, the network wants {_shape(wanted)}", where=where,
-                            fix="the file is damaged, or its config is another one's")
+        wanted = packed[name].shape if name in packed else known[name][0][known[name][1]].shape
+        if tensor.shape != wanted:
+            raise UserError(f"tensor {name!r} is {_shape(tensor.shape)}, the network wants {_shape(wanted)}",
+                            where=where, fix="the file is damaged, or its config is another one's")
         if not tensor.is_floating_point():
             raise UserError(f"tensor {name!r} is of {tensor.dtype}, not of floating point", where=where)
-        held[leaf] = _like(wanted, tensor.to(device=device, dtype=_width(network, name, dtype) or tensor.dtype))
-    if missing := [name for name, (held, leaf) in places.items() if held[leaf].is_meta]:
+        width = _width(network, name, dtype) or tensor.dtype
+        if name in packed:
+            packed[name].take(tensor.to(device), width)
+        else:
+            held, leaf = known[name]
+            held[leaf] = like(held[leaf], tensor.to(device=device, dtype=width))
+        left.discard(name)
+    if missing := [name for name in missing if name in left]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"tensor {missing[0]!r}{others} is missing" if not others else
                         f"tensors are missing: {missing[0]!r}{others}", where=where,
@@ -276,5 +284,5 @@ def _fill_buffers(network: nn.Module, device: torch.device | str) -> None:
                 module._buffers[name] = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
 
 
-def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "a number"
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "a number"

@@ -21,6 +21,7 @@ from impasto.families.base import Base
 from impasto.families.prompts import extract_loras
 from impasto.families.sampling import SampleSettings
 from impasto.families.variants import PIX2PIX
+from impasto.formats.configs import CONFIGS
 
 #: our samplers by A1111's names
 SAMPLERS = {
@@ -59,6 +60,7 @@ def describe(*, prompt: str, negative: str, seed: int, settings: SampleSettings,
         "family": base.family,
         "refiner": _label(refiner.source) if refiner is not None and refiner.source else "",
         "text": base.text_settings(),
+        **_loaded(base),
         "adapters": [{"file": Path(file).name, "strength": strength} for file, strength in adapters],
         "prompt": prompt,
         "negative": negative,
@@ -68,6 +70,16 @@ def describe(*, prompt: str, negative: str, seed: int, settings: SampleSettings,
         "mask": Path(mask).name,
         "settings": dataclasses.asdict(settings),
     }
+
+
+def _loaded(base: Base) -> dict[str, Any]:
+    """What a base was loaded with beside its own file, and what that file may not tell."""
+    others = {name: _label(checkpoint.path) for name, checkpoint in base.checkpoints.items()
+              if checkpoint.path != base.source}
+    usual, own = CONFIGS.get(base.family).scheduler.get("prediction_type"), base.process.prediction
+    return {"options": base.own_settings(), "vae": others.get("vae", ""),
+            "text_encoders": [others[name] for name in base.text_encoder_names if name in others],
+            "prediction": own if own not in (usual, "flow") else ""}
 
 
 def _label(source: Path) -> str:

@@ -81,7 +81,8 @@ def sample(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption],
         if span.start and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(span.start)
         if begun is None:
-            begun = begin(base, scheduler, scheduler.timesteps[start:], generators, settings, init_images, masks)
+            begun = begin(base, scheduler, scheduler.timesteps[start:], generators, settings, init_images, masks,
+                          refined=refiner is not None)
             x = begun.x
         guidance = Guidance(settings.guidance, settings.image_guidance if edits and stage == 0 else None)
         condition = _condition(network, prompts, guidance.negatives(negatives), settings,
@@ -93,7 +94,7 @@ def sample(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption],
             seen = torch.cat([seen] * guidance.ways)
             prediction = network.predict(seen, process_time(network.process, t).expand(len(seen)), condition).float()
             x = scheduler.step(guidance.joined(prediction), t, x, **draws, return_dict=False)[0]
-            if begun.kept is not None:
+            if begun.kept is not None and not network.extras:
                 x = begun.kept.put_back(base, scheduler, x, scheduler.timesteps[i + 1:i + 2] if i + 1 < end else None)
             while on_step and done < (i + 1 - start) * (settings.steps - first) // (end - start):
                 done += 1  # some solvers predict twice a step

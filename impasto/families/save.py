@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, write_json
 from impasto.families.base import Base
 from impasto.families.networks import config_of, kind_of
+from impasto.formats.adapter_bytes import Taken, taken
 from impasto.formats.configs import CONFIGS, FamilyConfig
 from impasto.formats.written import holds, save_tensors
 
@@ -27,27 +29,53 @@ def save_folder(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
 
     Raises `UserError` where it cannot be written.
     """
-    table: FamilyConfig = CONFIGS.get(base.family)
-    index: dict[str, object] = {
-        "_class_name": table.pipelines[base.variant], "_diffusers_version": "0.39.0", **table.index,
-        "scheduler": ["diffusers", base.scheduler.get("_class_name", table.scheduler["_class_name"])]}
     with atomic_folder(path, replace=replace) as folder:
-        for name, network in base.components.items():
-            stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
-            (folder / name).mkdir()
-            write_json(folder / name / "config.json", config_of(network))
-            tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in
-                       _weights(base, name, changed).items() if not key.endswith("position_ids")}
-            file = folder / name / f"{stem}.safetensors"
+        _write_facts(base, folder)
+        for name in base.components:
+            with base.awake([name]):
+                tensors = {key: tensor.detach().to("cpu", dtype).contiguous()
+                           for key, tensor in _weights(base, name, changed).items() if not key.endswith("position_ids")}
+            file = folder / _file_of(name)
             save_tensors(tensors, file, {"format": "pt", **(metadata or {})})
             if not holds(file, tensors):
                 raise UserError(f"its {name} was written and reads back as something else", where=path,
                                 fix="the disk is failing: save to another one")
-            index[name] = ["transformers" if name.startswith("text") else "diffusers", kind_of(network)]
-        index |= base.save_tools(folder)
-        (folder / "scheduler").mkdir()
-        write_json(folder / "scheduler" / "scheduler_config.json", base.scheduler or dict(table.scheduler))
-        write_json(folder / "model_index.json", index)
+
+
+def folder_sizes(base: Base, path: Path, *, dtype: torch.dtype = torch.float16,
+                 metadata: dict[str, str] | None = None) -> dict[Path, Taken]:
+    """What `save_folder` would write, by file; the networks may be on the meta device."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        _write_facts(base, folder)
+        sizes = {path / file.relative_to(folder): Taken(0, file.stat().st_size)
+                 for file in sorted(folder.rglob("*")) if file.is_file()}
+    for name, network in base.components.items():
+        tensors = {key: torch.empty(tensor.shape, dtype=dtype, device="meta")
+                   for key, tensor in network.state_dict().items() if not key.endswith("position_ids")}
+        sizes[path / _file_of(name)] = taken(tensors, {"format": "pt", **(metadata or {})})
+    return sizes
+
+
+def _file_of(component: str) -> str:
+    """Where a component's weights lie in a folder."""
+    return f"{component}/{'model' if component.startswith('text') else 'diffusion_pytorch_model'}.safetensors"
+
+
+def _write_facts(base: Base, folder: Path) -> None:
+    """All files of a folder but the weights."""
+    table: FamilyConfig = CONFIGS.get(base.family)
+    index: dict[str, object] = {
+        "_class_name": table.pipelines[base.variant], "_diffusers_version": "0.39.0", **table.index,
+        "scheduler": ["diffusers", base.scheduler.get("_class_name", table.scheduler["_class_name"])]}
+    for name, network in base.components.items():
+        (folder / name).mkdir()
+        write_json(folder / name / "config.json", config_of(network))
+        index[name] = ["transformers" if name.startswith("text") else "diffusers", kind_of(network)]
+    index |= base.save_tools(folder)
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", base.scheduler or dict(table.scheduler))
+    write_json(folder / "model_index.json", index)
 
 
 def _weights(base: Base, name: str, changed: Collection[str] | None) -> dict[str, Tensor]:

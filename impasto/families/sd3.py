@@ -21,11 +21,11 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.diffusion.process import RectifiedFlow
 from impasto.families import clip, mmdit_targets, t5
 from impasto.families.base import Caption, Geometry, TextStates
+from impasto.families.latent_base import LatentBase
 from impasto.families.networks import ClipText, T5Text
 from impasto.families.parts import Places
 from impasto.families.tokenizer import t5_tokenizer, write_tokenizer
 from impasto.families.tokens import Vocabulary
-from impasto.families.unet_base import UNetBase
 
 if TYPE_CHECKING:
     from impasto.formats.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ T5_ENCODER, T5_TOKENIZER = "text_encoder_3", "tokenizer_3"
 
 
 @dataclass(kw_only=True)
-class SD3(UNetBase):
+class SD3(LatentBase):
     """Stable Diffusion 3. Text states: "clip" (B, 77, 2048), both CLIPs' side by side, of the last layer but one;
     "t5" (B, `t5_length`, 4096); "pooled" (B, 2048).
 
@@ -48,6 +48,7 @@ class SD3(UNetBase):
     denoiser_name: ClassVar[str] = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = (*TOKENIZERS, T5_ENCODER)
     own_options: ClassVar[Mapping[str, type]] = {"t5": bool, "t5_length": int, "mask_padding": bool}
+    longest: ClassVar[int | None] = 75
     refuses: ClassVar[Mapping[str, str]] = {
         "hypernetwork": "its keys and values are made of text and picture together, and no program reads such a file"}
 
@@ -65,7 +66,8 @@ class SD3(UNetBase):
     @classmethod
     def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None, options: Mapping[str, Any] | None = None) -> Self:
+                         init_seed: int | None = None, options: Mapping[str, Any] | None = None,
+                         quantised: Mapping[str, str] | None = None) -> Self:
         own = cls.checked(options or {})
         if not set(TOKENIZERS) & checkpoints.keys():
             raise UserError("holds no text encoders", where=next(iter(checkpoints.values())).path,
@@ -77,7 +79,7 @@ class SD3(UNetBase):
         why = why or not wanted
         kind = cast(type[Self], WithoutT5) if why else cls
         return super(SD3, kind).from_checkpoints(checkpoints, device=device, dtype=dtype, clip_skip=clip_skip,
-                                                 report=report, init_seed=init_seed, options=own)
+                                                 report=report, init_seed=init_seed, options=own, quantised=quantised)
 
     @classmethod
     def tools(cls, checkpoints: Mapping[str, Checkpoint], clip_skip: int) -> dict[str, Any]:
@@ -142,6 +144,12 @@ class SD3(UNetBase):
     def text_settings(self) -> dict[str, Any]:
         own = {"t5_length": self.t5_length, "mask_padding": self.mask_padding} if self.t5 is not None else {}
         return {"clip_skip": self.clip_skip, **own}
+
+    def own_settings(self) -> dict[str, Any]:
+        if self.t5 is None:
+            return {"t5": False}
+        own = {"t5_length": self.t5_length, "mask_padding": self.mask_padding}
+        return {name: value for name, value in own.items() if value != getattr(SD3, name)}
 
     def stack_text(self, states: Sequence[TextStates]) -> TextStates:
         """T5's states, where they are of unequal length, end in zeros, as they would up to the full length."""

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from impasto.core.errors import UserError
 from impasto.formats.header import Header, dtype_name, header_bytes, read_header, torch_dtype
+
+
+class Taken(NamedTuple):
+    """What a file takes, in bytes: its tensors, and all else, which is a header or a config."""
+
+    tensors: int
+    rest: int
 
 
 def stored(layer: str, tensor: Tensor, dtype: torch.dtype, where: object) -> Tensor:
@@ -51,6 +58,12 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapp
     file.write(head)
     for name in order:
         file.write(tensor_bytes(tensors[name]))
+
+
+def taken(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Taken:
+    """What `write_tensors` will write."""
+    head, _ = header_bytes(layout(tensors), metadata)
+    return Taken(sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values()), len(head))
 
 
 def layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:

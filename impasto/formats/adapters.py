@@ -23,7 +23,7 @@ from impasto.core.registry import Registry
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
 from impasto.formats import names, pictured
-from impasto.formats.adapter_bytes import read_back, read_tensors, upcast, write_tensors
+from impasto.formats.adapter_bytes import Taken, read_back, read_tensors, taken, upcast, write_tensors
 from impasto.formats.detect import CONTEXT_WIDTHS, WIDER, family_told
 from impasto.formats.header import Header, read_header
 from impasto.formats.meaning import check_meaning
@@ -80,6 +80,10 @@ class Codec(abc.ABC):
     def save(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         """Raises `UserError` for what the format cannot hold, before a byte is written."""
 
+    @abc.abstractmethod
+    def sizes(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> dict[Path, Taken]:
+        """What `save` would write, by file; tensors may be without values (`planning.weightless`)."""
+
 
 class FileCodec(Codec):
     """A format of one safetensors file."""
@@ -104,6 +108,9 @@ class FileCodec(Codec):
         with atomic_write(path) as file:
             write_tensors(file, tensors, metadata)
         read_back(path, tensors, metadata)
+
+    def sizes(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> dict[Path, Taken]:
+        return {path: taken(*self.encode(adapter, dtype, metadata, path))}
 
 
 def load_adapter(path: Path | str, family: str | None = None) -> Adapter:
@@ -132,7 +139,20 @@ def save_adapter(adapter: Adapter, path: Path | str, *, format: str = "kohya",
     one save to the next (a date is the caller's to give: `modelspec.date`): equal adapters give equal files.
     Raises `UserError` before anything is written if `format` or `dtype` cannot hold the adapter.
     """
-    path = Path(path)
+    codec, adapter, told = _prepared(adapter, path := Path(path), format, dtype, metadata or {})
+    codec.save(adapter, path, dtype, told)
+
+
+def adapter_sizes(adapter: Adapter, path: Path | str, *, format: str = "kohya", dtype: torch.dtype = torch.float16,
+                  metadata: Mapping[str, str] | None = None) -> dict[Path, Taken]:
+    """What `save_adapter` would write, by file. Raises `UserError` as it does."""
+    codec, adapter, told = _prepared(adapter, path := Path(path), format, dtype, metadata or {})
+    return codec.sizes(adapter, path, dtype, told)
+
+
+def _prepared(adapter: Adapter, path: Path, format: str, dtype: torch.dtype, metadata: Mapping[str, str]
+              ) -> tuple[Codec, Adapter, dict[str, str]]:
+    """The format's codec, the adapter under the paths that files spell, and what its file is to tell."""
     codec: Codec = CODECS.get(format)()
     if dtype not in DTYPES:
         raise UserError(f"adapters are not stored as {str(dtype).removeprefix('torch.')}", where=path,
@@ -143,7 +163,7 @@ def save_adapter(adapter: Adapter, path: Path | str, *, format: str = "kohya",
         if getattr(adapter, part) and part not in codec.holds:
             raise UserError(f"the adapter holds {what}, for which the format {format} has no place", where=path,
                             fix="save it as auto, which makes a file of each kind of thing")
-    merged = {**adapter.metadata, **(metadata or {})}
+    merged = {**adapter.metadata, **metadata}
     for key, value in merged.items():
         if not isinstance(value, str):
             raise UserError(f"metadata {key!r} is not a string", where=path)
@@ -152,7 +172,7 @@ def save_adapter(adapter: Adapter, path: Path | str, *, format: str = "kohya",
     plain["impasto.base"] = json.dumps(adapter.base, sort_keys=True)
     if adapter.family:
         plain["impasto.family"] = adapter.family
-    codec.save(adapter, path, dtype, plain)
+    return codec, adapter, plain
 
 
 def canonical_layers(adapter: Adapter, where: object) -> Layers:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from impasto.deltas.adapter import Adapter
-from impasto.formats.adapters import save_adapter
+from impasto.formats.adapter_bytes import Taken
+from impasto.formats.adapters import adapter_sizes, save_adapter
 
 #: formats whose files hold one token
 SINGLE = ("webui-embedding", "diffusers-embedding")
@@ -86,3 +87,12 @@ def save_arranged(adapter: Adapter, path: Path, *, format: str = "auto", dtype: 
         for part, file in zip(parts, written, strict=True):
             os.replace(file, part.path)
     return [part.path for part in parts]
+
+
+def arranged_sizes(adapter: Adapter, path: Path, *, format: str = "auto", dtype: torch.dtype = torch.float16,
+                   metadata: Mapping[str, str] | None = None) -> dict[Path, Taken]:
+    """What `save_arranged` would write, by file. Raises `UserError` as it does."""
+    sizes: dict[Path, Taken] = {}
+    for part in arranged(adapter, path, format):
+        sizes |= adapter_sizes(part.adapter, part.path, format=part.format, dtype=dtype, metadata=metadata)
+    return sizes

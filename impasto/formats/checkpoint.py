@@ -33,6 +33,9 @@ WEIGHTS = (
         ".bin", ".bin.index.json", ".fp16.bin", ".bin.index.fp16.json")),
 )
 
+#: how keys end that scale other tensors (ComfyUI's comfy/ops.py and quant_ops.py)
+SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2", "scaled_fp8", ".comfy_quant")
+
 #: `modelspec.prediction_type` -> diffusers' word
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
                "v-prediction": "v_prediction"}
@@ -77,6 +80,9 @@ class Checkpoint:
             return self
         if kind not in PREDICTIONS:
             raise UserError(f"there is no kind of prediction {kind!r}", fix=nearest(kind, PREDICTIONS))
+        if "Flow" in str(self.scheduler.get("_class_name")):
+            raise UserError("predicts a flow, as all of its family do", where=self.path,
+                            fix="leave --prediction (base.prediction) out")
         told = {**self.scheduler, "prediction_type": PREDICTIONS[kind]}
         configs = self.configs if self.layout != "ldm" else _sized(self.configs, told, CONFIGS.get(self.family))
         return replace(self, scheduler=told, configs=configs)
@@ -169,6 +175,9 @@ def _table(path: Path, found: Detected) -> FamilyConfig:
 
 
 def _open_single(path: Path, file: TensorFile, found: Detected, table: FamilyConfig) -> Checkpoint:
+    if scaled := next((key for key in file.shapes if key.endswith(SCALES)), None):
+        raise UserError(f"holds weights in eight bits with scales beside them ({scaled}), which are not read",
+                        where=path, fix="take the file in fp16, bf16, or in plain fp8")
     rest = dict.fromkeys(file.shapes)
     bare = any(key.startswith(("input_blocks.", "joint_blocks.")) for key in rest)  # a denoiser alone, without prefix
     configs: dict[str, dict[str, Any]] = {}

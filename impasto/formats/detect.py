@@ -148,11 +148,13 @@ def _embedding(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str
     """One or several embeddings, if that is what they are."""
     names = shapes.keys()
     width = next((shape[-1] for shape in shapes.values() if shape), 0)
-    family = family_told(metadata) or CONTEXT_WIDTHS.get(width, "")
+    told = family_told(metadata)
+    family = told or CONTEXT_WIDTHS.get(width, "")
     if {"emb_params", "clip_l", "clip_g", "string_to_param"} & names:
-        return Detected("embedding", "sdxl" if "clip_g" in names else family)
+        return Detected("embedding", told or ("sdxl" if "clip_g" in names else family))
     if names and all(name.startswith("bundle_emb.") for name in names):
-        return Detected("embedding", "sdxl" if any(name.endswith(".clip_g") for name in names) else family, "kohya")
+        both = any(name.endswith(".clip_g") for name in names)
+        return Detected("embedding", told or ("sdxl" if both else family), "kohya")
     if len(shapes) == 1:
         ((name, shape),) = shapes.items()
         told = name.startswith("<") or "impasto.token" in metadata

@@ -21,7 +21,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write
 from impasto.deltas.adapter import Adapter
-from impasto.formats.adapter_bytes import read_back, read_tensors, stored, write_tensors
+from impasto.formats.adapter_bytes import Taken, read_back, read_tensors, stored, taken, write_tensors
 from impasto.formats.adapters import Codec, assemble
 from impasto.formats.detect import CONTEXT_WIDTHS, detect, detect_names
 from impasto.formats.header import Header
@@ -63,7 +63,9 @@ class _EmbeddingFile(Codec):
             return False
         return found.kind == "embedding" and found.layout == self.layout
 
-    def save(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+    def contents(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]
+                 ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The file's tensors and metadata."""
         if len(adapter.embeddings) > 1:
             raise UserError(f"a {self.name} file holds one token, not {len(adapter.embeddings)}", where=path,
                             fix="save them one by one, or as kohya")
@@ -73,7 +75,13 @@ class _EmbeddingFile(Codec):
         about = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": path.stem}
         if adapter.family in ARCHITECTURES:
             about["modelspec.architecture"] = f"{ARCHITECTURES[adapter.family]}/textual-inversion"
-        metadata = {**about, **metadata, TOKEN: token}
+        return tensors, {**about, **metadata, TOKEN: token}
+
+    def sizes(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> dict[Path, Taken]:
+        return {path: taken(*self.contents(adapter, path, dtype, metadata))}
+
+    def save(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        tensors, metadata = self.contents(adapter, path, dtype, metadata)
         with atomic_write(path) as file:
             write_tensors(file, tensors, metadata)
         read_back(path, tensors, metadata)

@@ -23,7 +23,7 @@ from impasto.core.files import atomic_write
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.hook import InputHook
 from impasto.deltas.hypernetwork import Hypernetwork, check_structure, dropout_of
-from impasto.formats.adapter_bytes import stored
+from impasto.formats.adapter_bytes import Taken, stored
 from impasto.formats.adapters import Codec, assemble
 from impasto.formats.detect import CONTEXT_WIDTHS, detect
 from impasto.formats.header import Header
@@ -69,6 +69,16 @@ class HypernetworkFile(Codec):
         if not _same(load_pickle(path), table):
             raise UserError("reads back otherwise than it was written", where=path,
                             fix="the disk or its cache is failing; save to another one")
+
+    def sizes(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> dict[Path, Taken]:
+        """Of a file that is written to memory: what is around tensors in it is not simply told."""
+        table = encode(adapter, dtype, metadata, path)
+        pairs = {width: tuple({name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in network.items()}
+                              for network in pair) for width, pair in table.items() if type(width) is int}
+        write_table(file := io.BytesIO(), table | pairs)
+        tensors = sum(tensor.numel() * tensor.dtype.itemsize for pair in pairs.values() for network in pair
+                      for tensor in network.values())
+        return {path: Taken(tensors, len(file.getvalue()) - tensors)}
 
 
 # --- reading -----------------------------------------------------------------------------------------------

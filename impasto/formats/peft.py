@@ -29,7 +29,7 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.delta import Delta
 from impasto.deltas.told import inner_of, is_plain_lora
 from impasto.formats import names
-from impasto.formats.adapter_bytes import read_back, read_tensors, stored, upcast, write_tensors
+from impasto.formats.adapter_bytes import Taken, read_back, read_tensors, stored, taken, upcast, write_tensors
 from impasto.formats.adapters import Codec, FileCodec, Layers, assemble
 from impasto.formats.header import Header, read_header
 from impasto.formats.meaning import check_meaning
@@ -100,17 +100,29 @@ class PeftFolder(Codec):
             metadata |= said
         return assemble(layers, metadata)
 
-    def save(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-        parts = _by_component(adapter, self.name, ("lora", "loha", "lokr"), path)
+    def encode(self, adapter: Adapter, dtype: torch.dtype, metadata: dict[str, str], where: Path
+               ) -> dict[str, tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]]:
+        """Tensors, metadata and config of each component; a single one's folder is that of all."""
         encoded = {}
-        for component, layers in parts.items():
-            tensors, config = _encode(component, layers, dtype, path)
+        for component, layers in _by_component(adapter, self.name, ("lora", "loha", "lokr"), where).items():
+            tensors, config = _encode(component, layers, dtype, where)
             tensors = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
-            said = {**metadata, "format": "pt", "impasto.component": component}
+            encoded[component] = tensors, {**metadata, "format": "pt", "impasto.component": component}, config
+        return encoded
+
+    def sizes(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> dict[Path, Taken]:
+        encoded, found = self.encode(adapter, dtype, metadata, path), {}
+        for component, (tensors, said, config) in encoded.items():
+            folder = path / component if len(encoded) > 1 else path
+            found |= {folder / WEIGHTS: taken(tensors, said), folder / CONFIG: Taken(0, len(_written(config)))}
+        return found
+
+    def save(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        encoded = self.encode(adapter, dtype, metadata, path)
+        for component, (tensors, said, config) in encoded.items():
             decoded = _decode_folder(upcast(tensors), config, said, path, "")
             own = {k: v for k, v in adapter.deltas.items() if k.startswith(component + ".")}
             check_meaning(own, decoded, dtype)
-            encoded[component] = tensors, said, config
         if path.exists():
             raise UserError("exists already", where=path, fix="remove it, or choose another name")
         with atomic_folder(path) as part:
@@ -120,11 +132,14 @@ class PeftFolder(Codec):
                 with open(folder / WEIGHTS, "wb") as file:
                     write_tensors(file, tensors, said)
                 read_back(folder / WEIGHTS, tensors, said)
-                text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-                (folder / CONFIG).write_text(text, encoding="utf-8")
+                (folder / CONFIG).write_bytes(_written(config))
 
 
 # --- writing ---------------------------------------------------------------------------------------------
+
+
+def _written(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _by_component(adapter: Adapter, format: str, kinds: Collection[str], where: Path) -> dict[str, dict[str, Parts]]:

@@ -75,6 +75,9 @@ class Full(Method):
     def check(self, base: Base) -> None:
         import torch
 
+        if held := next(iter(base.quantised.values()), ""):
+            raise UserError(f"the base is held as {held}, of which no weight can train", where="method full",
+                            fix="leave base.quantize out, or train a LoRA")
         chosen = self.chosen(base)
         if self.options.text_encoder_learning_rate is not None and not chosen.keys() & set(base.text_encoder_names):
             raise UserError("no text encoder is trained", where="method full: text_encoder_learning_rate",

@@ -151,13 +151,13 @@ class LayerMethod(Method):
 
         from impasto.core.rng import generator
         from impasto.deltas.attach import attach
-        from impasto.deltas.layers import weight_of
+        from impasto.deltas.layers import device_of
 
         self.family, options = base.family, self.options
         self._check_text_options(base, chosen := self.choose(base))
         start = read_start(options.warm_start, base, chosen) if options.warm_start is not None else {}
         for path, choice in chosen.items():
-            with torch.device(weight_of(choice.layer).device):
+            with torch.device(device_of(choice.layer) or base.device):
                 delta = self.make(choice, generator(seed, "init", path))
                 self.deltas[path] = self._begun(delta, choice, path, start.get(path, ()))
         self.text = {path: delta for path, delta in self.deltas.items()

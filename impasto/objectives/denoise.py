@@ -130,7 +130,7 @@ class Denoise(Objective):
     @staticmethod
     def text(base: Base, batch: Batch) -> TextStates:
         """The captions' states, cached or encoded here."""
-        return batch.text if batch.text is not None else base.encode_text(batch.captions or [])
+        return batch.text if batch.text is not None else base.encode_negatives(batch.captions or [])
 
     @staticmethod
     def latents(base: Base, batch: Batch, draws: Draws) -> Tensor:

@@ -92,7 +92,8 @@ def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: 
     if to is not None and to not in CHECKPOINTS:
         raise UserError(f"is a checkpoint, which is no {to} file", where=path, fix="say --to ldm or --to diffusers")
     to = to or ("ldm" if out.suffix == ".safetensors" else "diffusers")
-    if (to == "diffusers") == path.is_dir() and not ema:  # its own layout: all of it, in another type, or no pickle
+    own = (to == "diffusers") == path.is_dir() and not ema and prediction is None
+    if own:  # its own layout: all of it, in another type, or no pickle
         check_output(out, [path], force=force, ending="" if path.is_dir() else ".safetensors")
         left = rewrite(checkpoint, out, lambda *_: None, dtype=dtype, replace=force, report=report)
         return Made((out,), {}, left_out(left, "as they were not read"))

@@ -190,6 +190,10 @@ def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]]
     check_output(out, paths, force=force, ending="" if Path(paths[0]).is_dir() else ".safetensors")
     common = shared(first, others, "merge", wider=wider)
     blocks.check(f"{component}.{name}" for component in first.components for name in first.names(component))
+    for other in others:
+        _check_identities(first, other, common)
+        if not wider:
+            _check_predictions(first, other)
     left = [name for name in first.components if name not in common]
     streams = {name: [lockstep(other, name, in_order(first, name, dtype)) for other in others] for name in common}
     changed = 0
@@ -213,3 +217,24 @@ def _combined(paths: Sequence[Path | str], mixture: Callable[[str], list[float]]
     unread = rewrite(first, out, change, dtype=dtype, metadata=made_of(merged=facts), replace=force, report=report)
     remarks = (f"{' and '.join(left)}: as in {first.path.name}; the others have none",) if left else ()
     return Told(changed, (*remarks, *left_out(unread, "as they were not read")))
+
+
+def _check_predictions(first: Checkpoint, other: Checkpoint) -> None:
+    """Raise a `UserError` for networks of which a sum would predict neither what one does nor the other."""
+    kinds = [checkpoint.scheduler.get("prediction_type") for checkpoint in (first, other)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise UserError(f"predicts {kinds[1]}, and {first.path.name} {kinds[0]}: a sum of them would predict neither",
+                        where=other.path, fix="merge checkpoints that predict the same; impasto convert --prediction "
+                        "corrects a file that tells it wrongly")
+
+
+def _check_identities(first: Checkpoint, other: Checkpoint, common: Sequence[str]) -> None:
+    """Raise a `UserError` for a layer that the first one's file has no place for, as it is an identity there, and
+    that the other one has otherwise."""
+    for component in common:
+        for name, place in first.sources[component].places.items():
+            if place.how == "identity":
+                tensor = other.tensor(component, name).float()
+                if not torch.equal(tensor, torch.eye(len(tensor))):
+                    raise UserError(f"has a {component}.{name} of its own, for which a single file has no place",
+                                    where=other.path, fix="begin with a checkpoint that is a folder")

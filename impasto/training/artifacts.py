@@ -66,9 +66,12 @@ class Artifacts:
 
     def size(self) -> int:
         """Bytes of one, metadata left out."""
-        modules = self.base.components.values() if self.whole else \
-            [module for method in self.methods for module in method.modules().values()]
-        return DTYPES[self.recipe.output.dtype].itemsize * sum(p.numel() for m in modules for p in m.parameters())
+        if self.whole:
+            numbers = sum(self.base.numbers(name) for name in self.base.components)
+        else:
+            numbers = sum(parameter.numel() for method in self.methods for module in method.modules().values()
+                          for parameter in module.parameters())
+        return DTYPES[self.recipe.output.dtype].itemsize * numbers
 
     def save(self, path: Path, step: int) -> None:
         """Write what optimizer step `step` has left at `path`, one of `path`'s. Raises `UserError`."""
@@ -105,4 +108,5 @@ class Artifacts:
         if self.recipe.output.metadata == "none":
             return {}
         return metadata(self.recipe, step, base=self.fingerprint, data=self.source.fingerprint,
-                        environment=describe(self.device), merged=self.base.merged)
+                        environment=describe(self.device), merged=self.base.merged,
+                        prediction=self.base.process.prediction)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from impasto.data.options import DataOptions
 from impasto.data.sets import DataSets
 from impasto.methods import METHODS
 from impasto.objectives import OBJECTIVES
@@ -95,6 +96,8 @@ def _parts(recipe: Recipe, origins: dict[str, Any]) -> Iterator[Part]:
 
 def _part(name: str, about: str, section: pydantic.BaseModel, given: dict[str, Any]) -> Part:
     values = section.model_dump(mode="json")
+    if isinstance(section, DataOptions) and "resolution" not in given:
+        values["resolution"] = None  # the base's own: see `native`
     return Part(name, about, tuple(
         Setting(key, values[key], _origin(given, key), about if key == "kind" else str(field.description))
         for key, field in type(section).model_fields.items()))

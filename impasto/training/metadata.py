@@ -19,19 +19,26 @@ PLACES = [("base", "path"), ("base", "vae"), ("base", "adapters"), ("base", "tex
           ("data", "folder"), ("data", "masks"), ("data", "sources"), ("data", "shards"), ("data", "cache"),
           ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
 
+#: kind of prediction -> its word in Stability's specification of models (SAI modelspec 1.0.1)
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+
 #: keys that say whom else to tell of a run: they are of the one who trains, not of what is trained
 TOLD = ["trackers", "track_every", "push_to", "push_private"]
 
 
 def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
-             environment: dict[str, str], merged: Sequence[Merged] = ()) -> dict[str, str]:
+             environment: dict[str, str], merged: Sequence[Merged] = (), prediction: str = "") -> dict[str, str]:
     """kohya's `ss_*` keys that other programs show, and under `impasto.` all that `impasto reproduce` needs: the
     recipe, fingerprints of the base's components as its files hold them and of the data, what adapters were merged into
-    it before, and what last bits depend on."""
+    it before, in how many bits it was held, and what last bits depend on. `prediction`: of the base's network, of which
+    the specification of models has two kinds."""
     train = recipe.train
+    held = {key: kind for key in ("quantize", "quantize_text") if (kind := getattr(recipe.base, key)) != "none"}
     before = [{"file": each.name, "hash": each.digest, "strength": each.strength} for each in merged]
     return {
         **({"impasto.merged": json.dumps(before)} if before else {}),
+        **({"modelspec.prediction_type": PREDICTIONS[prediction]} if prediction in PREDICTIONS else {}),
+        **({"impasto.quantised": json.dumps(held)} if held else {}),
         "ss_learning_rate": str(recipe.method[0].learning_rate or train.learning_rate),
         "ss_lr_scheduler": train.schedule,
         "ss_lr_warmup_steps": str(train.warmup),

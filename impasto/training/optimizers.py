@@ -40,6 +40,12 @@ class Entry:
     adaptive: bool = False  # finds its rate itself: its group's "d", which ours, one for all groups, is multiplied with
     fused: bool = False  # whether torch has fused kernels of it
     unpaged: str = ""  # the class where there is no CUDA, whose driver pages
+    averages: bool = False  # trains at other weights than it answers for, in the way that shown.py knows
+
+    @property
+    def whole(self) -> bool:
+        """Whether a step counts over all weights at once, so that they cannot take theirs one after the other."""
+        return self.adaptive or self.averages
 
 
 OPTIMIZERS: dict[str, Entry] = {
@@ -71,7 +77,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "schedulefree_adamw": Entry("schedulefree:AdamWScheduleFree", "AdamW whose average takes the place of a schedule "
                                 "(Defazio et al. 2024); it bears up to 10 times AdamW's rate, and wants a warm-up. "
                                 "Previews and artifacts show the average.", ADAMW, extra="schedulefree",
-                                schedules=("constant",)),
+                                schedules=("constant",), averages=True),
     "sgd": Entry("torch.optim:SGD", "Plain gradient descent; momentum is an option.", {"weight_decay": 0.0}),
 }
 

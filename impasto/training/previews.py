@@ -54,7 +54,7 @@ class Previews:
         settings = replace(self.settings, strength=1.0) if base.extras else self.settings
         shown = [self.example(i, settings.width, settings.height) for i in left]
         trained = [module for method in methods for module in method.modules().values()]
-        with evaluating(trained), awake(base), torch.no_grad(), precision.autocast():
+        with evaluating(trained), base.awake(), torch.no_grad(), precision.autocast():
             pictures = sample(base, [prompts.parse(self.prompts[i]) for i in left],
                               [prompts.parse(self.options.negative)] * len(left), seeds, settings,
                               init_images=[one.picture for one in shown if one.picture] or None,
@@ -76,16 +76,3 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-@contextmanager
-def awake(base: Base) -> Iterator[None]:
-    """Every component on the denoiser's device for the length of the block; then each where it slept."""
-    slept = {name: next(module.parameters()).device for name, module in base.components.items()}
-    for module in base.components.values():
-        module.to(base.device)
-    try:
-        yield
-    finally:
-        for name, device in slept.items():
-            base.components[name].to(device)

@@ -22,6 +22,7 @@ from impasto.core.errors import UserError
 from impasto.core.progress import SILENT, Reporter
 from impasto.data.dataset import list_folder, located
 from impasto.data.heldout import FEWEST
+from impasto.training.native import at_native_size
 from impasto.training.optimizers import OPTIMIZERS
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.trainer import train
@@ -76,6 +77,7 @@ def find_rate(recipe: Recipe, report: Reporter = SILENT, *, steps: int = STEPS,
               factors: Sequence[float] = FACTORS) -> Found:
     """Try rates around the recipe's, in a temporary folder. Raises `UserError`: there is nothing to judge by."""
     _check(recipe)
+    recipe = at_native_size(recipe)  # before its keys are all told
     before, trials = math.nan, list[Trial]()
     with tempfile.TemporaryDirectory(prefix="impasto-rates-") as folder:
         for i, factor in enumerate(sorted(factors)):

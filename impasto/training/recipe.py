@@ -24,6 +24,7 @@ from impasto.methods import METHODS
 from impasto.methods.base import MethodOptions
 from impasto.objectives import OBJECTIVES
 from impasto.objectives.base import ObjectiveOptions
+from impasto.training.frugal import check_means
 from impasto.training.optimizers import OPTIMIZERS, SHARED
 from impasto.training.overrides import apply_override
 from impasto.training.sharing.repository import repository
@@ -61,6 +62,12 @@ class BaseOptions(Section):
     adapters: list[Annotated[str, pydantic.AfterValidator(checked)]] = Field(
         [], description="Adapters, each a file or \"FILE:0.8\", that are merged into the base's weights in memory "
         "before all else, one after the other (kohya's base_weights).")
+    quantize: Literal["none", "int8", "fp8", "nf4"] = Field(
+        "none", description="How the denoiser's frozen weights are held: as they are, in a byte each (int8, fp8; with "
+        "a scale for each output), or in half a byte (nf4: QLoRA, Dettmers et al. 2023). Each is made anew where it is "
+        "multiplied. Not for method full.")
+    quantize_text: Literal["none", "int8", "fp8", "nf4"] = Field(
+        "none", description="Likewise those of the text encoders, of which SD 3's T5 is the largest network of all.")
 
     @pydantic.model_validator(mode="after")
     def _is_some_base(self) -> BaseOptions:
@@ -80,6 +87,12 @@ class BaseOptions(Section):
     def _onto_weights(self) -> BaseOptions:
         if self.adapters and self.init == "random":
             raise ValueError("adapters are made for a base's own weights, not for random ones")
+        held = {self.quantize, self.quantize_text} - {"none"}
+        if held and self.adapters:
+            raise ValueError(f"weights that are held as {held.pop()} would round base.adapters away: merge them into a "
+                             "file first (impasto merge)")
+        if held and self.init == "random":
+            raise ValueError("random weights are there to be trained: leave quantize out")
         return self
 
 
@@ -124,7 +137,20 @@ class TrainOptions(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Of frozen weights and of the computation. auto: bf16 on a GPU that has it, fp16 "
         "with loss scaling on one that has not, fp32 on a CPU. Trained weights are always fp32.")
-    checkpointing: bool = Field(False, description="Gradient checkpointing: less memory, about a third more time.")
+    checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = Field(
+        False, description="Gradient checkpointing: less memory, about a third more time. A share such as 0.25 is of "
+        "the denoiser's blocks, those at the highest resolution first, which keep the most.")
+    fused_backward: bool = Field(False, description="Step inside the backward, weight by weight, and let each gradient "
+                                 "go at once (LOMO, Lv et al. 2023; kohya's fused_backward_pass): of method full, "
+                                 "where gradients take as much as the weights. Equal to the bit. Needs clip = 0 and "
+                                 "accumulation = 1; not for fp16, [prior] or several processes.")
+    offload: list[Literal["activations", "blocks", "optimizer"]] = Field(
+        [], description="What waits in the computer's memory until the device needs it: \"activations\", what the "
+        "forward keeps for the backward; \"optimizer\", its states, which come to the device weight by weight; "
+        "\"blocks\", the denoiser's frozen blocks, which come one by one (needs checkpointing = true). Equal results, "
+        "for the time that the way takes.")
+    fit: bool = Field(False, description="Whether the run is changed before it begins so that it fits the memory that "
+                      "is free, by the cheapest means (those of impasto plan), which are told.")
     ema: float = Field(0.0, ge=0, lt=1, description="Decay of an exponential moving average of the trained weights, "
                        "which previews and artifacts then show; 0: none (SD 1.x was trained with 0.9999).")
     compile: bool = Field(False, description="torch.compile the denoiser: slow first step, faster ones after.")
@@ -314,6 +340,11 @@ class Recipe(Section):
         if paired and self.prior is not None:
             raise ValueError("class pictures are made of no other pictures: leave [prior] out where there are "
                              "data.pairs, or put pairs of the class into a set of their own")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _means_that_save_memory(self) -> Recipe:
+        check_means(self)
         return self
 
     @pydantic.model_validator(mode="after")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import signal
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -23,15 +25,20 @@ from impasto.data.dataset import check_folder
 from impasto.data.pictures import pictures_of
 from impasto.data.sets import label
 from impasto.data.source import prepare_source
+from impasto.families.blocks import blocks_of
 from impasto.families.load import load_base, locate
 from impasto.methods import METHODS
 from impasto.methods.base import Method, all_off, check_method, group_of
 from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
 from impasto.training.environment import Precision, choose_device, settle
+from impasto.training.frugal import check_here
+from impasto.training.full_device import memory_is_full
+from impasto.training.fused import FusedBackward
 from impasto.training.journal import Journal
 from impasto.training.kept_recipe import compare_recipe
 from impasto.training.native import at_native_size
+from impasto.training.offload import Activations, Blocks, States
 from impasto.training.optimizers import choose, make_optimizer, remarks
 from impasto.training.outcome import Outcome
 from impasto.training.previews import Previews, evaluating
@@ -53,12 +60,13 @@ from impasto.training.verdicts import Verdicts, not_finite
 
 
 def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None = None,
-          accept_changes: bool = False) -> Outcome:
+          accept_changes: bool = False, foreseen: Mapping[str, Any] | None = None) -> Outcome:
     """Train from a recipe, or go on exactly where its directory stopped. Raises `UserError`.
 
     After step `stop_after` it stops as if it had been asked to. `accept_changes`: go on with another recipe, or other
     pictures, than those that the run began with. Started by torchrun or accelerate, it is one of
-    several processes that train as one; only the first of them writes and reports.
+    several processes that train as one; only the first of them writes and reports. `foreseen`: what was forecast of
+    it, for its log; on a GPU what it took stands there too.
     """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
@@ -79,7 +87,7 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
                 announce(recipe.output, report)
         with processes.all_or_none():
             trainer = Trainer(recipe, run, report, processes, accept_changes=accept_changes)
-        outcome = trainer.train(stop_after)
+        outcome = trainer.train(stop_after, foreseen)
     if outcome.artifact is not None and processes.first:
         push_after(recipe.output, outcome.artifact, report)
     return outcome
@@ -98,6 +106,7 @@ class Trainer:
         self.device = choose_device(self.processes.device(self.options.device))
         self.precision = Precision.choose(self.options.precision, self.device)
         choose(self.options, self.device)  # says what is missing or wrong before anything is loaded
+        check_here(self.options, self.precision, self.processes)
         self.tracking = Tracking(recipe, run.folder, run.name, report)
         if not recipe.base.download:
             locate(recipe.base.place)  # a wrong path is told before pictures are looked at, which may take minutes
@@ -106,7 +115,8 @@ class Trainer:
             self.base = load_base(recipe.base.place, family=recipe.base.family, vae=recipe.base.vae,
                                   clip_skip=recipe.base.clip_skip, download=recipe.base.download,
                                   prediction=recipe.base.prediction, text_encoders=recipe.base.text_encoders,
-                                  options=recipe.base.options,
+                                  options=recipe.base.options, quantize=recipe.base.quantize,
+                                  quantize_text=recipe.base.quantize_text,
                                   device=self.device, dtype=self.precision.dtype, report=report,
                                   adapters=recipe.base.adapters,
                                   init_seed=self.options.seed if recipe.base.init == "random" else None)
@@ -136,10 +146,16 @@ class Trainer:
         self.shown = Shown(self.parameters, self.optimizer, self.options.ema)
         self.verdicts = Verdicts(self.trained)
         self.scaler = self.precision.scaler()
-        self.steps = Steps(self.optimizer, self.trained, self.options.seed)
+        self.states = States(self.optimizer) if "optimizer" in self.options.offload else None
+        self.steps = Steps(self.optimizer, self.trained, self.options.seed, apart=self.options.fused_backward,
+                           states=self.states)
+        self.fused = FusedBackward(self.steps, self.parameters) if self.options.fused_backward else None
+        self.activations = Activations(self._weights) if "activations" in self.options.offload else None
         self.previews = Previews(recipe, run.folder / "previews", self.source.example)
         if self.options.checkpointing:
-            self.base.checkpoint_gradients()
+            self.base.checkpoint_gradients(float(self.options.checkpointing))
+        self.blocks = Blocks(blocks_of(self.base.denoiser).values(), self.device) \
+            if "blocks" in self.options.offload else None
         if self.options.compile:
             self.base.denoiser.compile()
         self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)
@@ -162,10 +178,14 @@ class Trainer:
             report.note(line)
 
     # --- the loop ----------------------------------------------------------------------------------------
-    def train(self, stop_after: int | None = None) -> Outcome:
+    def train(self, stop_after: int | None = None, foreseen: Mapping[str, Any] | None = None) -> Outcome:
         """Take the steps that are left, then save the artifact."""
         started, first = time.monotonic(), resume(self.run, self.memory, self.circumstances, self.report)
+        if self.states is not None:
+            self.states.leave(self.parameters)
         step = first
+        if foreseen is not None and self.processes.first:
+            self.run.log(event="forecast", step=first, **foreseen)
         if self.processes.first and first < self.total:
             ask_for_room(self.run, self.recipe.output, self.memory.size(), self.artifacts.size(), self.report)
         with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
@@ -179,7 +199,10 @@ class Trainer:
             while step < self.total and not wish.asked and not self.validation.over:
                 clock = time.monotonic()
                 set_rates(self.optimizer, rate_factor(step, self.total, self.options))
-                loss = self._accumulate(step)
+                try:
+                    loss = self._accumulate(step)
+                except torch.OutOfMemoryError as error:
+                    raise self._full(step, first, error) from error
                 norm = self._update(step)
                 step += 1
                 self.shown.update(step)
@@ -202,23 +225,59 @@ class Trainer:
                 self.verdicts.end()
             if self.processes.first:
                 self.artifacts.save(self.artifacts.path(), step)
+        taken = None
+        if self.device.type == "cuda" and self.processes.first:
+            taken = torch.cuda.max_memory_allocated(self.device)
+            self.run.log(event="memory", step=step, allocated=taken,
+                         reserved=torch.cuda.max_memory_reserved(self.device))
         return Outcome(self.artifacts.path() if finished else None, step, first, mean, time.monotonic() - started,
-                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended)
+                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended, taken)
+
+    def _keeping(self) -> contextlib.AbstractContextManager[None]:
+        """Where a forward keeps what its backward needs."""
+        return contextlib.nullcontext() if self.activations is None else self.activations.away()
+
+    def _weights(self) -> Iterator[Tensor]:
+        """What a step reads that is there all the time."""
+        yield from self.parameters
+        for network in self.base.awake_networks():
+            yield from itertools.chain(network.parameters(), network.buffers())
+
+    def _full(self, step: int, first: int, error: torch.OutOfMemoryError) -> UserError:
+        """Save what step `step` has not touched yet: its gradients alone are lost."""
+        self.optimizer.zero_grad(set_to_none=True)
+        whole = self.processes.first and self.fused is None and step > first  # a fused backward has taken steps
+        if whole and not self._saved(step):
+            error.__traceback__ = None  # which holds the tensors of the step
+            torch.cuda.empty_cache()
+            self.run.save(self.memory.state(step), self.circumstances.manifest(), self.recipe.output.keep,
+                          self.recipe.output.keep_every)
+        taken = {"train.checkpointing=true"} if self.options.checkpointing else set()
+        taken |= {"train.batch_size=1"} if self.options.batch_size == 1 else set()
+        taken |= {"base.quantize=int8"} if self.recipe.base.quantize != "none" or any(
+            method.in_place for method in self.methods) else set()
+        return memory_is_full(error, step, self.device, self.run, whole or self._saved(step), taken)
+
+    def _saved(self, step: int) -> bool:
+        return any(int(folder.name) == step for folder in self.run.checkpoints())
 
     def _accumulate(self, step: int) -> float:
         """Forward and backward over the micro-batches of an optimizer step; the mean loss over all processes."""
         total, finite = torch.zeros((), device=self.device), list[tuple[list[str], Tensor]]()
+        if self.fused is not None:
+            self.fused.begin(step, (parameter for method in self.methods for parameter in method.resting(step)))
         for micro, batches in enumerate(self.source.micro_batches(step)):
             # dropout, and whatever else draws
             torch.manual_seed(seed_for(self.options.seed, step, micro, self.processes.rank))
             for batch in batches:
                 batch = batch.to(self.device)
                 draws = Draws(self.options.seed, step, batch.samples, self.device)
-                with self.precision.autocast():
+                with self.precision.autocast(), self._keeping():
                     losses = step_losses(self.base, batch, self.objective, draws)
                 finite.append((batch.names, losses.isfinite()))
                 loss = losses.sum() / self.pictures
-                self.scaler.scale(loss).backward()
+                if self.fused is None or bool(finite[-1][1].all()):  # whose backward would have changed the weights
+                    self.scaler.scale(loss).backward()
                 total += loss.detach()
         for method in self.methods:
             if (penalty := method.penalty()) is not None:
@@ -231,6 +290,17 @@ class Trainer:
 
     def _update(self, step: int) -> float:
         """The optimizer's step; the gradients' norm before clipping."""
+        if self.fused is not None:  # it has been taken
+            self.verdicts.gradients(step, self.fused.had())
+            norm = self.fused.norm()
+        else:
+            norm = self._step(step)
+        for method in self.methods:
+            method.after_step(step)
+        return norm.item()
+
+    def _step(self, step: int) -> Tensor:
+        """The optimizer's step of all gradients at once; their norm before clipping."""
         self.processes.add_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         self.verdicts.gradients(step)
@@ -241,9 +311,7 @@ class Trainer:
         self.steps.take(step, self.scaler)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for method in self.methods:
-            method.after_step(step)
-        return norm.item()
+        return norm
 
     def _validate(self, step: int, journal: Journal, wish: StopWish) -> None:
         """The loss of what is shown on held-out pictures; the artifact of the lowest one is kept.

@@ -8,7 +8,7 @@ are a night lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -34,11 +34,14 @@ class Verdicts:
         self.beginning = {name: list(marks) for name, marks in beginning.items()} if beginning else \
             {name: _marks(layer) for name, layer in self.layers.items()}
 
-    def gradients(self, step: int) -> None:
-        """Look at the gradients of optimizer step `step` (from 0). Raises `UserError` after PATIENCE steps."""
+    def gradients(self, step: int, had: Collection[nn.Parameter] = ()) -> None:
+        """Look at the gradients of optimizer step `step` (from 0); `had`: parameters that had one, which is gone.
+
+        Raises `UserError` after PATIENCE steps.
+        """
         if not self.waiting or step >= PATIENCE:
             return
-        self.waiting = {name for name in self.waiting if not _has_gradient(self.layers[name])}
+        self.waiting = {name for name in self.waiting if not _has_gradient(self.layers[name], had)}
         if self.waiting and step == PATIENCE - 1:
             raise UserError(f"nothing reaches {_told(self.waiting)}: no gradient in the first {PATIENCE} steps",
                             where="training", fix="leave it out of what is trained (targets, parts or exclude), or "
@@ -70,8 +73,9 @@ def _layers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]
                 yield f"{name}.{path}" if path else name, inner
 
 
-def _has_gradient(layer: nn.Module) -> bool:
-    return any(p.grad is not None and bool(p.grad.count_nonzero()) for p in layer.parameters(recurse=False))
+def _has_gradient(layer: nn.Module, had: Collection[nn.Parameter]) -> bool:
+    return any(p in had or p.grad is not None and bool(p.grad.count_nonzero())
+               for p in layer.parameters(recurse=False))
 
 
 @torch.no_grad()

@@ -163,6 +163,42 @@ def test_the_command_in_a_picture_draws_it_again(mini: Path, dog: Path, tmp_path
     assert difference(first["001-5.png"], again) == 0
 
 
+def command_of(picture: Path, capsys) -> list[str]:
+    """The words of the command that inspect gives, without those of another picture's making."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        app.main(["inspect", str(picture), "--json"])
+    return shlex.split(json.loads(capsys.readouterr().out)["command"])[2:]
+
+
+def test_the_command_in_a_picture_names_its_refiner_and_its_vae(tmp_path: Path, monkeypatch, capsys) -> None:
+    base, refiner = (write_checkpoint(tmp_path / f"{name}.safetensors", name) for name in ("sdxl", "sdxl-refiner"))
+    vae = write_checkpoint(tmp_path / "other.safetensors", "sdxl", seed=1)
+    first = draw(tmp_path / "a", base, "a dog", "--seed", 5, "--refiner", refiner, "--handover", 0.5, "--vae", vae)
+    words = command_of(tmp_path / "a" / "001-5.png", capsys)
+    monkeypatch.chdir(tmp_path)
+    assert run("-o", "b", "--device", "cpu", *words) == 0
+    assert difference(first["001-5.png"], pixels(tmp_path / "b" / "001-5.png")) == 0
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ((), []), (("t5_length=77", "mask_padding=true"), ["t5_length=77", "mask_padding=true"]),
+    (("t5=false",), ["t5=false"]),
+])
+def test_the_command_in_a_picture_has_the_settings_of_its_family(tmp_path: Path, capsys, options, told) -> None:
+    base = write_checkpoint(tmp_path / "base", "sd3", layout="diffusers")
+    draw(tmp_path / "a", base, "a dog", "--seed", 5, *(word for one in options for word in ("--base-option", one)))
+    words = command_of(tmp_path / "a" / "001-5.png", capsys)
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--base-option"] == told
+
+
+def test_the_command_in_a_picture_tells_what_no_file_does(tmp_path: Path, capsys) -> None:
+    base = write_checkpoint(tmp_path / "base.safetensors", "sd2")
+    draw(tmp_path / "a", base, "a dog", "--seed", 5, "--prediction", "v_prediction")
+    words = command_of(tmp_path / "a" / "001-5.png", capsys)
+    assert words[words.index("--prediction") + 1] == "v_prediction"
+
+
 def test_a_picture_to_begin_from(mini: Path, tmp_path: Path) -> None:
     begin = tmp_path / "begin.png"
     Image.radial_gradient("L").convert("RGBA").save(begin)
@@ -215,6 +251,8 @@ def test_force_writes_over_it(mini: Path, tmp_path: Path) -> None:
     (["a dog", "--device", "cuda:99"], "cuda:99"),
     (["a dog", "--clip-skip", "9"], "clip_skip"),
     (["a dog", "--family", "sd9"], "sd9"),
+    (["a dog", "--strength", "0.5"], "--strength: says how much of a picture is drawn anew; give it with --init"),
+    (["a dog", "--handover", "0.5"], "--handover: says when another base takes over; give it with --refiner"),
 ])
 def test_what_users_get_wrong_is_one_line(mini: Path, dog: Path, tmp_path: Path, capsys, arguments, line) -> None:
     assert run(mini, "--seed", 5, "-o", tmp_path, "--adapter-dir", dog.parent, *SMALL, *arguments) == 1
@@ -257,3 +295,9 @@ def test_what_was_drawn_before_a_stop_is_kept(mini: Path, tmp_path: Path, capsys
     monkeypatch.setattr(pictures, "sample", stopped)
     assert run(mini, "a dog", "--seed", 5, "--count", 3, "-o", tmp_path, *SMALL) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["001-5.png"]
+
+
+def test_what_is_not_read_of_a_long_prompt_is_told(tmp_path: Path, capsys) -> None:
+    base = write_checkpoint(tmp_path / "base.safetensors", "sd3")
+    draw(tmp_path / "a", base, "a dog, " * 25 + "and a cat", "--seed", 5)
+    assert "CLIP reads 75 tokens of a prompt in this family, and not: 'and a cat'" in capsys.readouterr().err

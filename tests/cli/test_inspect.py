@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 
@@ -237,6 +238,12 @@ def test_what_impasto_does_not_read_is_still_described(tmp_path: Path, capsys) -
     assert (found["kind"], found["tensors"], found["parameters"]) == ("controlnet", 1, 4 * 768)
     assert found["metadata"] == {"name": "face"} and found["unread"]
     assert "controlnet" in text(capsys, path)
+
+
+def test_a_folder_that_lacks_a_network_says_which(tmp_path: Path, capsys) -> None:
+    folder = write_checkpoint(tmp_path / "xl", "sdxl", layout="diffusers")
+    shutil.rmtree(folder / "text_encoder_2")
+    assert f"{Path('text_encoder_2', 'config.json')}: no such file" in look(capsys, folder)["unread"]
 
 
 @pytest.mark.parametrize("pickled", [False, True])

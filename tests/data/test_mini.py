@@ -14,6 +14,7 @@ from impasto.data.options import DataOptions, PriorOptions
 from impasto.data.source import Source, prepare_source
 from impasto.families.base import Base
 from impasto.families.load import load_base
+from impasto.objectives.denoise import Denoise
 from tests.checkpoints import write_checkpoint
 from tests.data.fakes import write_picture
 
@@ -57,6 +58,33 @@ def test_batches_hold_what_the_base_makes_of_the_pictures(base: Base, photos: Pa
             expected = base.stack_text([base.encode_text([item.caption]) for item in chosen])
         assert batch.text.keys() == expected.keys()
         assert all(batch.text[name].equal(expected[name]) for name in expected)
+
+
+def test_what_a_base_does_not_read_of_long_captions_is_told(base: Base, photos: Path, tmp_path: Path) -> None:
+    flow = load_base(write_checkpoint(tmp_path / "base.safetensors", "sd3"))
+    data = DataOptions(folder=str(photos), resolution=64, bucket_step=16)
+    found = prepare_source(flow, data, None, trains=frozenset({flow.denoiser_name}), batch_size=1, accumulation=1,
+                           seed=0, device="cpu").describe()
+    (line,) = (line for line in found if "75 tokens" in line)
+    assert line.startswith("captions of more than 75 tokens, of which CLIP reads no more in this family: 1; most is "
+                           "lost of 1.png: 'a dog, a photo of")
+    assert not any("75 tokens" in line for line in prepare(base, photos).describe())
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sdxl-refiner"])
+def test_without_caption_is_what_is_drawn_without_negative_prompt(photos: Path, tmp_path: Path, family: str,
+                                                                  live: bool) -> None:
+    base = load_base(write_checkpoint(tmp_path / "base.safetensors", family))
+    trains = frozenset({"unet", *(base.text_encoder_names if live else ())})
+    data = DataOptions(folder=str(photos), resolution=64, bucket_step=8, caption_dropout=1.0)
+    source = prepare_source(base, data, None, trains=trains, batch_size=2, accumulation=1, seed=0, device="cpu")
+    with torch.no_grad():
+        expected = base.encode_negatives([""])
+        for batch in (one for batches in source.micro_batches(0) for one in batches):
+            assert (batch.text is None) == live
+            for name, states in Denoise.text(base, batch).items():
+                assert states.equal(expected[name].expand_as(states))
 
 
 def test_clip_skip_is_part_of_the_key(base: Base, checkpoint: Path, photos: Path) -> None:

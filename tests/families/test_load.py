@@ -61,6 +61,14 @@ def test_another_vae(base: SD1, file: Path, folder: Path, tmp_path: Path) -> Non
         load_base(other / "vae")
 
 
+def test_a_vae_of_other_latents(file: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "xl", family="sdxl", layout="diffusers")
+    for vae in (other, other / "vae"):
+        with pytest.raises(UserError, match="is a VAE of sdxl and sdxl-refiner, whose latents are others than those"):
+            load_base(file, vae=vae)
+    load_base(file, vae=write_checkpoint(tmp_path / "2.safetensors", family="sd2"))  # the same latents
+
+
 def test_own_tokenizer(folder: Path, tmp_path: Path) -> None:
     """A folder's own vocabulary is used: here two ids have changed places."""
     own = tmp_path / "own"

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from impasto.core.errors import UserError
+from impasto.diffusion.process import DDPM
 from impasto.families.base import Base
 from impasto.families.picture_info import SAMPLERS, describe, open_picture, parameters_text, picture_texts, save_picture
 from impasto.families.sampling import SampleSettings
@@ -16,7 +17,8 @@ from impasto.families.schedulers import SCHEDULERS
 
 
 def base(source: str | None = "models/v1-5.safetensors", clip_skip: int = 0) -> Base:
-    told = SimpleNamespace(source=source and Path(source), family="sd1", variant="",
+    told = SimpleNamespace(source=source and Path(source), family="sd1", variant="", checkpoints={},
+                           text_encoder_names=("text_encoder",), process=DDPM(), own_settings=dict,
                            text_settings=lambda: {"clip_skip": clip_skip})
     return cast(Base, told)
 

@@ -77,6 +77,7 @@ def test_settings_of_the_familys_own(apart: Path) -> None:
     assert base.text_settings() == {"clip_skip": 0, "t5_length": 77, "mask_padding": True}
     for options, says in (({"t5_lenght": 77}, "has no setting 't5_lenght' of its own.*t5_length"),
                           ({"t5_length": True}, "takes no True as its t5_length"),
+                          ({"t5_length": 0}, "takes no 0 as its t5_length; give a whole number from 1 on"),
                           ({"t5_length": -1}, "takes no -1 as its t5_length")):
         with pytest.raises(UserError, match=says):
             load_base(whole, options=options)

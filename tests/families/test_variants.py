@@ -97,6 +97,17 @@ def generators() -> list[torch.Generator]:
     return [picture_generator(seed) for seed in SEEDS]
 
 
+def test_after_a_base_for_inpainting_a_refiner_keeps_to_the_mask(bases: dict[str, Any], base: SD1) -> None:
+    own, nothing = pictures()[:1], [Image.new("L", (32, 24), 0)]
+    alone, refined, *others = ([np.asarray(one) for one in sample(
+        bases["inpainting"], [prompt], [""], [3], settings(steps=6, handover=0.5), init_images=own, masks=mask,
+        refiner=refiner)] for prompt, mask, refiner in (
+            ("a dog", nothing, None), ("a dog", nothing, base), ("a red cat", nothing, base),
+            ("a dog", masks()[:1], base), ("a red cat", masks()[:1], base)))
+    assert np.array_equal(refined, others[0]) and not np.array_equal(alone, refined)
+    assert not np.array_equal(others[1], others[2])  # in the hole it does go on
+
+
 # --- the network -------------------------------------------------------------------------------------------
 
 

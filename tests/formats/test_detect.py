@@ -91,6 +91,13 @@ def test_kinds(tmp_path: Path, names, kind, layout) -> None:
     assert (found.kind, found.layout) == (kind, layout)
 
 
+@pytest.mark.parametrize("names", [("clip_l", "clip_g"), ("bundle_emb.cat.clip_l", "bundle_emb.cat.clip_g")])
+def test_an_embedding_for_two_text_encoders_is_of_the_family_that_it_says(tmp_path: Path, names) -> None:
+    for family in ("sd3", "sdxl"):
+        assert detect(file(tmp_path / "a.safetensors", *names, metadata={"impasto.family": family})).family == family
+    assert detect(file(tmp_path / "a.safetensors", *names)).family == "sdxl"
+
+
 @pytest.mark.parametrize(("name", "shape", "metadata", "kind"), [
     ("cat", (2, 768), {}, "embedding"), ("cat", (1, 2048), {}, "embedding"), ("<cat>", (768,), {}, "embedding"),
     ("cat", (768,), {"impasto.token": "cat"}, "embedding"), ("bias", (768,), {}, "unknown"),

@@ -31,6 +31,8 @@ class Stub:
     def encode_text(self, captions: Any) -> dict[str, Tensor]:
         return {"states": torch.tensor([float(len(c)) for c in captions])}
 
+    encode_negatives = encode_text
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         return torch.cat([pixels.mean(1, keepdim=True).expand(-1, C, -1, -1)] * 2, 1)[..., ::8, ::8]
 

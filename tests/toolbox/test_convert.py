@@ -19,6 +19,7 @@ from impasto.deltas.ranks import Wanted
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.toolbox.convert import convert
+from tests.checkpoints import write_checkpoint
 from tests.formats.adapter_cases import random_adapter
 from tests.formats.checkpoint_cases import equal, tensors_of
 from tests.formats.kind_cases import MAKERS, adapter_of_kind
@@ -80,6 +81,23 @@ def test_another_noise_process_is_marked(written: Written, tmp_path: Path) -> No
     assert {t.dtype for key, t in tensors.items() if t.numel()} == {torch.float16}
     told = open_checkpoint(tmp_path / "v.safetensors").scheduler
     assert told["prediction_type"] == "v_prediction" and told["rescale_betas_zero_snr"]
+
+
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_what_somebody_says_of_its_prediction_stays_in_its_own_layout_too(layout: str, tmp_path: Path) -> None:
+    for family in ("sd2", "sdxl"):
+        end = ".safetensors" if layout == "ldm" else ""
+        base = write_checkpoint(tmp_path / f"{family}{end}", family, layout=layout)
+        for number, kind in enumerate(("v_prediction", "epsilon")):
+            convert(base, base := tmp_path / f"{family}-{number}{end}", to=layout, prediction=kind)
+            assert open_checkpoint(base).scheduler["prediction_type"] == kind
+
+
+def test_a_flow_predicts_nothing_else(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "sd3.safetensors", "sd3")
+    with pytest.raises(UserError, match="predicts a flow, as all of its family do; leave --prediction"):
+        convert(base, tmp_path / "out", prediction="epsilon")
+    assert list(tmp_path.iterdir()) == [base]
 
 
 def test_what_is_no_part_of_a_checkpoint_is_told(written: Written, tmp_path: Path) -> None:

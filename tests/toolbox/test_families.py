@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,11 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def files(family: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp(family)
-    return {"ldm": write_checkpoint(folder / "base.safetensors", family, layout="ldm"),
-            "diffusers": write_checkpoint(folder / "base", family, layout="diffusers")}
+    found = {"ldm": write_checkpoint(folder / "base.safetensors", family, layout="ldm"),
+             "diffusers": write_checkpoint(folder / "base", family, layout="diffusers")}
+    if (folder / "base/tokenizer_3").exists():
+        shutil.copytree(folder / "base/tokenizer_3", folder / "tokenizer_3")  # beside a single file
+    return found
 
 
 def adapter_of(base: Base) -> Adapter:
@@ -93,11 +97,25 @@ def test_merge_and_extract(family: str, files: dict[str, Path], layout: str, tmp
 def test_checkpoints_with_checkpoints(files: dict[str, Path], layout: str, tmp_path: Path) -> None:
     other = "ldm" if layout == "diffusers" else "diffusers"
     tuned, out = target(other, tmp_path, "tuned"), target(layout, tmp_path, "out")
-    rewrite(open_checkpoint(files[other]), tuned, lambda component, name, tensor: 1.5 * tensor + 1)
+    identity = "text_encoder.text_projection.weight" if layout == "ldm" else ""  # of SD 3, for which see below
+    rewrite(open_checkpoint(files[other]), tuned, lambda component, name, tensor: None
+            if f"{component}.{name}" == identity else 1.5 * tensor + 1)
     merge_checkpoints([files[layout], tuned], [0.25, 0.75], out)
     first, second, made = (tensors_of(open_checkpoint(path)) for path in (files[layout], tuned, out))
     for key, tensor in made.items():
         torch.testing.assert_close(tensor, 0.25 * first[key] + 0.75 * second[key], rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_single_file_has_no_place_for(tmp_path: Path) -> None:
+    """CLIP-L's projection is an identity in SD 3's single files, which do not hold it."""
+    single = write_checkpoint(tmp_path / "base.safetensors", "sd3", layout="ldm")
+    folder, own = (write_checkpoint(tmp_path / "folder", "sd3", layout="diffusers"), "text_projection.weight")
+    rewrite(open_checkpoint(folder), tmp_path / "tuned", lambda component, name, tensor: 2 * tensor
+            if (component, name) == ("text_encoder", own) else None)
+    with pytest.raises(UserError, match="text_projection.weight of its own, for which a single file has no place"):
+        merge_checkpoints([single, tmp_path / "tuned"], [0.5, 0.5], tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    merge_checkpoints([folder, tmp_path / "tuned"], [0.5, 0.5], tmp_path / "out")
 
 
 def test_there_and_back_is_the_same_file(files: dict[str, Path], tmp_path: Path) -> None:
@@ -119,6 +137,8 @@ def test_the_running_average_in_place_of_the_last_weights(family: str, files: di
     tensors |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
     with safe_open(files["ldm"], "pt") as file:
         save_file(tensors, tmp_path / "full.safetensors", file.metadata())
+    if (files["ldm"].parent / "tokenizer_3").exists():
+        shutil.copytree(files["ldm"].parent / "tokenizer_3", tmp_path / "tokenizer_3")
     convert(tmp_path / "full.safetensors", tmp_path / "ema.safetensors", ema=True)
     convert(tmp_path / "full.safetensors", tmp_path / "folder", ema=True)
     before = tensors_of(open_checkpoint(files["ldm"]))

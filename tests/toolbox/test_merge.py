@@ -22,6 +22,7 @@ from impasto.families.load import load_base
 from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.toolbox.blocks import LEVELS, Blocks, level
+from impasto.toolbox.convert import convert
 from impasto.toolbox.merge import add_difference, merge_adapters, merge_checkpoints
 from tests.formats.adapter_cases import random_adapter
 from tests.formats.checkpoint_cases import tensors_of
@@ -216,6 +217,9 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(written: Callable[
     inpainting = written(variant="inpainting")
     with pytest.raises(UserError, match="conv_in.weight is .*inpainting"):
         merge_checkpoints([base, inpainting], [0.5, 0.5], out)
+    convert(base, tmp_path / "v.safetensors", to="ldm", prediction="v_prediction")
+    with pytest.raises(UserError, match="v.safetensors: predicts v_prediction, and .* epsilon: a sum of them"):
+        merge_checkpoints([base, tmp_path / "v.safetensors"], [0.5, 0.5], out)
     with pytest.raises(UserError, match="2 checkpoints and 3 weights"):
         merge_checkpoints([base, inpainting], [0.5, 0.5, 1], out)
 

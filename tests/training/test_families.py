@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from impasto.core.errors import UserError
@@ -121,3 +122,11 @@ def test_everything_that_words_name_is_reached(bases, photos, tmp_path, family, 
                 output={"checkpoint_every": 100})
     made["method"] = {"kind": kind, **own}
     assert train(make_recipe(made)).step == 5
+
+
+def test_an_adapter_tells_what_its_base_predicts(bases, photos, tmp_path) -> None:
+    for prediction, word in (("epsilon", "epsilon"), ("v_prediction", "v")):
+        made = of_method("lora", bases["sd2"], photos, tmp_path / word, base={"prediction": prediction})
+        with safe_open(train(made).artifact, "pt") as file:
+            told = file.metadata()
+        assert told["modelspec.prediction_type"] == word and told["ss_v2"] == "True"

@@ -6,7 +6,7 @@ import pytest
 
 from impasto.core.errors import UserError
 from impasto.training.native import at_native_size
-from impasto.training.recipe import make_recipe
+from impasto.training.recipe import READY, load_recipe, make_recipe
 from tests.checkpoints import write_checkpoint
 from tests.training.conftest import tree
 
@@ -14,6 +14,13 @@ from tests.training.conftest import tree
 def test_what_a_recipe_says_counts(recipe) -> None:
     made = recipe()
     assert at_native_size(made) is made
+
+
+def test_ready_recipes_leave_it_to_the_base(photos, tmp_path) -> None:
+    file = write_checkpoint(tmp_path / "xl.safetensors", "sdxl")
+    for path in set(READY.glob("*.toml")) - {READY / "vae_decoder.toml"}:
+        made = load_recipe(path.stem, [f"base.path={file}", f"data.folder={photos}"])
+        assert at_native_size(made).data.resolution == 64, path  # pyright: ignore
 
 
 def test_without_a_word_it_is_the_bases_own(mini, photos, tmp_path) -> None:
@@ -50,3 +57,20 @@ def test_the_checkpoint_tells(tmp_path) -> None:
 
     for layout, name in (("ldm", "a.safetensors"), ("diffusers", "a")):
         assert open_checkpoint(write_checkpoint(tmp_path / name, "sdxl", layout=layout)).native_size == 64
+
+
+def test_rates_are_tried_at_that_size_too(mini, photos, tmp_path, monkeypatch) -> None:
+    from impasto.training import rate_finder
+
+    seen: list[int] = []
+
+    def trained(recipe, report):
+        seen.append(recipe.data.resolution)
+        raise UserError("enough")
+
+    monkeypatch.setattr(rate_finder, "train", trained)
+    told = tree(mini, photos, tmp_path, validation={"folder": str(photos)})
+    del told["data"]["resolution"]
+    with pytest.raises(UserError, match="enough"):
+        rate_finder.find_rate(make_recipe(told))
+    assert seen == [64]

@@ -148,7 +148,7 @@ def test_every_key_says_what_it_is() -> None:
 
 #: The list of options is an interface: a new one is added here on purpose, and none goes by accident.
 OPTIONS = {
-    "base": "adapters clip_skip download family init options path prediction text_encoders vae",
+    "base": "adapters clip_skip download family init options path prediction quantize quantize_text text_encoders vae",
     "data": "background bad_samples both_dropout brightness bucket_max bucket_min bucket_step buckets cache "
             "caption caption_dropout caption_loss_weights caption_source caption_template caption_weights "
             "contrast doodles flip folder hue inpaint inpaint_masks keep_tags keep_tags_separator loss_weight "
@@ -156,9 +156,9 @@ OPTIONS = {
             "random_crop repeats resolution resolutions rotate saturation shards share shuffle_tags "
             "shuffle_window source source_dropout sources tag_dropout tag_separator upscale variants wildcards "
             "zoom",
-    "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps "
-             "learning_rate optimizer optimizer_options power precision rates restarts schedule seed steps warmup "
-             "weight_decay",
+    "train": "accumulation batch_size betas checkpointing clip compile deterministic device ema epochs eps fit "
+             "fused_backward learning_rate offload optimizer optimizer_options power precision rates restarts "
+             "schedule seed steps warmup weight_decay",
     "validation": "every folder fraction keep_best patience repeats",
     "sample": "every guidance image_guidance negative prompts scheduler seed size steps",
     "output": "checkpoint_every dir dtype format keep keep_every metadata name push_private push_to save_every "

@@ -1,0 +1,76 @@
+"""A look ahead before a run: does it fit the memory that is free here, and if not, what would."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from impasto.core.errors import UserError
+from impasto.core.progress import Reporter
+from impasto.planning.fit import TOUCHED, changed, fit
+from impasto.planning.forecast import GIB, Forecast
+from impasto.planning.memory import forecast
+from impasto.training.environment import choose_device
+from impasto.training.kept_recipe import FILE
+from impasto.training.recipe import Recipe
+
+
+def look_ahead(recipe: Recipe, report: Reporter) -> tuple[Recipe, Forecast | None]:
+    """The recipe to train, and what it will take on this machine's device.
+
+    On a GPU, or where `train.fit` says so: a run that will not fit is told of in a line, and with `train.fit` changed
+    so that it does. One that goes on keeps the changes that it began with. Raises what the trainer would.
+    """
+    device = choose_device(recipe.train.device)
+    if device.type != "cuda" and not recipe.train.fit:
+        return recipe, None
+    if recipe.train.fit:
+        recipe = as_begun(recipe)
+    with report.phase("looking ahead"):
+        found, room = forecast(recipe, device.type), free(device)
+    if needed(found) <= room:
+        return recipe, found
+    lacks = f"needs about {needed(found) / GIB:.1f} GiB, and {room / GIB:.1f} are free"
+    if not recipe.train.fit:
+        report.warn(f"this run {lacks}: impasto plan says what to change, and train.fit=true changes it")
+        return recipe, found
+    better = fit(recipe, room + found.parts.get("context", 0), lambda other: forecast(other, device.type), found,
+                 report)
+    for one in better.made:
+        report.note(f"so that it fits: {' '.join(one.change.overrides)} ({one.change.costs})")
+    if not better.fits:
+        raise UserError(f"{lacks}, and no change brings it below {needed(better.forecast) / GIB:.1f} GiB",
+                        where="train.fit", fix="take a smaller base, or data.resolution, or a card with more memory")
+    return better.recipe, better.forecast
+
+
+def as_begun(recipe: Recipe) -> Recipe:
+    """The recipe with what was changed when its run began, if it has begun: the two must be one."""
+    kept = Path(recipe.output.dir) / FILE
+    if not kept.exists():
+        return recipe
+    tree, settings = tomllib.loads(kept.read_text(encoding="utf-8")), dict[str, Any]()
+    for section, key in TOUCHED:
+        if section == "method":
+            for number, method in enumerate(tree.get("method", [])[:len(recipe.method)]):
+                settings |= {f"method.{number}.{key}": method[key]} if key in method else {}
+        elif isinstance(table := tree.get(section), dict) and key in table:
+            settings[f"{section}.{key}"] = table[key]
+    return changed(recipe, settings)
+
+
+def needed(found: Forecast) -> int:
+    """Bytes that a process which has begun to use the device will still ask for."""
+    return found.peak_bytes - found.parts.get("context", 0)
+
+
+def free(device: torch.device) -> int:
+    """Bytes that are free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

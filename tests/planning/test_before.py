@@ -1,0 +1,79 @@
+"""What a train verb does with a forecast: nothing where it fits, a line where it does not, or the cheapest change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from impasto.cli import app
+from impasto.core.errors import UserError
+from impasto.planning import before
+from impasto.planning.forecast import Forecast
+from impasto.training.kept_recipe import FILE, without_none
+from impasto.training.recipe import make_recipe
+from tests.checkpoints import write_checkpoint
+from tests.heard import Heard
+from tests.training.conftest import draw, tree
+
+GIB = 2**30
+
+
+def forecast(recipe, device: str = "cpu") -> Forecast:
+    """8 GiB of activations for each picture, a quarter of it with checkpointing."""
+    share = 4 if recipe.train.checkpointing else 1
+    return Forecast({"unet": GIB, "activations": 8 * GIB * recipe.train.batch_size // share}, "backward", 0)
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    (tmp_path / "photos").mkdir()
+    for key in range(3):
+        draw(tmp_path / "photos" / f"{key}.png", key, (64, 64))
+    base = write_checkpoint(tmp_path / "mini.safetensors")
+    monkeypatch.setattr(before, "forecast", forecast)
+    return tree(base, tmp_path / "photos", tmp_path / "run", train={"steps": 2, "fit": True})
+
+
+def test_what_fits_stays(told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "free", lambda device: 18 * GIB)
+    recipe, heard = make_recipe(told), Heard()
+    assert before.look_ahead(recipe, heard)[0] == recipe and not heard.notes
+
+
+def test_what_does_not_fit_is_changed_and_goes_on_so(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "free", lambda device: 6 * GIB)
+    heard = Heard()
+    recipe, found = before.look_ahead(make_recipe(told), heard)
+    assert recipe.train.checkpointing and found is not None and found.peak_bytes == 5 * GIB
+    assert any("train.checkpointing=true (about a third more time" in line for line in heard.notes)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE).write_text(tomli_w.dumps(without_none(recipe.plain())))
+    monkeypatch.setattr(before, "free", lambda device: 100 * GIB)  # later there is room, and it stays what it was
+    assert before.look_ahead(make_recipe(told), Heard())[0].train.checkpointing
+
+
+def test_in_no_way(told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "free", lambda device: GIB // 2)
+    with pytest.raises(UserError, match=r"needs about 17.0 GiB, and 0.5 are free, and no change brings it below"):
+        before.look_ahead(make_recipe(told), Heard())
+
+
+def test_without_being_asked_a_cpu_looks_at_nothing(told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "forecast", lambda *_: pytest.fail("nobody asked"))
+    told["train"]["fit"] = False
+    assert before.look_ahead(make_recipe(told), Heard())[1] is None
+
+
+def test_the_verb(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forecast is in the run's log, and the changed recipe is the one that it keeps."""
+    monkeypatch.setattr(before, "free", lambda device: 6 * GIB)
+    (tmp_path / "my.toml").write_text(tomli_w.dumps(told))
+    with pytest.raises(SystemExit) as ended:
+        app.main(["train", str(tmp_path / "my.toml")])
+    assert not ended.value.code
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert next(line for line in lines if line.get("event") == "forecast")["peak_bytes"] == 5 * GIB
+    assert "checkpointing = true" in (tmp_path / "run" / FILE).read_text()
