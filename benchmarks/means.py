@@ -1,11 +1,12 @@
 """What each mean that saves memory saves, and what it costs.
 
     python -m benchmarks.means                  all of it
-    python -m benchmarks.means --only lora full bits sleep
+    python -m benchmarks.means --only lora full kept bits sleep
     python -m benchmarks.means --quick          a small UNet: does the benchmark run?
 
 lora    a LoRA (rank 16, attention) on SD 1.5's UNet, 860 million weights drawn at random, one picture of 256², fp32
 full    all weights of a UNet of half the width (215 million), one picture of 128², AdamW
+kept    what a LoRA's forward keeps for its backward, on fake tensors of real sizes, under autocast to bf16
 bits    errors of weights, and of what the embedded base, whose weights are trained, predicts with them
 sleep   resident memory of an SD 1.x file of real size before and after text encoder and VAE are let go
 
@@ -30,6 +31,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import MIB, peak_allocated, print_table
 from benchmarks.step import SD15, SMALL, inputs
@@ -42,6 +44,7 @@ from impasto.families.blocks import blocks_of, compute_again
 from impasto.families.codes import CODES
 from impasto.families.load import load_base
 from impasto.families.quantised import quantise, quantised_layers
+from impasto.formats.configs import CONFIGS
 from impasto.training.fused import FusedBackward
 from impasto.training.offload import Activations, Blocks
 from impasto.training.rounding import Steps
@@ -173,6 +176,52 @@ def beside(kind: str, options: argparse.Namespace) -> None:
     print_table([kind, "peak, MiB", "time", "away, MiB"], rows)
 
 
+# --- what is kept ----------------------------------------------------------------------------------------
+def kept_bytes(family: str, cells: int, share: float) -> int:
+    """Bytes that one picture's forward keeps beside weights, where a share of the blocks is computed again."""
+    name = "transformer" if family == "sd3" else "unet"
+    part = CONFIGS.get(family).parts[name]
+    half = {"dtype": torch.bfloat16}
+    with FakeTensorMode():
+        network = networks.build(part.classes[0], part.config)
+        networks.fill(network, ((key, torch.empty(held[leaf].shape))
+                                for key, (held, leaf) in networks.places(network).items()), **half)
+        deltas = {path: LowRank(shape_of(layer), 16) for path, layer in network.named_modules()
+                  if path.endswith(("to_q", "to_k", "to_v", "to_out.0"))}
+        attach(network, deltas)
+        if share:
+            compute_again(network, share)
+        weights = (*network.parameters(), *network.buffers(), *(p for delta in deltas.values()
+                                                                for p in delta.parameters()))
+        def note(tensor: Tensor) -> Tensor:
+            seen.setdefault(id_of(tensor), tensor)
+            return tensor
+
+        stay, seen = {id_of(tensor) for tensor in weights}, dict[int, Tensor]()
+        x = torch.empty(1, part.config["in_channels"], cells, cells, **half)
+        text = torch.empty(1, 333 if family == "sd3" else 77, {"sd1": 768, "sdxl": 2048, "sd3": 4096}[family], **half)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), \
+                torch.autocast("cpu", dtype=torch.bfloat16):
+            if family == "sd3":
+                network(x, text, torch.empty(1, 2048, **half), torch.empty(1))
+            else:
+                network(x, torch.empty(1), text, added_cond_kwargs={
+                    "text_embeds": torch.empty(1, 1280, **half), "time_ids": torch.empty(1, 6, **half)})
+        return sum(tensor.untyped_storage().nbytes() for place, tensor in seen.items() if place not in stay)
+
+
+def id_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def kept() -> None:
+    shares = (0, 0.1, 0.25, 0.5, 0.75, 1)
+    print()
+    print_table(["MiB", *(str(share) for share in shares)], [
+        [f"{family}, {8 * cells}²", *(f"{kept_bytes(family, cells, share) / MIB:,.0f}" for share in shares)]
+        for family, cells in (("sd1", 64), ("sdxl", 128), ("sd3", 128))])
+
+
 @torch.no_grad()
 def bits() -> None:
     plain, rows = load_base("mini"), []
@@ -229,7 +278,7 @@ def sleep() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["lora", "full", "bits", "sleep"])
+    parser.add_argument("--only", nargs="+", default=["lora", "full", "kept", "bits", "sleep"])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kind")
@@ -239,7 +288,7 @@ def main() -> None:
         child(options)
         return
     for kind in options.only:
-        {"bits": bits, "sleep": sleep}.get(kind, lambda kind=kind: beside(kind, options))()
+        {"kept": kept, "bits": bits, "sleep": sleep}.get(kind, lambda kind=kind: beside(kind, options))()
 
 
 if __name__ == "__main__":

@@ -162,9 +162,10 @@ def _tell_unread(prompts: Sequence[str], base: Base, report: Reporter) -> None:
     from impasto.data.wording import cut_to
     from impasto.families.prompts import parse
 
-    for prompt in dict.fromkeys(prompts) if base.longest is not None else ():
-        if lost := cut_to(parse(prompt), base.longest)[1]:
-            report.note(f"CLIP reads {base.longest} tokens of a prompt in this family, and not: '{short(lost, 80)}'")
+    limit = base.longest
+    for prompt in dict.fromkeys(prompts) if limit is not None else ():
+        if limit is not None and (lost := cut_to(parse(prompt), limit)[1]):
+            report.note(f"CLIP reads {limit} tokens of a prompt in this family, and not: '{short(lost, 80)}'")
 
 
 def _default_size(base: Base, begin: Image.Image | None) -> tuple[int, int]:

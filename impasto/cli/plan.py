@@ -1,39 +1,39 @@
-"""`impasto plan`: what a run will take, before its first step."""
+"""`impasto plan`: what a run will take, before its first step, and what to change so that it fits."""
 
 from __future__ import annotations
 
-import re
+import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from impasto.cli.console import RichReporter, emit, size
-from impasto.cli.options import Json
+from impasto.cli.options import Force, Json, refuse_existing
 from impasto.core.errors import UserError
+from impasto.core.files import atomic_write
 
 if TYPE_CHECKING:
+    from impasto.planning.cards import Card
+    from impasto.planning.fit import Fit
     from impasto.planning.forecast import Forecast
-
-#: bytes in one of a unit; a bare number counts GiB
-UNITS = {"": 2**30, "gib": 2**30, "gb": 10**9, "g": 2**30, "mib": 2**20, "mb": 10**6, "m": 2**20}
+    from impasto.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Card:
-    """A card to fit on."""
+class Told:
+    """All that is said of a recipe."""
 
-    name: str
-    bytes: int
-
-
-def card_of(text: str) -> Card:
-    """The card of a size such as 16GiB, 24GB or 12, which counts GiB. Raises `UserError`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in UNITS or not float(match[1]):
-        raise UserError(f"{text!r} is no size of a card's memory", where="--card", fix="give one such as 16GiB or 24GB")
-    return Card(text.strip(), int(float(match[1]) * UNITS[match[2]]))
+    recipe: Recipe
+    forecast: Forecast
+    card: Card | None
+    #: of one optimizer step, and where the figures of the card are from; None: nothing is known of it
+    seconds: float | None
+    origin: str
+    better: Fit | None
 
 
 def plan(
@@ -41,58 +41,138 @@ def plan(
     settings: Annotated[list[str] | None, typer.Argument(
         metavar="SECTION.KEY=VALUE", help="Settings that the recipe leaves out or has otherwise. To plan without any "
         "file, base.family=sd1 (sd2, sdxl, sdxl-refiner, sd3) is enough.")] = None,
-    card: Annotated[str | None, typer.Option(metavar="16GiB", help="Memory of a card: whether the run fits.")] = None,
+    card: Annotated[str | None, typer.Option(
+        metavar="16GiB|'RTX 3060'", help="A card, or its memory: whether the run fits, and what makes it fit.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, as .png or .svg.")] = None,
+    apply: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Write the recipe with the changes that make it fit.")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a run will take of a card's memory, part by part.
+    """Say what a run will take, before its first step.
 
     The run is rehearsed on tensors that have shapes and no contents: no weights are read, no picture is looked at, and
     a base that is not there yet is planned as its authors have published it. It is for an NVIDIA card, unless the
-    recipe says train.device = "cpu".
+    recipe says train.device = "cpu". Where it does not fit, the cheapest changes are looked for; each is rehearsed.
     """
+    from impasto.planning.cards import card_of
+
     wanted = None if card is None else card_of(card)
+    if apply is not None and wanted is None:
+        raise typer.BadParameter("what is to be made fit needs a card: say --card", param_hint="--apply")
+    if picture is not None and picture.suffix not in (".png", ".svg"):
+        raise typer.BadParameter(f"{picture.name} is neither .png nor .svg", param_hint="--picture")
+    refuse_existing([file for file in (picture, apply) if file is not None], force)
+    told = _told(recipe, settings or [], wanted)
+    if picture is not None:
+        from impasto.planning.drawn import draw
+
+        draw(_columns(told), picture)
+    if apply is not None:
+        _write(told, apply)
+    if as_json:
+        return emit(document(told))
+    for line in told.forecast.remarks:
+        print(f"note: {line}", file=sys.stderr)
+    show(told)
+    for file in (picture, apply):
+        if file is not None:
+            print(file)
+
+
+def _told(name: str, settings: Sequence[str], card: Card | None) -> Told:
+    from impasto.planning.fit import fit
     from impasto.planning.memory import forecast
+    from impasto.planning.sizes import artifact_bytes
+    from impasto.planning.time import seconds_per_step, speed_of
+    from impasto.planning.weightless import planned_base
     from impasto.training.recipe import load_recipe
 
-    checked = load_recipe(recipe, settings or [])
-    with RichReporter().phase("rehearsing the run"):
-        told = forecast(checked, "cpu" if checked.train.device == "cpu" else "cuda")
-    if as_json:
-        emit(document(told, wanted))
-        return
-    for line in told.remarks:
-        print(f"note: {line}", file=sys.stderr)
-    show(told, wanted)
+    recipe, report = load_recipe(name, settings), RichReporter()
+    device = "cpu" if recipe.train.device == "cpu" else "cuda"
+    with report.phase("rehearsing the run"):
+        found = forecast(recipe, device)
+        found = replace(found, artifact_bytes=artifact_bytes(recipe, planned_base(recipe)))
+    better = None
+    if card is not None and found.peak_bytes > card.bytes:
+        better = fit(recipe, card.bytes, lambda other: forecast(other, device), found, report)
+    precision = "bf16" if recipe.train.precision == "auto" else recipe.train.precision
+    speed = None if card is None else speed_of(card, precision)
+    return Told(recipe, found, card, speed and seconds_per_step(found, speed), speed.origin if speed else "", better)
 
 
-def document(told: Forecast, card: Card | None) -> dict[str, Any]:
+def document(told: Told) -> dict[str, Any]:
     """The forecast for machines."""
-    return {"peak_bytes": told.peak_bytes, "parts": dict(told.parts), "at": told.moment, "moments": dict(told.moments),
-            "allocated_bytes": told.allocated, "artifact_bytes": told.artifact_bytes, "flops": dict(told.flops),
-            "traffic_bytes": told.traffic, "seconds_per_step": None, "fits": None if card is None else
-            told.peak_bytes <= card.bytes, "card_bytes": None if card is None else card.bytes, "changes": [],
-            "remarks": list(told.remarks)}
+    found, card, better = told.forecast, told.card, told.better
+    return {
+        "peak_bytes": found.peak_bytes, "parts": dict(found.parts), "at": found.moment, "moments": dict(found.moments),
+        "allocated_bytes": found.allocated, "artifact_bytes": found.artifact_bytes, "flops": dict(found.flops),
+        "traffic_bytes": found.traffic, "seconds_per_step": told.seconds,
+        "fits": None if card is None else found.peak_bytes <= card.bytes,
+        "card_bytes": None if card is None else card.bytes,
+        "changes": [{"settings": dict(one.change.settings), "costs": one.change.costs, "before_bytes": one.before,
+                     "after_bytes": one.after} for one in better.made] if better else [],
+        "fits_changed": None if better is None else better.fits,
+        "changed_peak_bytes": None if better is None else better.forecast.peak_bytes,
+        "remarks": list(found.remarks)}
 
 
-def show(told: Forecast, card: Card | None) -> None:
-    """The forecast as a table, and whether it fits."""
-    from impasto.planning.forecast import PARTS
+def show(told: Told) -> None:
+    """Squares of one GiB, the parts in figures, and what there is to say of them."""
+    from impasto.planning.picture import show as shown
+    from impasto.planning.picture import squares
 
-    rows = [(PARTS[name], count) for name, count in told.parts.items()]
-    width = max(len(title) for title, _ in (*rows, ("at its peak", 0)))
-    for title, count in rows:
-        print(f"{title:<{width}}  {size(count):>9}  {count / told.peak_bytes:4.0%}")
-    print(f"{'at its peak':<{width}}  {size(told.peak_bytes):>9}  ({told.moment})")
-    print(f"{'leaves':<{width}}  {size(told.artifact_bytes):>9}")
-    if card is not None:
-        print(verdict(told, card))
+    found, card, better = told.forecast, told.card, told.better
+    plain = "utf" not in (sys.stdout.encoding or "").lower()
+    shown(squares(_columns(told), shutil.get_terminal_size().columns, ascii_only=plain), sys.stdout)
+    print(f"\nat its peak  {size(found.peak_bytes)} ({found.moment})")
+    print(f"leaves       {size(found.artifact_bytes)}")
+    if told.seconds is not None:
+        from impasto.planning.time import about
+
+        steps = told.recipe.train.steps or (None if told.recipe.train.epochs else 500)
+        whole = f", {about(told.seconds * steps)} for {steps} steps" if steps else ""
+        print(f"takes        about {about(told.seconds)} a step{whole} ({told.origin})")
+    if card is None:
+        return
+    print(verdict(found, card))
+    if better is None:
+        return
+    for one in better.made:
+        print(f"  {' '.join(one.change.overrides)}  {size(one.before)} -> {size(one.after)}: {one.change.costs}")
+    print(f"with {'these changes' if len(better.made) > 1 else 'this change'} it fits, in "
+          f"{size(better.forecast.peak_bytes)}; --apply FILE writes the recipe" if better.fits else
+          f"no change makes it fit: the smallest card that would do has {-(-better.forecast.peak_bytes // 2**30)} GiB")
 
 
-def verdict(told: Forecast, card: Card) -> str:
+def verdict(found: Forecast, card: Card) -> str:
     """Whether it fits on a card, in a line."""
-    if told.peak_bytes <= card.bytes:
-        return f"fits on {card.name}, with {size(card.bytes - told.peak_bytes)} to spare"
-    weights = told.weight_bytes
+    if found.peak_bytes <= card.bytes:
+        return f"fits on {card.name}, with {size(card.bytes - found.peak_bytes)} to spare"
+    weights = found.weight_bytes
     if weights > card.bytes:
         return f"does not fit on {card.name}: the weights alone are {size(weights)}"
-    return f"does not fit on {card.name}: {size(told.peak_bytes - card.bytes)} are lacking"
+    return f"does not fit on {card.name}: {size(found.peak_bytes - card.bytes)} are lacking"
+
+
+def _columns(told: Told) -> list[Any]:
+    from impasto.planning.picture import Column
+
+    columns = [Column("as it is", told.forecast.parts, told.card)]
+    if told.better is not None and told.better.made:
+        columns.append(Column("changed", told.better.forecast.parts, told.card))
+    return columns
+
+
+def _write(told: Told, path: Path) -> None:
+    """The recipe that fits. `UserError` if there is none."""
+    import tomli_w
+
+    from impasto.training.kept_recipe import without_none
+
+    if told.better is not None and not told.better.fits:
+        raise UserError("no change makes this run fit, so there is no recipe to write", where=path,
+                        fix="take a card with more memory, or a smaller base")
+    recipe = told.recipe if told.better is None else told.better.recipe
+    with atomic_write(path) as file:
+        tomli_w.dump(without_none(recipe.model_dump(mode="json", exclude_unset=True)), file)

@@ -49,7 +49,7 @@ def told(options: BaseOptions) -> tuple[Checkpoint, list[str]]:
 
     Raises `UserError` if neither its path nor its family says what it is.
     """
-    if options.path is None or options.family is not None and not _is_there(options.path):
+    if options.path is None or options.family is not None and not is_there(options.path):
         assert options.family is not None, "a recipe has one of both"
         FAMILIES.get(options.family)  # a name that is not known is an error, with the nearest one
         where = f"{options.path} is not there: " if options.path is not None else ""
@@ -70,7 +70,7 @@ def told(options: BaseOptions) -> tuple[Checkpoint, list[str]]:
     return found.predicting(options.prediction), []
 
 
-def _is_there(path: str) -> bool:
+def is_there(path: str) -> bool:
     """Whether a base lies here, a hub id in the local cache included."""
     try:
         locate(path)
@@ -91,12 +91,12 @@ def build(checkpoint: Checkpoint, options: BaseOptions, dtype: torch.dtype) -> t
     """The base of a checkpoint, its weights fake, and lines on what was assumed. To be called in a FakeTensorMode."""
     sources: dict[str, Checkpoint] = dict.fromkeys(checkpoint.components, Imagined.of(checkpoint))
     notes: list[str] = []
-    if options.vae is not None and _is_there(options.vae):
+    if options.vae is not None and is_there(options.vae):
         vae = open_checkpoint(locate(options.vae), family=checkpoint.family)
         sources["vae"] = Imagined.of(replace(vae, family=checkpoint.family))
     elif options.vae is not None:
         notes.append(f"{options.vae} is not there: planned with the base's own VAE")
-    if options.text_encoders and all(map(_is_there, options.text_encoders)):
+    if options.text_encoders and all(map(is_there, options.text_encoders)):
         found = open_text_encoders(map(locate, options.text_encoders), checkpoint.family, checkpoint.path.parent)
         sources |= {name: Imagined.of(replace(one, family=checkpoint.family)) for name, one in found.items()}
     elif options.text_encoders:

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from impasto.core.weighted import Weighted
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.dense import Dense
@@ -25,7 +23,7 @@ from impasto.formats.adapter_bytes import Taken
 from impasto.formats.arrangement import arranged_sizes
 from impasto.methods import METHODS
 from impasto.methods.base import Method, check_method
-from impasto.planning.weightless import Valueless, weightless_base
+from impasto.planning.weightless import Valueless, planned_base
 from impasto.training.environment import DTYPES, choose_device, describe
 from impasto.training.metadata import metadata
 from impasto.training.native import at_native_size
@@ -47,8 +45,7 @@ def artifact_sizes(recipe: Recipe, base: Base | None = None) -> dict[Path, Taken
     `UserError` for a base that cannot be opened, methods that do not fit it, and a format that cannot hold them.
     """
     if base is None:
-        halves = any(getattr(options, "weights", "") == "bf16" for options in recipe.method)
-        base = weightless_base(recipe.base, torch.bfloat16 if halves else torch.float32)
+        base = planned_base(recipe)
     recipe = at_native_size(recipe) if base.source is not None and base.source.exists() else recipe
     output, dtype = recipe.output, DTYPES[recipe.output.dtype]
     methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]

@@ -20,7 +20,8 @@ from impasto.families.load import load_base, locate
 from impasto.formats.checkpoint import Checkpoint, open_checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig
 from impasto.formats.source import Source
-from impasto.training.recipe import BaseOptions
+from impasto.planning.faking import is_there
+from impasto.training.recipe import BaseOptions, Recipe
 
 #: draws of initial values, which nobody needs here
 DRAWS = (torch.rand, torch.randn)
@@ -78,3 +79,13 @@ def published_base(family: str, dtype: torch.dtype = torch.float32) -> Base:
                                                            dtype=dtype, init_seed=0)
     base.checkpoints = dict.fromkeys(base.components, checkpoint)
     return base
+
+
+def planned_base(recipe: Recipe) -> Base:
+    """The base of a recipe to plan, which need not be there if its family is named; halves where it trains halves."""
+    dtype = torch.bfloat16 if any(getattr(options, "weights", "") == "bf16" for options in recipe.method) \
+        else torch.float32
+    if recipe.base.path is None or recipe.base.family is not None and not is_there(recipe.base.path):
+        assert recipe.base.family is not None, "a recipe has one of both"
+        return published_base(recipe.base.family, dtype)
+    return weightless_base(recipe.base, dtype)
