@@ -41,7 +41,9 @@ class Classify(Objective):
             width = base.encode_text([""])["states"].shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "init", "classify"))
-            self.head = nn.Linear(width, sum(labels)).to(base.device)
+            self.head = nn.Linear(width, sum(labels))
+        for parameter in self.head.parameters():  # not by `Module.to`, which cannot move fake tensors
+            parameter.data = parameter.data.to(base.device)
         self.sizes = list(labels)
         return {"head": self.head}
 

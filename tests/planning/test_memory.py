@@ -16,7 +16,7 @@ from impasto.planning import faking
 from impasto.planning.forecast import Forecast
 from impasto.planning.memory import forecast
 from impasto.planning.states import Sized
-from impasto.training.recipe import BaseOptions, make_recipe
+from impasto.training.recipe import BaseOptions, load_recipe, make_recipe
 from tests.checkpoints import write_checkpoint
 from tests.planning.toy import KEPT
 
@@ -201,3 +201,10 @@ def test_a_base_that_is_not_there_is_planned_as_published(mini: Path) -> None:
         make_recipe({"base": {}, "method": {"kind": "lora"}})
     with pytest.raises(UserError, match="is a checkpoint of sd1, not sdxl"):
         planned({"path": str(mini), "family": "sdxl"})
+
+
+@pytest.mark.parametrize("name", ["mini/pretrain_text", "mini/pretrain_vae", "mini/pivotal"])
+def test_ready_recipes_are_planned(name: str) -> None:
+    """One that trains weights of its objective's own, one that trains a VAE, one of several methods."""
+    found = forecast(load_recipe(name), "cpu")
+    assert found.parts["adapter" if name != "mini/pretrain_vae" else "vae"] > 0 and found.flops["backward"] > 0
