@@ -92,4 +92,4 @@ def _told(recipe: Recipe, base: Base) -> dict[str, str]:
               for name, strength in map(Weighted.parse, recipe.base.adapters)]
     steps = recipe.train.steps or 500  # of epochs too, of which only pictures tell
     return metadata(recipe, steps, base=_fingerprints(base), data=DATA, merged=merged,
-                    environment=describe(choose_device(recipe.train.device)))
+                    environment=describe(choose_device(recipe.train.device)), prediction=base.process.prediction)
