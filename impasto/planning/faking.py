@@ -105,8 +105,10 @@ def build(checkpoint: Checkpoint, options: BaseOptions, dtype: torch.dtype) -> t
         if not checkpoint.path.exists():
             sources = {name: replace(source, tokenizers=_stand_ins(CONFIGS.get(checkpoint.family), Path(folder)))
                        for name, source in sources.items()}
-        base = FAMILIES.get(checkpoint.family).from_checkpoints(sources, dtype=dtype, clip_skip=options.clip_skip,
-                                                                options=options.options)
+        kind = FAMILIES.get(checkpoint.family)
+        held = {kind.denoiser_name: options.quantize, **dict.fromkeys(kind.text_encoder_names, options.quantize_text)}
+        base = kind.from_checkpoints(sources, dtype=dtype, clip_skip=options.clip_skip, options=options.options,
+                                     quantised={name: how for name, how in held.items() if how != "none"})
     return base, notes
 
 

@@ -128,7 +128,7 @@ class Rehearsal:
         self.scaler = self.stage.precision.scaler()
         self.steps = Steps(self.optimizer, self.trained, self.options.seed)
         if self.options.checkpointing:
-            self.base.checkpoint_gradients()
+            self.base.checkpoint_gradients(float(self.options.checkpointing))
         awake = self.trains | {self.base.denoiser_name} | self.rule.needs
         if self.stage.device != "cpu":
             self.asleep = [tensor for name, network in self.base.components.items() if name not in awake

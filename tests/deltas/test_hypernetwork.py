@@ -114,7 +114,7 @@ class Both(nn.Module):
                                      {"activation": "swish", "activate_output": True}])
 def test_zero_last_is_the_identity_and_learns(options: dict[str, typing.Any]) -> None:
     hook = made(how="zero_last", spread=0.0, **options)
-    x = torch.randn(4, 6, dtype=torch.float64)
+    x = torch.randn(64, 6, dtype=torch.float64)  # so many that no unit is idle in all, under relu
     assert torch.equal(hook.keys(x), x) and torch.equal(hook.values(x), x)
     last = list(hook.pairs["6"]["k"].parameters())[-2]
     hook.keys(x).square().sum().backward()
