@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.common import MIB, peak_allocated, print_table
+from benchmarks.common import MIB, peak_allocated, print_table, tensor_bytes
 from impasto.core.progress import SILENT
 from impasto.formats.configs import CONFIGS
 from impasto.planning.memory import forecast
@@ -110,7 +110,8 @@ def recipe_of(folder: Path, base: Path, sections: dict[str, Any], device: str) -
 
 
 def measured(recipe: Recipe, device: str) -> int:
-    """The peak of two steps of the trainer, bytes."""
+    """The peak of two steps of the trainer, bytes; without what the process held before."""
+    before = tensor_bytes(torch.device(device))
     folder = Path(recipe.output.dir)
     folder.mkdir(parents=True)
     trainer = Trainer(recipe, Run(folder, "run"), SILENT, Processes())
@@ -122,7 +123,7 @@ def measured(recipe: Recipe, device: str) -> int:
         trainer._update(number)
         trainer.shown.update(number + 1)
 
-    return peak_allocated(step, torch.device(device))
+    return peak_allocated(step, torch.device(device)) - before
 
 
 def compare(family: str, sections: dict[str, Any], size: str, device: str) -> tuple[int, int, float]:

@@ -26,7 +26,7 @@ from impasto.core.errors import UserError, nearest
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("impasto.cli.demo:demo", "Teach the embedded miniature something new, and write a page that shows it."),
     "train": ("impasto.cli.train:train", "Fine-tune from a recipe."),
-    "plan": ("impasto.cli.plan:plan", "Say what a run will take of a card's memory, part by part."),
+    "plan": ("impasto.cli.plan:plan", "Say what a run will take, before its first step."),
     "generate": ("impasto.cli.generate:generate", "Draw pictures from prompts, with adapters if you like."),
     "dataset": ("impasto.cli.dataset:dataset", "Look at pictures and captions before a run."),
     "import-recipe": ("impasto.cli.import_recipe:import_recipe",
