@@ -11,7 +11,8 @@ from impasto.core.progress import SILENT, Reporter
 from impasto.core.weighted import Weighted
 from impasto.deltas.attach import attach, beside_layers
 from impasto.families.apply import naming, notices
-from impasto.families.base import Base, Merged
+from impasto.families.base import Base
+from impasto.families.weights import Merged
 from impasto.formats.adapters import load_adapter
 
 

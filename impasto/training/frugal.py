@@ -11,7 +11,8 @@ from impasto.training.optimizers import OPTIMIZERS
 if TYPE_CHECKING:
     from impasto.training.environment import Precision
     from impasto.training.processes import Processes
-    from impasto.training.recipe import Recipe, TrainOptions
+    from impasto.training.recipe import Recipe
+    from impasto.training.sections import TrainOptions
 
 
 def check_means(recipe: Recipe) -> None:

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import impasto
 from impasto.data.shards.access import is_url
-from impasto.families.base import Merged
 from impasto.families.load import is_hub_id
+from impasto.families.weights import Merged
 from impasto.training.recipe import Recipe
 
 #: keys that name places on the user's disk: only their last part goes into a file that may be shared

@@ -15,7 +15,7 @@ from impasto.core.errors import MissingExtra, UserError, nearest
 if TYPE_CHECKING:
     import torch
 
-    from impasto.training.recipe import TrainOptions
+    from impasto.training.sections import TrainOptions
 
 #: keys of [train] that are arguments of many optimizers
 SHARED = ("betas", "weight_decay", "eps")

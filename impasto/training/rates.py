@@ -12,7 +12,7 @@ import torch
 
 from impasto.core.counts import steps_of
 from impasto.core.errors import UserError
-from impasto.training.recipe import TrainOptions
+from impasto.training.sections import TrainOptions
 
 #: cosines in a run, and the power of a polynomial, where the recipe does not say
 RESTARTS, POWER = 3, 2.0

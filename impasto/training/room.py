@@ -6,8 +6,8 @@ import shutil
 
 from impasto.core.files import nearest_folder, require_space
 from impasto.core.progress import Reporter
-from impasto.training.recipe import OutputOptions
 from impasto.training.run import Run
+from impasto.training.sections import OutputOptions
 
 #: bytes that the log, previews and the like may take
 SPARE = 2**24

@@ -24,7 +24,7 @@ from impasto.methods.norms import limit, norm_of
 from impasto.methods.warm import take_over
 from impasto.methods.weights import LayerMethod
 from impasto.training.optimizers import OPTIMIZERS, make_optimizer
-from impasto.training.recipe import TrainOptions
+from impasto.training.sections import TrainOptions
 from tests.families.conftest import random_sd1
 from tests.methods.test_weights import Stub, X
 

@@ -22,8 +22,9 @@ from impasto.training.environment import Precision, choose_device
 from impasto.training.optimizer_state import pack_optimizer, unpack_optimizer
 from impasto.training.optimizers import OPTIMIZERS, effective_rate, make_optimizer, remarks
 from impasto.training.rates import rate_factor, set_rates
-from impasto.training.recipe import Recipe, TrainOptions
+from impasto.training.recipe import Recipe
 from impasto.training.run import Run
+from impasto.training.sections import TrainOptions
 from impasto.training.trainer import Trainer, train
 from tests.heard import Heard
 

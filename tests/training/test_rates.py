@@ -12,7 +12,7 @@ from impasto.core.errors import UserError
 from impasto.methods.full import Full
 from impasto.methods.lora import LoRA
 from impasto.training.rates import rate_factor, split_by_path
-from impasto.training.recipe import TrainOptions
+from impasto.training.sections import TrainOptions
 from tests.families.conftest import random_sd1
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from impasto.core.errors import UserError
-from impasto.training.recipe import READY, Recipe, TrainOptions, load_recipe, make_recipe
+from impasto.training.recipe import READY, Recipe, load_recipe, make_recipe
+from impasto.training.sections import TrainOptions
 
 MINIMAL = {"base": {"path": "x.safetensors"}, "method": {"kind": "lora"}}
 

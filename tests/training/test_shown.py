@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from impasto.training.optimizers import make_optimizer
-from impasto.training.recipe import TrainOptions
+from impasto.training.sections import TrainOptions
 from impasto.training.shown import Shown, answered
 
 pytest.importorskip("schedulefree")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from impasto.core.errors import UserError
 from impasto.core.progress import Reporter
-from impasto.training.recipe import OutputOptions
+from impasto.training.sections import OutputOptions
 
 
 def announce(output: OutputOptions, report: Reporter) -> None:
