@@ -94,7 +94,9 @@ def generate(
         from impasto.families.load import load_base
         from impasto.families.picture_info import open_picture, save_picture
         from impasto.families.sampling import SampleSettings
+        from impasto.families.schedulers import canonical
 
+    canonical(scheduler)  # a typo is told before the base is loaded
     folders = [*(adapter_dir or []), Path()]
     files = tuple((pictures.find_adapter(name, folders), weight) for name, weight in map(weighted, adapter or []))
     shots = pictures.plan_shots(prompts, seeds, files, lambda name: pictures.find_adapter(name, folders))

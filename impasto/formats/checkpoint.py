@@ -93,13 +93,16 @@ class Checkpoint:
         Training by LDM leaves them in a single file as `model_ema.…`, the rest of each name without its dots (`LitEma`,
         ldm/modules/ema.py of github.com/CompVis/latent-diffusion). Raises `UserError` if there are none.
         """
+        if self.layout != "ldm":
+            raise UserError("is a diffusers folder, and single files alone hold a running average", where=self.path,
+                            fix="leave --ema out")
         name = "unet" if "unet" in self.sources else "transformer"
         source = self.sources[name]
         places = {tensor: place._replace(key="model_ema." + place.key.removeprefix("model.").replace(".", ""))
                   for tensor, place in source.places.items()}
         if lacking := [place.key for place in places.values() if place.key not in source.file.shapes]:
             raise UserError(f"holds no running average of its weights ({lacking[0]} is missing)", where=self.path,
-                            fix="take its weights as they are, without --ema")
+                            fix="leave --ema out")
         taken = {place.key for place in places.values()}
         return replace(self, sources={**self.sources, name: Source(source.file, places)},
                        surplus=[key for key in self.surplus if key not in taken])

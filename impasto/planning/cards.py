@@ -7,11 +7,12 @@ fast, which nobody trains with). What a training reaches of it is another matter
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from impasto.core.errors import UserError, nearest
+from impasto.core.errors import UserError
 from impasto.planning.forecast import GIB
 
 
@@ -187,7 +188,5 @@ def _hint(words: str) -> str:
     """The nearest known name."""
     known = {_plain(name): name for name in (card.name.rpartition(" ")[0] for card in CARDS)}
     bare = {re.sub(r"^(?:rtx|gtx|rx)(?=\d)", "", plain): name for plain, name in known.items()}
-    told = nearest(words, known | bare)
-    if not told.startswith("did you mean"):
-        return "Known are the usual ones from NVIDIA and AMD."
-    return f"Did you mean {(known | bare)[told.split(chr(39))[1]]!r}?"
+    close = difflib.get_close_matches(words, known | bare, n=1, cutoff=0.5)
+    return f"Did you mean {(known | bare)[close[0]]!r}?" if close else "Known are the usual ones from NVIDIA and AMD"

@@ -147,3 +147,8 @@ def test_the_running_average_in_place_of_the_last_weights(family: str, files: di
             assert torch.equal(tensor, before[key] + (key.partition(".")[0] in ("unet", "transformer"))), key
     with pytest.raises(UserError, match="holds no running average of its weights"):
         convert(files["ldm"], tmp_path / "no.safetensors", ema=True)
+
+
+def test_a_folder_holds_no_running_average(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a diffusers folder, and single files alone hold a running average"):
+        convert(files["diffusers"], tmp_path / "no.safetensors", ema=True)
