@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from impasto.planning.cards import Card
     from impasto.planning.fit import Fit
     from impasto.planning.forecast import Forecast
+    from impasto.planning.time import Speed
     from impasto.training.recipe import Recipe
 
 
@@ -84,7 +85,7 @@ def _told(name: str, settings: Sequence[str], card: Card | None) -> Told:
     from impasto.planning.fit import fit
     from impasto.planning.memory import forecast
     from impasto.planning.sizes import artifact_bytes
-    from impasto.planning.time import seconds_per_step, speed_of
+    from impasto.planning.time import seconds_per_step
     from impasto.planning.weightless import planned_base
     from impasto.training.recipe import load_recipe
 
@@ -96,9 +97,25 @@ def _told(name: str, settings: Sequence[str], card: Card | None) -> Told:
     better = None
     if card is not None and found.peak_bytes > card.bytes:
         better = fit(recipe, card.bytes, lambda other: forecast(other, device), found, report)
-    precision = "bf16" if recipe.train.precision == "auto" else recipe.train.precision
-    speed = None if card is None else speed_of(card, precision)
+    speed = _speed(recipe, card, device)
     return Told(recipe, found, card, speed and seconds_per_step(found, speed), speed.origin if speed else "", better)
+
+
+def _speed(recipe: Recipe, card: Card | None, device: str) -> Speed | None:
+    """Of the card that is asked for, or of this machine's processor where the run is for that."""
+    import torch
+
+    from impasto.planning.memory import precision_on
+    from impasto.planning.time import speed_here, speed_of
+
+    precision = precision_on(recipe.train.precision, device).name
+    if device == "cpu":
+        return speed_here(torch.device("cpu"), precision)
+    if card is None:
+        return None
+    if recipe.train.precision == "auto" and precision not in card.tflops:
+        precision = "fp16"  # which is what "auto" is on a card without bf16
+    return speed_of(card, precision)
 
 
 def document(told: Told) -> dict[str, Any]:
@@ -130,7 +147,7 @@ def show(told: Told) -> None:
     if told.seconds is not None:
         from impasto.planning.time import about
 
-        steps = told.recipe.train.steps or (None if told.recipe.train.epochs else 500)
+        steps = told.recipe.train.known_steps
         whole = f", {about(told.seconds * steps)} for {steps} steps" if steps else ""
         print(f"takes        about {about(told.seconds)} a step{whole} ({told.origin})")
     if card is None:

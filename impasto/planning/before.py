@@ -13,7 +13,8 @@ from impasto.core.progress import Reporter
 from impasto.planning.fit import TOUCHED, changed, fit
 from impasto.planning.forecast import GIB, Forecast
 from impasto.planning.memory import forecast
-from impasto.training.environment import choose_device
+from impasto.planning.time import about, seconds_per_step, speed_here
+from impasto.training.environment import Precision, choose_device
 from impasto.training.kept_recipe import FILE
 from impasto.training.recipe import Recipe
 
@@ -32,6 +33,8 @@ def look_ahead(recipe: Recipe, report: Reporter) -> tuple[Recipe, Forecast | Non
     with report.phase("looking ahead"):
         found, room = forecast(recipe, device.type), free(device)
     if needed(found) <= room:
+        report.note(f"needs about {needed(found) / GIB:.1f} of {room / GIB:.1f} GiB that are free"
+                    + _time(recipe, found, device))
         return recipe, found
     lacks = f"needs about {needed(found) / GIB:.1f} GiB, and {room / GIB:.1f} are free"
     if not recipe.train.fit:
@@ -45,6 +48,17 @@ def look_ahead(recipe: Recipe, report: Reporter) -> tuple[Recipe, Forecast | Non
         raise UserError(f"{lacks}, and no change brings it below {needed(better.forecast) / GIB:.1f} GiB",
                         where="train.fit", fix="take a smaller base, or data.resolution, or a card with more memory")
     return better.recipe, better.forecast
+
+
+def _time(recipe: Recipe, found: Forecast, device: torch.device) -> str:
+    """How long it will take, where a speed is known of the device and the recipe counts steps."""
+    speed = speed_here(device, Precision.choose(recipe.train.precision, device).name)
+    seconds = None if speed is None else seconds_per_step(found, speed)
+    if speed is None or seconds is None:
+        return ""
+    steps = recipe.train.known_steps
+    whole = f", {about(seconds * steps)} for {steps} steps" if steps else ""
+    return f"; about {about(seconds)} a step{whole} ({speed.origin})"
 
 
 def as_begun(recipe: Recipe) -> Recipe:

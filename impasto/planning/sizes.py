@@ -28,6 +28,7 @@ from impasto.training.environment import DTYPES, choose_device, describe
 from impasto.training.metadata import metadata
 from impasto.training.native import at_native_size
 from impasto.training.recipe import Recipe
+from impasto.training.sections import DEFAULT_STEPS
 
 #: of hexadecimal digests: of a component's weights, of an adapter's file, of the data
 FINGERPRINT, DIGEST, DATA = "0" * 32, "0" * 32, "0" * 40
@@ -90,6 +91,6 @@ def _told(recipe: Recipe, base: Base) -> dict[str, str]:
         return {}
     merged = [Merged(Path(name).name, DIGEST, strength, frozenset(), {})
               for name, strength in map(Weighted.parse, recipe.base.adapters)]
-    steps = recipe.train.steps or 500  # of epochs too, of which only pictures tell
+    steps = recipe.train.known_steps or DEFAULT_STEPS  # of epochs too, of which only pictures tell
     return metadata(recipe, steps, base=_fingerprints(base), data=DATA, merged=merged,
                     environment=describe(choose_device(recipe.train.device)), prediction=base.process.prediction)

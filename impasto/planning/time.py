@@ -8,11 +8,12 @@ one CPU core beside busy neighbours, parts of SD 1.5's UNet took 0.8 to 2.3 time
 networks as small as the miniature up to 5 times. On a GPU nothing was measured.
 
 How much of what a card can do on paper is reached is measured on this machine by `impasto doctor --calibrate`, at the
-shapes of Stable Diffusion 1.5's UNet; of other cards it is assumed, and said so.
+shapes of Stable Diffusion 1.5's UNet, and kept; of other cards it is assumed, and said so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -23,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from impasto.core.errors import UserError
 from impasto.core.files import cache_dir, write_json
 from impasto.core.progress import SILENT, Reporter
-from impasto.planning.cards import Card
+from impasto.planning.cards import Card, card_of
 from impasto.planning.forecast import Forecast
-from impasto.training.environment import DTYPES, Precision
+from impasto.training.environment import Precision
 
 #: what of a card's tensor TFLOPS, and of its bandwidth, a training is taken to reach where nobody has measured it.
 #: An assumption, not a measurement
@@ -64,7 +66,12 @@ def seconds_per_step(forecast: Forecast, where: Speed) -> float | None:
 
 
 def speed_of(card: Card, precision: str) -> Speed | None:
-    """What a card is taken to reach; None for a size alone, and for a precision that it does not have."""
+    """What a card reaches where it was measured here, else what it is taken to; None for a size alone, and for a
+    precision that it does not have."""
+    for speed in kept():
+        with contextlib.suppress(UserError):  # a CPU, or a card that is not in the table
+            if speed.precision == precision and card_of(speed.name) == card:
+                return speed
     if precision not in card.tflops or not card.bandwidth:
         return None
     return Speed(card.name, precision, ASSUMED["products"] * card.tflops[precision] * 1e12,
@@ -100,9 +107,8 @@ def calibrate(device: torch.device, precision: str = "auto", report: Reporter = 
 
     Products count by their shares of SD 1.5's operations at 512 pixels, others by their bytes.
     """
-    dtype = Precision.choose(precision, device).dtype
-    precision = next(name for name, known in DTYPES.items() if known == dtype)
-    products, others = list(_products(device, dtype)), list(_others(device, dtype))
+    chosen = Precision.choose(precision, device)
+    products, others = list(_products(device, chosen.dtype)), list(_others(device, chosen.dtype))
     with report.phase("measuring", len(products) + len(others), "operations") as advance:
         def timed(run: Callable[[], None]) -> float:
             seconds = _seconds(run, device, each)
@@ -112,7 +118,7 @@ def calibrate(device: torch.device, precision: str = "auto", report: Reporter = 
         # seconds for an operation of the mix: the sum over kinds of its share by that kind's own seconds
         pace = sum(share * timed(run) / flops for share, flops, run in products)
         rates = [size / timed(run) for size, run in others]
-    speed = Speed(name_of(device), precision, 1 / pace, statistics.harmonic_mean(rates), measured=True)
+    speed = Speed(name_of(device), chosen.name, 1 / pace, statistics.harmonic_mean(rates), measured=True)
     _keep(speed)
     return speed
 
@@ -206,8 +212,16 @@ def kept() -> list[Speed]:
 
 
 def speed_here(device: torch.device, precision: str) -> Speed | None:
-    """What was measured of a device in a precision, if it was."""
-    return next((one for one in kept() if (one.name, one.precision) == (name_of(device), precision)), None)
+    """What a device of this machine reaches in a precision: as measured, else as a card of its name is taken to."""
+    for speed in kept():
+        if (speed.name, speed.precision) == (name_of(device), precision):
+            return speed
+    if device.type != "cuda":
+        return None
+    try:
+        return speed_of(card_of(name_of(device)), precision)
+    except UserError:
+        return None
 
 
 def _keep(speed: Speed) -> None:

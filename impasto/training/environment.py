@@ -57,6 +57,11 @@ class Precision:
             raise UserError("fp16 training needs a CUDA device", where="train.precision", fix="use bf16 or fp32")
         return cls(device, DTYPES[name])
 
+    @property
+    def name(self) -> str:
+        """As recipes say it: fp32, bf16 or fp16."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
     def autocast(self) -> AbstractContextManager:
         """The context in which a step computes."""
         if self.dtype == torch.float32:

@@ -15,6 +15,9 @@ from impasto.training.optimizers import OPTIMIZERS, SHARED
 from impasto.training.sharing.repository import repository
 from impasto.training.trackers import TRACKERS
 
+#: optimizer steps where a recipe says nothing
+DEFAULT_STEPS = 500
+
 
 class Section(pydantic.BaseModel):
     """A section of a recipe: typos are errors, values are checked on assignment too."""
@@ -88,8 +91,8 @@ def _optimizer(name: str) -> str:
 class TrainOptions(Section):
     """`[train]`: the loop."""
 
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; default 500 (diffusers' DreamBooth-LoRA "
-                              "example), unless epochs is given.")
+    steps: int | None = Field(None, ge=1, description=f"Optimizer steps; default {DEFAULT_STEPS} (diffusers' "
+                              "DreamBooth-LoRA example), unless epochs is given.")
     epochs: int | None = Field(None, ge=1, description="Passes over the pictures, instead of steps.")
     batch_size: int = Field(1, ge=1, description="Pictures in a micro-batch (diffusers, kohya: 1). Class pictures "
                             "come on top.")
@@ -139,6 +142,11 @@ class TrainOptions(Section):
     deterministic: bool = Field(False, description="Deterministic kernels, for bit-equal runs on CUDA.")
     device: str = Field("auto", description="auto, cuda, mps, cpu, or one such as cuda:1.")
     seed: int = Field(0, ge=0, description="Of every random draw.")
+
+    @property
+    def known_steps(self) -> int | None:
+        """Optimizer steps, as far as they are known without the pictures: those of epochs are not."""
+        return None if self.epochs else self.steps or DEFAULT_STEPS
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> TrainOptions:

@@ -159,7 +159,7 @@ class Trainer:
         if self.options.compile:
             self.base.denoiser.compile()
         self.base.sleep(self.base.components.keys() - trains - {self.base.denoiser_name} - self.source.needs)
-        self.total = self.options.steps or (self.options.epochs or 0) * self.source.epoch_steps or 500
+        self.total = self.options.known_steps or (self.options.epochs or 0) * self.source.epoch_steps
         for method in self.methods:
             method.begin(self.total)
         self.pictures = self.options.batch_size * self.options.accumulation * self.processes.count

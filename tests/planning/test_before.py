@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from impasto.cli import app
 from impasto.core.errors import UserError
 from impasto.planning import before
 from impasto.planning.forecast import Forecast
+from impasto.planning.time import Speed
 from impasto.training.kept_recipe import FILE, without_none
 from impasto.training.recipe import make_recipe
 from tests.checkpoints import write_checkpoint
@@ -40,7 +42,19 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 def test_what_fits_stays(told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(before, "free", lambda device: 18 * GIB)
     recipe, heard = make_recipe(told), Heard()
-    assert before.look_ahead(recipe, heard)[0] == recipe and not heard.notes
+    monkeypatch.setattr(before, "speed_here", lambda *_: None)
+    assert before.look_ahead(recipe, heard)[0] == recipe
+    assert heard.notes == ["needs about 17.0 of 18.0 GiB that are free"]
+
+
+def test_what_it_takes_is_told_where_the_speed_is_known(told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "free", lambda device: 18 * GIB)
+    monkeypatch.setattr(before, "forecast", lambda *_: replace(forecast(*_), flops={"forward": 3e9}, traffic=2e9))
+    monkeypatch.setattr(before, "speed_here", lambda *_: Speed("here", "fp32", 1e9, 1e9, measured=True))
+    heard = Heard()
+    before.look_ahead(make_recipe(told), heard)
+    assert heard.notes == ["needs about 17.0 of 18.0 GiB that are free; about 5 s a step, 10 s for 2 steps "
+                           "(measured here)"]
 
 
 def test_what_does_not_fit_is_changed_and_goes_on_so(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.pace import cases, seconds, told
-from impasto.cli import doctor
+from impasto.cli import app, doctor
 from impasto.core.errors import UserError
 from impasto.planning import time as pace
 from impasto.planning.cards import card_of
@@ -35,6 +35,26 @@ def test_a_card_that_nobody_measured_has_an_assumed_speed() -> None:
     assert speed is not None and not speed.measured and "assumed: 40%" in speed.origin
     assert speed.flops == pytest.approx(0.4 * 25.5e12) and speed.bandwidth == pytest.approx(0.7 * 360e9)
     assert speed_of(card_of("T4"), "bf16") is None and speed_of(card_of("12GiB"), "fp16") is None
+
+
+def test_a_card_that_was_measured_here_has_that_speed(own_cache: Path) -> None:
+    here = Speed("NVIDIA GeForce RTX 3060", "bf16", 9e12, 2e11, measured=True)
+    pace._keep(here)
+    assert speed_of(card_of("RTX 3060"), "bf16") == here
+    for card, precision in (("RTX 3060", "fp16"), ("RTX 3060 8GB", "bf16"), ("RTX 3070", "bf16")):
+        speed = speed_of(card_of(card), precision)
+        assert speed is not None and not speed.measured
+
+
+def test_a_plan_for_this_machines_processor_takes_its_speed(own_cache: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = ["mini/lora", "data.folder=", "train.device=cpu", "train.steps=10", "sample.every=0"]
+    with pytest.raises(SystemExit):
+        app.main(["plan", *settings])
+    assert "a step" not in capsys.readouterr().out  # nobody knows
+    pace._keep(Speed(pace.name_of(CPU), "fp32", 1e9, 1e9, measured=True))
+    with pytest.raises(SystemExit):
+        app.main(["plan", *settings])
+    assert "a step" in (out := capsys.readouterr().out) and "for 10 steps (measured here)" in out
 
 
 @pytest.mark.parametrize(("seconds", "text"), [
