@@ -1,15 +1,13 @@
-"""What the benchmarks share: fair timing, trustworthy memory, and a table."""
+"""What the benchmarks share: fair timing, and a table."""
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
 
@@ -51,37 +49,6 @@ def paired(times: Sequence[float], floor: Sequence[float]) -> float:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_allocated(step: Callable[[], None], device: torch.device) -> int:
-    """Peak bytes of tensors over two steps, the first of which makes the optimizer's state; weights included.
-
-    On a CPU the profiler's allocation events are added up: exact and repeatable, but blind to the scratch that
-    oneDNN and MKL take for themselves (peak RSS sees it). On CUDA the caching allocator counts.
-    """
-    held = tensor_bytes(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        step(), step()
-        return torch.cuda.max_memory_allocated(device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step(), step()
-    assert recorded.profiler is not None
-    now = peak = held
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
-def tensor_bytes(device: torch.device) -> int:
-    """Bytes of all tensors on `device` that Python can see now, each storage once."""
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

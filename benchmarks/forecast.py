@@ -6,8 +6,8 @@
     python -m benchmarks.forecast --device cuda        on a GPU: torch.cuda.max_memory_allocated is what is forecast
 
 Measured is the trainer itself, on random weights and a drawn picture: on a CPU by the profiler's allocation events
-(`common.peak_allocated`), which do not see the scratch that oneDNN takes for itself. The two agree if they are within
-0.5 % or 6 MiB, whichever is more; the exit code says whether all do.
+(`impasto.training.counted`), which do not see the scratch that oneDNN takes for itself. The two agree if they are
+within 0.5 % or 6 MiB, whichever is more; the exit code says whether all do.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.common import MIB, peak_allocated, print_table, tensor_bytes
+from benchmarks.common import MIB, print_table
 from impasto.core.progress import SILENT
 from impasto.formats.configs import CONFIGS
 from impasto.planning.memory import forecast
+from impasto.training.counted import peak_allocated, tensor_bytes
 from impasto.training.processes import Processes
 from impasto.training.recipe import Recipe, make_recipe
 from impasto.training.run import Run
@@ -43,8 +44,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "textual inversion": {"kind": "textual_inversion", "token": "<thing>", "vectors": 4},
     "hypernetwork": {"kind": "hypernetwork"},
 }
-#: moments of a training step
-TRAINING = ("forward", "backward", "optimizer step", "average")
 
 
 def configurations(real: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -139,8 +138,7 @@ def compare(family: str, sections: dict[str, Any], size: str, device: str) -> tu
         gc.collect()
         truth = measured(recipe, device)
     gc.collect()
-    expected = told.allocated if device != "cpu" else max(told.moments[moment] for moment in TRAINING
-                                                          if moment in told.moments)
+    expected = told.allocated if device != "cpu" else told.in_steps
     return expected, truth, seconds
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common import MIB, peak_allocated, print_table
+from benchmarks.common import MIB, print_table
 from benchmarks.step import SD15, SMALL, inputs
 from impasto.core.rng import generator
 from impasto.deltas.attach import attach
@@ -45,6 +45,7 @@ from impasto.families.codes import CODES
 from impasto.families.load import load_base
 from impasto.families.quantised import quantise, quantised_layers
 from impasto.formats.configs import CONFIGS
+from impasto.training.counted import peak_allocated
 from impasto.training.fused import FusedBackward
 from impasto.training.offload import Activations, Blocks
 from impasto.training.rounding import Steps

@@ -34,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import MIB, Timing, interleave, paired, peak_allocated, print_table
+from benchmarks.common import MIB, Timing, interleave, paired, print_table
 from benchmarks.wrapped import KINDS, LAYERS, WHO, wrap
 from impasto.families.lean import lean
+from impasto.training.counted import peak_allocated
 from impasto.training.environment import peak_resident
 
 SD15 = dict(sample_size=64, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),

@@ -69,8 +69,10 @@ def train(
         "peak_bytes": found.peak_bytes, "allocated": found.allocated, "parts": dict(found.parts)})
     if found is not None and outcome.allocated is not None:
         from impasto.planning.drift import record
+        from impasto.training.environment import choose_device
 
-        record(checked.output.name or Path(checked.output.dir).name, found.allocated, outcome.allocated,
+        told = found.in_steps if choose_device(checked.train.device).type == "cpu" else found.allocated
+        record(checked.output.name or Path(checked.output.dir).name, told, outcome.allocated,
                {"precision": checked.train.precision, "methods": " ".join(method.kind for method in checked.method)})
     if outcome.rank:
         pass  # the first process tells of it

@@ -16,9 +16,11 @@ PARTS = {
     "context": "CUDA context",
 }
 
-
 #: those of PARTS that are a base's weights
 WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer")
+
+#: moments of an optimizer step
+STEPS = ("forward", "backward", "optimizer step", "average")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Forecast:
     def peak_bytes(self) -> int:
         """All parts together."""
         return sum(self.parts.values())
+
+    @property
+    def in_steps(self) -> int:
+        """Bytes of tensors alone, at the peak of the steps: not of encoding, nor of previews."""
+        return max((self.moments[moment] for moment in STEPS if moment in self.moments), default=0)
 
     @property
     def weight_bytes(self) -> int:

@@ -130,7 +130,8 @@ class Rehearsal:
         if self.options.checkpointing:
             self.base.checkpoint_gradients(float(self.options.checkpointing))
         awake = self.trains | {self.base.denoiser_name} | self.rule.needs
-        if self.stage.device != "cpu":
+        read_again = self.recipe.base.init == "weights" and not self.recipe.base.adapters
+        if self.stage.device != "cpu" or read_again:  # else they stay in the CPU's memory
             self.asleep = [tensor for name, network in self.base.components.items() if name not in awake
                            for tensor in (*network.parameters(), *network.buffers())]
             self.ledger.move(self.asleep, here=False)

@@ -20,4 +20,4 @@ class Outcome:
     rank: int = 0  # which of the processes tells of it
     validation: float | None = None  # the last loss on held-out pictures, None if there was none
     ended: str | None = None  # why it is finished before its last step
-    allocated: int | None = None  # the most bytes of tensors on a GPU, as its allocator counts
+    allocated: int | None = None  # the most bytes of tensors, where they were counted

@@ -31,6 +31,7 @@ from impasto.methods import METHODS
 from impasto.methods.base import Method, all_off, check_method, group_of
 from impasto.objectives import OBJECTIVES
 from impasto.training.artifacts import Artifacts
+from impasto.training.counted import Count
 from impasto.training.environment import Precision, choose_device, settle
 from impasto.training.frugal import check_here
 from impasto.training.full_device import memory_is_full
@@ -66,7 +67,7 @@ def train(recipe: Recipe, report: Reporter = SILENT, *, stop_after: int | None =
     After step `stop_after` it stops as if it had been asked to. `accept_changes`: go on with another recipe, or other
     pictures, than those that the run began with. Started by torchrun or accelerate, it is one of
     several processes that train as one; only the first of them writes and reports. `foreseen`: what was forecast of
-    it, for its log; on a GPU what it took stands there too.
+    it, for its log, where what it takes stands too.
     """
     if recipe.data is None:
         raise UserError("[data] is missing", where="recipe", fix="say which pictures: data.folder=…")
@@ -189,6 +190,7 @@ class Trainer:
         if self.processes.first and first < self.total:
             ask_for_room(self.run, self.recipe.output, self.memory.size(), self.artifacts.size(), self.report)
         with StopWish.listening() as wish, Requests.listening(self.run.folder) as requests, \
+                Count(self.device, wanted=foreseen is not None) as count, \
                 Journal(self.run, self.device, first, self.tracking if self.processes.first else None) as journal, \
                 self.report.phase("training", self.total, "steps") as advance:
             advance(first)
@@ -196,6 +198,7 @@ class Trainer:
                 self._preview(first)
             if self.validation.missed(first):  # at the very first, or where a stop has put it off
                 self._validate(first, journal, wish)
+            count.begin()
             while step < self.total and not wish.asked and not self.validation.over:
                 clock = time.monotonic()
                 set_rates(self.optimizer, rate_factor(step, self.total, self.options))
@@ -206,6 +209,7 @@ class Trainer:
                 norm = self._update(step)
                 step += 1
                 self.shown.update(step)
+                count.stepped()
                 advance(1, journal.step(step, loss, norm, self.optimizer, self.pictures, time.monotonic() - clock))
                 if self.validation.due(step):
                     self._validate(step, journal, wish)
@@ -225,13 +229,11 @@ class Trainer:
                 self.verdicts.end()
             if self.processes.first:
                 self.artifacts.save(self.artifacts.path(), step)
-        taken = None
-        if self.device.type == "cuda" and self.processes.first:
-            taken = torch.cuda.max_memory_allocated(self.device)
-            self.run.log(event="memory", step=step, allocated=taken,
-                         reserved=torch.cuda.max_memory_reserved(self.device))
+        if (taken := count.figures()) and self.processes.first:
+            self.run.log(event="memory", step=step, **taken)
         return Outcome(self.artifacts.path() if finished else None, step, first, mean, time.monotonic() - started,
-                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended, taken)
+                       None if finished else wish.asked, self.processes.rank, self.validation.last, ended,
+                       taken.get("allocated"))
 
     def _keeping(self) -> contextlib.AbstractContextManager[None]:
         """Where a forward keeps what its backward needs."""
