@@ -15,7 +15,7 @@ READY  := $(VENV)/.ready
 .PHONY: test demo check clean
 
 test: $(READY) check
-	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 demo: $(READY)
 	$(BIN)/impasto demo --force
