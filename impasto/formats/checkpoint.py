@@ -39,6 +39,8 @@ SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2", "scaled_fp8", ".c
 #: `modelspec.prediction_type` -> diffusers' word
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
                "v-prediction": "v_prediction"}
+#: and back: the words of Stability's specification of models (SAI modelspec 1.0.1), which has none for a flow
+WORDS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -25,6 +25,8 @@ from impasto.deltas.kronecker import factorization
 from impasto.formats import mmdit_layers, names, original
 from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
 from impasto.formats.adapters import FileCodec, Layers, assemble, family_of
+from impasto.formats.checkpoint import WORDS
+from impasto.formats.configs import CONFIGS
 from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
 from impasto.formats.header import Header, header_bytes
 from impasto.formats.kronecker_split import factor_of, split_of
@@ -211,8 +213,9 @@ def describe(layers: Mapping[str, Parts], family: str, title: str) -> dict[str, 
     module = NETWORKS.get(family, "networks.lora") if _plain(layers) else "lycoris.kohya"
     kind = {"ss_network_module": module, "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title,
             "modelspec.implementation": "diffusers"}
-    if family != "sd3":  # which predicts a flow, for which the specification has no word
-        kind["modelspec.prediction_type"] = "epsilon"
+    usual = CONFIGS.get(family).scheduler if family in CONFIGS else {"prediction_type": "epsilon"}
+    if told := usual.get("prediction_type"):  # SD 2 has networks of two kinds, SD 3 predicts a flow
+        kind["modelspec.prediction_type"] = WORDS[told]
     if family in FAMILIES:
         version, architecture, resolution = FAMILIES[family]
         inputs = {layer: _inputs(parts) for layer, parts in layers.items()}

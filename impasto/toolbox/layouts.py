@@ -17,7 +17,7 @@ from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, atomic_write, require_space, write_json
 from impasto.core.progress import SILENT, Advance, Reporter
 from impasto.families.tokenizer import clip_table, clip_tokenizer, table_of, write_tokenizer
-from impasto.formats.checkpoint import Checkpoint
+from impasto.formats.checkpoint import WORDS, Checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig, Words
 from impasto.formats.entries import Entry
 from impasto.formats.header import dtype_name, header_bytes
@@ -104,7 +104,7 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
             report.note(f"a single file has no place for its {name}: to use it here, put that folder beside the file")
     metadata = {"format": "pt", **_untold(checkpoint, table)}
     if (told := str(checkpoint.scheduler.get("prediction_type"))) != str(table.scheduler.get("prediction_type")):
-        metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(told, told)
+        metadata["modelspec.prediction_type"] = WORDS.get(told, told)
     rows = [row for name in checkpoint.components for row in _original(checkpoint, table, name, dtype)]
     marks = _marks(checkpoint)
     require_space(out, sum(row.bytes for row in rows), "the file")

@@ -24,7 +24,7 @@ from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.rewrite import rewrite
 from impasto.toolbox.convert import convert
-from impasto.toolbox.extract import extracted
+from impasto.toolbox.extract import extract_to, extracted
 from impasto.toolbox.merge import merge_adapters, merge_checkpoints
 from tests.checkpoints import write_checkpoint
 from tests.formats.checkpoint_cases import equal, tensors_of
@@ -104,6 +104,23 @@ def test_checkpoints_with_checkpoints(files: dict[str, Path], layout: str, tmp_p
     first, second, made = (tensors_of(open_checkpoint(path)) for path in (files[layout], tuned, out))
     for key, tensor in made.items():
         torch.testing.assert_close(tensor, 0.25 * first[key] + 0.75 * second[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, word", [("epsilon", "epsilon"), ("v_prediction", "v"), (None, None)])
+def test_what_is_extracted_tells_what_the_checkpoints_predict(kind: str | None, word: str | None, tmp_path: Path
+                                                              ) -> None:
+    """Nothing, where neither tells: SD 2 has networks of both kinds."""
+    first, second = (write_checkpoint(tmp_path / f"{seed}", "sd2", layout="diffusers", seed=seed) for seed in (0, 1))
+    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for source, path in zip((first, second), paths, strict=True):
+        convert(source, path, prediction=kind)
+        if kind is None:
+            with safe_open(path, "pt") as opened:
+                told = {key: text for key, text in opened.metadata().items() if key != "modelspec.prediction_type"}
+            save_file(load_file(path), path, told)
+    extract_to(*paths, tmp_path / "out.safetensors", Wanted(rank=1))
+    with safe_open(tmp_path / "out.safetensors", "pt") as opened:
+        assert opened.metadata().get("modelspec.prediction_type") == word
 
 
 def test_what_a_single_file_has_no_place_for(tmp_path: Path) -> None:
