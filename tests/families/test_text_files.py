@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5EncoderModel
+from transformers import T5EncoderModel, T5Tokenizer
 
 from impasto.core.errors import UserError
+from impasto.data.cache import text_encoder_key
 from impasto.families.load import load_base
 from impasto.formats.checkpoint import open_checkpoint
 from tests.checkpoints import write_checkpoint
@@ -81,6 +82,27 @@ def test_folders_tell_what_shapes_do_not(apart: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no weights that can be read"):
         load_base(apart / "alone.safetensors", text_encoders=[tmp_path / "empty", *others])
+
+
+def test_what_becomes_of_captions_hangs_on_the_tokenizer(apart: Path, tmp_path: Path) -> None:
+    """Of each encoder: another vocabulary gives the same weights another key in the cache, the same in another layout
+    the same."""
+    def key(path: Path) -> str:
+        base = load_base(path)
+        return text_encoder_key(base, base.fingerprint())
+
+    own = key(apart / "whole.safetensors")
+    assert key(apart / "folder") == own
+    folder = shutil.copytree(apart / "folder", tmp_path / "base")
+    vocabulary = folder / "tokenizer_2/vocab.json"
+    words = json.loads(vocabulary.read_text())
+    words |= {"cat</w>": words["dog</w>"], "dog</w>": words["cat</w>"]}
+    vocabulary.write_text(json.dumps(words))
+    other = key(folder)
+    shutil.rmtree(folder / "tokenizer_3")
+    words = T5Tokenizer(vocab=[*((mark, 0.0) for mark in ("<pad>", "</s>", "<unk>", "▁")), ("▁cat", -2.0)], extra_ids=0)
+    words.save_pretrained(folder / "tokenizer_3")
+    assert len({own, other, key(folder)}) == 3
 
 
 def test_without_t5_it_goes_on_and_says_so(apart: Path) -> None:
