@@ -77,9 +77,9 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
                                     fix="look at it with impasto inspect; a broken merge is the usual cause")
                 advance(1)
     adapter, layers = _assembled(met, wanted, first.family)
-    if word := next((WORDS[kind] for one in (second, first) if (kind := one.scheduler.get("prediction_type")) in WORDS),
-                    ""):
-        adapter = replace(adapter, metadata={"modelspec.prediction_type": word})
+    told = [one.scheduler.get("prediction_type") for one in (second, first)]
+    if words := [WORDS[word] for word in told if word in WORDS]:
+        adapter = replace(adapter, metadata={"modelspec.prediction_type": words[0]})
     if not layers:
         what = f"; {'; '.join(_remarks(met))}" if met.left else ""
         raise UserError(f"has no layer that differs from {first.path.name}{what}", where=second.path)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, atomic_write, require_space, write_json
 from impasto.core.progress import SILENT, Advance, Reporter
+from impasto.diffusion.process import DDPM
 from impasto.families.tokenizer import clip_table, clip_tokenizer, table_of, write_tokenizer
 from impasto.formats.checkpoint import WORDS, Checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig, Words
@@ -176,6 +178,22 @@ def _marks(checkpoint: Checkpoint) -> tuple[str, ...]:
     told = checkpoint.scheduler
     return (*(("v_pred",) if told.get("prediction_type") == "v_prediction" else ()),
             *(("ztsnr",) if told.get("rescale_betas_zero_snr") else ()))
+
+
+def noise_left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A line about a noise process of steps other than the family's, which is what a single file stands for."""
+    usual = _table(checkpoint).scheduler
+    if "shift" in usual:  # see `_check_told`
+        return ()
+    own, family = (DDPM.from_scheduler_config({**config, "rescale_betas_zero_snr": False})
+                   for config in (checkpoint.scheduler, usual))
+    if len(own.betas) == len(family.betas) and np.allclose(own.betas, family.betas, rtol=1e-6):
+        return ()
+    keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+    changed = [f"{key} {getattr(own, key)}, not {getattr(family, key)}" for key in keys
+               if getattr(own, key) != getattr(family, key)]
+    told = "trained_betas of its own" if own.trained_betas is not None else "; ".join(changed)
+    return (f"left out, as a single file stands for the family's noise process: {told}",)
 
 
 def _check_told(checkpoint: Checkpoint, table: FamilyConfig) -> None:
