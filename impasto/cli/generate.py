@@ -6,8 +6,9 @@ import contextlib
 import math
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -90,13 +91,16 @@ def generate(
                     force)
     report = RichReporter()
     with report.phase("starting"):  # torch and diffusers take seconds to import
+        from impasto.data.inventory import CELL
         from impasto.families import pictures
         from impasto.families.load import load_base
         from impasto.families.picture_info import open_picture, save_picture
-        from impasto.families.sampling import SampleSettings
-        from impasto.families.schedulers import canonical
+        from impasto.families.sampling import SampleSettings, check_size
 
-    canonical(scheduler)  # a typo is told before the base is loaded
+    asked = SampleSettings(steps=steps, guidance=guidance, scheduler=scheduler,  # errors before the base is loaded
+                           **_given(strength=strength, image_guidance=image_guidance, handover=handover))
+    if wish:
+        check_size(CELL, *wish)
     folders = [*(adapter_dir or []), Path()]
     files = tuple((pictures.find_adapter(name, folders), weight) for name, weight in map(weighted, adapter or []))
     shots = pictures.plan_shots(prompts, seeds, files, lambda name: pictures.find_adapter(name, folders))
@@ -118,11 +122,8 @@ def generate(
     _check_of_edits("picture" in loaded.extras, loaded.source, strength, image_guidance)
     _tell_unread([shot.text for shot in shots], loaded, report)
     width, height = wish or _default_size(loaded, begin)
-    settings = SampleSettings(
-        steps=steps, guidance=guidance, scheduler=scheduler, width=width, height=height,
-        strength=strength if strength is not None else 1.0 if mask or loaded.extras else 0.75,
-        image_guidance=image_guidance if image_guidance is not None else 1.5,
-        handover=handover if handover is not None else 0.8)
+    whole = strength is None and (mask or loaded.extras)
+    settings = replace(asked, width=width, height=height, strength=1.0 if whole else asked.strength)
     hole = pictures.fit_mask(hole, begin, width, height) if hole and begin else None
     begin = pictures.fit_picture(begin, width, height) if begin else None
     drawn, written = [], []
@@ -149,6 +150,11 @@ def generate(
 def _file(folder: Path, row: int, seed: int) -> Path:
     """The file of one picture: which prompt it shows, counted from 1, and its seed."""
     return folder / f"{row + 1:03}-{seed}.png"
+
+
+def _given(**values: float | None) -> dict[str, Any]:
+    """Those that are; the others have their defaults."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_of_edits(edits: bool, source: Path | None, strength: float | None, image_guidance: float | None) -> None:

@@ -220,12 +220,14 @@ def locked(path: Path, *, doing: str, fix: str = "wait for it, or choose another
            patience: float = 0) -> Iterator[None]:
     """Hold the lock file `path`, or raise a `UserError` that names its holder (process id and host).
 
-    `patience`: seconds to wait for it.
+    `patience`: seconds to wait for it. Where nobody does, a folder made for the lock goes again if the block fails with
+    nothing else in it.
     """
     import socket
 
     lock = filelock.FileLock(path)
     holder = path.with_suffix(".holder")
+    new = [folder for folder in path.parents if not folder.exists()] if not patience else []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=patience)
@@ -240,6 +242,13 @@ def locked(path: Path, *, doing: str, fix: str = "wait for it, or choose another
         except OSError as error:
             raise disk_error(error, path) from error
         yield
+        new = []
     finally:
         holder.unlink(missing_ok=True)
+        if new and [*path.parent.iterdir()] == [path]:
+            with contextlib.suppress(OSError):  # Windows lets no open file go, and its own release does
+                path.unlink()
         lock.release()
+        for folder in new:
+            with contextlib.suppress(OSError):  # something lies in it
+                folder.rmdir()

@@ -165,10 +165,12 @@ def text_key(caption: Caption, encoder: str) -> str:
 
 
 def text_encoder_key(base: Base, fingerprint: Mapping[str, str]) -> str:
-    """What text states depend on beside the caption: weights, precision, family settings (clip skip), new tokens."""
+    """What text states depend on beside the caption: weights, precision, tokenizers, family settings (clip skip), new
+    tokens."""
     weights = [(name, fingerprint[name], precision(base, name)) for name in base.text_encoder_names]
     tokens = base.tokens.facts()
-    return key_of(weights, sorted(base.text_settings().items()), *([tokens] if tokens else []))
+    return key_of(weights, sorted(base.spelling().items()), sorted(base.text_settings().items()),
+                  *([tokens] if tokens else []))
 
 
 def encode_caption(base: Base, caption: Caption) -> TextStates:

@@ -139,6 +139,10 @@ class Base(Weights, abc.ABC):
         """What text states depend on beside caption, weights and precision (clip skip), for cache keys."""
         return {}
 
+    def spelling(self) -> dict[str, str]:
+        """What makes ids of captions, a digest for each text encoder, for cache keys."""
+        return {}
+
     def own_settings(self) -> dict[str, Any]:
         """Those of `own_options` in force, where they are not the usual ones."""
         return {}

@@ -68,7 +68,7 @@ def sample(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption],
     cannot draw, for pictures that it lacks or has no place for, and if the numbers stop being finite.
     """
     assert len(prompts) == len(negatives) == len(seeds) and prompts, "one negative prompt and one seed a prompt"
-    check_size(base, settings.width, settings.height)
+    check_size(base.grid, settings.width, settings.height)
     generators, edits = [picture_generator(seed) for seed in seeds], "picture" in base.extras
     begun, x, done = None, torch.empty(0), 0
     for stage, network in enumerate((base,) if refiner is None else (base, refiner)):
@@ -130,12 +130,12 @@ def given_back(base: Base, pictures: Sequence[Image.Image], seed: int, *, noise:
     return found
 
 
-def check_size(base: Base, width: int, height: int) -> None:
-    """That the base can draw a picture of that size."""
+def check_size(grid: int, width: int, height: int) -> None:
+    """That a base of that grid can draw a picture of that size. Raises `UserError`."""
     for name, pixels in (("width", width), ("height", height)):
-        if pixels < base.grid or pixels % base.grid:
-            near = max(round(pixels / base.grid), 1) * base.grid
-            raise UserError(f"{name} {pixels} is not a multiple of {base.grid} pixels", fix=f"take {near}")
+        if pixels < grid or pixels % grid:
+            near = max(round(pixels / grid), 1) * grid
+            raise UserError(f"{name} {pixels} is not a multiple of {grid} pixels", fix=f"take {near}")
 
 
 def _condition(base: Base, prompts: Sequence[Caption], negatives: Sequence[Caption], settings: SampleSettings,

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 from impasto.families import clip
 from impasto.families.base import Caption, TextStates
 from impasto.families.networks import ClipText
-from impasto.families.tokenizer import write_tokenizer
+from impasto.families.tokenizer import digest_of, write_tokenizer
 from impasto.families.tokens import Vocabulary
 from impasto.families.unet_base import UNetBase
 
@@ -56,6 +56,9 @@ class SD1(UNetBase):
 
     def text_settings(self) -> dict[str, Any]:
         return {"clip_skip": self.clip_skip}
+
+    def spelling(self) -> dict[str, str]:
+        return {"text_encoder": digest_of(self.tokenizer)}
 
     def stack_text(self, states: Sequence[TextStates]) -> TextStates:
         """Captions of unequal length are repeated to a common one, which cross-attention does not notice."""

@@ -24,7 +24,7 @@ from impasto.families.base import Caption, Geometry, TextStates
 from impasto.families.latent_base import LatentBase
 from impasto.families.networks import ClipText, T5Text
 from impasto.families.parts import Places
-from impasto.families.tokenizer import t5_tokenizer, write_tokenizer
+from impasto.families.tokenizer import digest_of, t5_tokenizer, write_tokenizer
 from impasto.families.tokens import Vocabulary
 
 if TYPE_CHECKING:
@@ -144,6 +144,10 @@ class SD3(LatentBase):
     def text_settings(self) -> dict[str, Any]:
         own = {"t5_length": self.t5_length, "mask_padding": self.mask_padding} if self.t5 is not None else {}
         return {"clip_skip": self.clip_skip, **own}
+
+    def spelling(self) -> dict[str, str]:
+        t5 = {T5_ENCODER: digest_of(self.t5_tokenizer)} if self.t5_tokenizer is not None else {}
+        return {name: digest_of(tokenizer) for name, tokenizer in self.tokenizers.items()} | t5
 
     def own_settings(self) -> dict[str, Any]:
         if self.t5 is None:

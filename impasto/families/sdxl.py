@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 from impasto.families import clip
 from impasto.families.base import Caption, Geometry, TextStates
 from impasto.families.networks import ClipText
-from impasto.families.tokenizer import write_tokenizer
+from impasto.families.tokenizer import digest_of, write_tokenizer
 from impasto.families.tokens import Vocabulary
 from impasto.families.unet_base import UNetBase
 
@@ -85,6 +85,9 @@ class SDXL(UNetBase):
 
     def text_settings(self) -> dict[str, Any]:
         return {"clip_skip": self.clip_skip}
+
+    def spelling(self) -> dict[str, str]:
+        return {name: digest_of(tokenizer) for name, tokenizer in self.tokenizers.items()}
 
     def stack_text(self, states: Sequence[TextStates]) -> TextStates:
         """Captions of unequal length are repeated to a common one, which cross-attention does not notice."""

@@ -16,7 +16,7 @@ from typing import cast
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from impasto.core.errors import UserError
-from impasto.core.files import atomic_write, write_json
+from impasto.core.files import atomic_write, key_of, write_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -82,6 +82,12 @@ def table_of(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[tuple[str, 
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     return model["vocab"], [(left, right) for left, right in pairs]
+
+
+def digest_of(tokenizer: CLIPTokenizer | T5Tokenizer) -> str:
+    """What changes with anything that may change a text's ids: vocabulary, merges, marks."""
+    marks = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return key_of(tokenizer.backend_tokenizer.to_str(), marks)
 
 
 def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer | None = None, pad: str = END) -> None:

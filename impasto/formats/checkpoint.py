@@ -39,6 +39,8 @@ SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2", "scaled_fp8", ".c
 #: `modelspec.prediction_type` -> diffusers' word
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
                "v-prediction": "v_prediction"}
+#: and back: the words of Stability's specification of models (SAI modelspec 1.0.1), which has none for a flow
+WORDS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -267,7 +269,7 @@ def _open_folder(path: Path, weights: bool) -> Checkpoint:
             continue
         if entry[1] not in part.classes:
             raise UserError(f"has a {entry[1]} as its {name}, where a {part.classes[0]} belongs", where=path)
-        configs[name], sources[name] = _read_component(path / name, name, part, weights)
+        configs[name], sources[name] = read_component(path / name, name, part, weights)
         surplus += [f"{name}.{key}" for key in left_over(sources[name])]
     scheduler = path / "scheduler" / "scheduler_config.json"
     return Checkpoint(
@@ -289,20 +291,26 @@ def _open_component(path: Path) -> Checkpoint:
     if not config.exists() or read_json(config).get("_class_name") not in part.classes:
         raise UserError("is a folder without model_index.json, not a checkpoint", where=path,
                         fix="give a diffusers folder, or a single file")
-    configs, source = _read_component(path, "vae", part)
+    configs, source = read_component(path, "vae", part)
     return Checkpoint(path=path, family="", layout="diffusers", configs={"vae": configs}, scheduler={},
                       sources={"vae": source}, surplus=left_over(source))
 
 
-def _read_component(folder: Path, name: str, part: Part, wanted: bool = True) -> tuple[dict[str, Any], Source]:
+def read_component(folder: Path, name: str, part: Part, wanted: bool = True) -> tuple[dict[str, Any], Source]:
+    """A component's configuration and its weights, in whatever files; without them unless `wanted`. `UserError`."""
     config = read_json(folder / "config.json")
     if not wanted:
         return config, Source(NoTensors(), {})
+    file = component_weights(folder)
+    return config, place(folder, name, part, config, spelled(file.shapes, "", part.spelling), file, ldm=False)
+
+
+def component_weights(folder: Path) -> TensorFile:
+    """The tensors in a component's folder, in shards or in one file. Raises `UserError`."""
     weights = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
     if weights is None:
         others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
         raise UserError("has no weights that can be read", where=folder,
                         fix=f"there is {', '.join(others)}; wanted is {WEIGHTS[0]} or model.safetensors" if others
                         else "download the folder again")
-    file = open_tensors(weights)
-    return config, place(folder, name, part, config, spelled(file.shapes, "", part.spelling), file, ldm=False)
+    return open_tensors(weights)

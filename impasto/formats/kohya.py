@@ -25,6 +25,8 @@ from impasto.deltas.kronecker import factorization
 from impasto.formats import mmdit_layers, names, original
 from impasto.formats.adapter_bytes import layout, read_tensors, stored, tensor_bytes
 from impasto.formats.adapters import FileCodec, Layers, assemble, family_of
+from impasto.formats.checkpoint import WORDS
+from impasto.formats.configs import CONFIGS
 from impasto.formats.embeddings import BUNDLE, bundled, family_by_width, unbundled
 from impasto.formats.header import Header, header_bytes
 from impasto.formats.kronecker_split import factor_of, split_of
@@ -39,6 +41,10 @@ PREFIXES = {
     # LyCORIS' own wrapper, around whatever network; SimpleTuner
     "lycoris_unet_": ("unet",), "lycoris_": ("unet", "text_encoder", "transformer"),
 }
+
+#: family -> its only text encoder, which bears another's number in diffusers and none in ComfyUI and Forge, its
+#: projection apart
+LONE = {"sdxl-refiner": "text_encoder_2"}
 
 #: part of a layer's change -> what follows the layer's name
 SUFFIXES = {
@@ -111,6 +117,7 @@ class KohyaParts(FileCodec):
         family = family_of({layer: _inputs(parts) for layer, parts in found.items()}, metadata)
         layers: Layers = {}
         for layer, parts in found.items():
+            layer = _numbered(layer, family)
             for name, terms in _changes(layer, _turned(layer, parts), family, where).items():
                 if name in layers:
                     raise UserError(f"{name} is there twice, by itself and in another layer", where=where)
@@ -160,10 +167,16 @@ class Kohya(KohyaParts):
         component, _, path = layer.partition(".")
         if component == "unet" and family in original.SDXL and path in original.originals(family):
             path = original.originals(family)[path]
-        return prefix_of(component, family) + names.flatten(path)
+        return prefix_of(component, family, path) + names.flatten(path)
 
 
 # --- layers ------------------------------------------------------------------------------------------------
+
+
+def _numbered(layer: str, family: str) -> str:
+    """The layer as diffusers calls it, of a family's only text encoder."""
+    component, _, path = layer.partition(".")
+    return f"{LONE[family]}.{path}" if component == "text_encoder" and family in LONE else layer
 
 
 def _changes(layer: str, parts: Parts, family: str, where: Path) -> Layers:
@@ -211,8 +224,9 @@ def describe(layers: Mapping[str, Parts], family: str, title: str) -> dict[str, 
     module = NETWORKS.get(family, "networks.lora") if _plain(layers) else "lycoris.kohya"
     kind = {"ss_network_module": module, "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title,
             "modelspec.implementation": "diffusers"}
-    if family != "sd3":  # which predicts a flow, for which the specification has no word
-        kind["modelspec.prediction_type"] = "epsilon"
+    usual = CONFIGS.get(family).scheduler if family in CONFIGS else {"prediction_type": "epsilon"}
+    if told := usual.get("prediction_type"):  # SD 2 has networks of two kinds, SD 3 predicts a flow
+        kind["modelspec.prediction_type"] = WORDS[told]
     if family in FAMILIES:
         version, architecture, resolution = FAMILIES[family]
         inputs = {layer: _inputs(parts) for layer, parts in layers.items()}
@@ -323,8 +337,10 @@ def parsed(key: str, where: Path) -> tuple[str, str]:
     raise UserError(f"key {key!r} names no layer of a {' or '.join(PREFIXES[prefix])}", where=where)
 
 
-def prefix_of(component: str, family: str) -> str:
-    """What a component's flat names begin with; a text encoder's has a number where there is a second."""
+def prefix_of(component: str, family: str, path: str) -> str:
+    """What the flat name of a component's layer begins with; a text encoder's has a number where there is a second."""
+    if component == LONE.get(family) and path != "text_projection":
+        return "lora_te_"
     numbered = family in ("sdxl", "sdxl-refiner", "sd3")
     return {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": "lora_te1_" if numbered else "lora_te_",
             "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}[component]

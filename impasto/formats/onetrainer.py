@@ -61,7 +61,8 @@ class OneTrainer(KohyaParts):
 
     def spell(self, layer: str, family: str, where: Path) -> str:
         component, _, path = layer.partition(".")
-        prefix = "lora_transformer_" if component == "transformer" else kohya.prefix_of(component, family)
+        prefix = "lora_transformer_" if component == "transformer" else \
+            kohya.prefix_of(component, family, path)
         return prefix + names.flatten(path)
 
 

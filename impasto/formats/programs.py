@@ -129,6 +129,8 @@ def _refused_by_diffusers(keys: Iterable[str], family: str) -> str:
     if any("lora" not in key for key in keys):
         tokens = any(key.startswith(BUNDLE) for key in keys)
         return REFUSES_TOKENS if tokens else "refuses a file with a key that lacks the word lora"
+    if family == "sdxl-refiner" and any(key.startswith(("lora_te_", "lora_te1_", "text_encoder.")) for key in keys):
+        return "fails on the refiner's text encoder where it bears no number"
     if family == "sd3" or not all(map(_KOHYAS.match, keys)):
         return ""
     if not all(map(_LORA.fullmatch, keys)):

@@ -8,7 +8,7 @@ from typing import Any
 
 from impasto.core.errors import UserError
 from impasto.core.files import no_such_file
-from impasto.formats.checkpoint import Checkpoint
+from impasto.formats.checkpoint import Checkpoint, component_weights, read_component
 from impasto.formats.configs import CONFIGS, FamilyConfig, Part
 from impasto.formats.placing import derived, place, spelled
 from impasto.formats.tensor_files import TensorFile, open_tensors
@@ -25,7 +25,7 @@ def open_text_encoders(paths: Iterable[Path], family: str, beside: Path) -> dict
     beside the file, then in `beside`. Raises `UserError` in one line for what is none, or none of this family.
     """
     table: FamilyConfig = CONFIGS.get(family)
-    opened = [(path, open_tensors(_weights(path))) for path in paths]
+    opened = [(path, _tensors(path)) for path in paths]
     found: dict[str, Checkpoint] = {}
     clips: list[tuple[int, Path, TensorFile]] = []
     for path, file in opened:
@@ -66,22 +66,21 @@ def _take(found: dict[str, Checkpoint], name: str, path: Path, file: TensorFile,
     if name in found:
         raise UserError(f"is a second {name} beside {found[name].path}", where=path, fix="give each once")
     part: Part = table.parts[name]
-    names = spelled(file.shapes, "", part.ldm_spelling)
-    config: dict[str, Any] = derived(path, name, part, names, file)
-    source = place(path, name, part, config, names, file, ldm=True)
+    config: dict[str, Any]
+    if told := (path / "config.json").is_file():  # a folder's own, which says what shapes do not
+        config, source = read_component(path, name, part)
+    else:
+        names = spelled(file.shapes, "", part.ldm_spelling)
+        config = derived(path, name, part, names, file)
+        source = place(path, name, part, config, names, file, ldm=True)
     tokenizers = {folder: where / folder for folder, words in table.tokenizers.items() if words.component == name
                   for where in (beside, path.parent) if (where / folder).is_dir()}
-    found[name] = Checkpoint(path=path, family="", layout="ldm", configs={name: config}, scheduler={},
-                             sources={name: source}, tokenizers=tokenizers)
+    found[name] = Checkpoint(path=path, family="", layout="diffusers" if told else "ldm", configs={name: config},
+                             scheduler={}, sources={name: source}, tokenizers=tokenizers)
 
 
-def _weights(path: Path) -> Path:
-    """The file itself, or the weights in a component's folder."""
+def _tensors(path: Path) -> TensorFile:
+    """Those of the file itself, or of a component's folder."""
     if not path.exists():
         raise no_such_file(path)
-    if not path.is_dir():
-        return path
-    files = sorted((*path.glob("model*.safetensors.index.json"), *path.glob("model*.safetensors")))
-    if not files:
-        raise UserError("holds no model.safetensors", where=path)
-    return files[0]
+    return component_weights(path) if path.is_dir() else open_tensors(path)

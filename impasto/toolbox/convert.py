@@ -23,7 +23,7 @@ from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.detect import detect
 from impasto.formats.rewrite import rewrite
 from impasto.toolbox.extract import FACTOR, nearest_product
-from impasto.toolbox.layouts import to_file, to_folder
+from impasto.toolbox.layouts import noise_left_out, to_file, to_folder
 from impasto.toolbox.mix import Made, linear, save_all, weights_of, without_network
 from impasto.toolbox.places import check_output, left_out, made_of
 
@@ -97,9 +97,10 @@ def _checkpoint(path: Path, out: Path, to: str | None, kind: str | None, dtype: 
         check_output(out, [path], force=force, ending="" if path.is_dir() else ".safetensors")
         left = rewrite(checkpoint, out, lambda *_: None, dtype=dtype, replace=force, report=report)
         return Made((out,), {}, left_out(left, "as they were not read"))
+    noise = noise_left_out(checkpoint) if to == "ldm" else ()
     (to_file if to == "ldm" else to_folder)(checkpoint, out, dtype=dtype, force=force, report=report)
-    left = [*checkpoint.surplus, *checkpoint.unused]
-    return Made((out,), {}, left_out(left, "as no part of the checkpoint"))
+    left = left_out([*checkpoint.surplus, *checkpoint.unused], "as no part of the checkpoint")
+    return Made((out,), {}, (*left, *noise))
 
 
 def _format(adapter: Adapter, to: str | None, path: Path) -> str:

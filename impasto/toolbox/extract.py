@@ -25,7 +25,7 @@ from impasto.deltas.resize import Kept, low_rank
 from impasto.deltas.spectrum import Spectrum, of_matrix
 from impasto.formats import names
 from impasto.formats.arrangement import save_arranged
-from impasto.formats.checkpoint import Checkpoint, open_checkpoint
+from impasto.formats.checkpoint import WORDS, Checkpoint, open_checkpoint
 from impasto.formats.rewrite import finite, lockstep
 from impasto.toolbox.alike import shared
 from impasto.toolbox.mix import Made
@@ -77,6 +77,9 @@ def extracted(base: Path | str, tuned: Path | str, wanted: Wanted | None = None,
                                     fix="look at it with impasto inspect; a broken merge is the usual cause")
                 advance(1)
     adapter, layers = _assembled(met, wanted, first.family)
+    told = [one.scheduler.get("prediction_type") for one in (second, first)]
+    if words := [WORDS[word] for word in told if word in WORDS]:
+        adapter = replace(adapter, metadata={"modelspec.prediction_type": words[0]})
     if not layers:
         what = f"; {'; '.join(_remarks(met))}" if met.left else ""
         raise UserError(f"has no layer that differs from {first.path.name}{what}", where=second.path)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_folder, atomic_write, require_space, write_json
 from impasto.core.progress import SILENT, Advance, Reporter
+from impasto.diffusion.process import DDPM
 from impasto.families.tokenizer import clip_table, clip_tokenizer, table_of, write_tokenizer
-from impasto.formats.checkpoint import Checkpoint
+from impasto.formats.checkpoint import WORDS, Checkpoint
 from impasto.formats.configs import CONFIGS, FamilyConfig, Words
 from impasto.formats.entries import Entry
 from impasto.formats.header import dtype_name, header_bytes
@@ -104,7 +106,7 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
             report.note(f"a single file has no place for its {name}: to use it here, put that folder beside the file")
     metadata = {"format": "pt", **_untold(checkpoint, table)}
     if (told := str(checkpoint.scheduler.get("prediction_type"))) != str(table.scheduler.get("prediction_type")):
-        metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(told, told)
+        metadata["modelspec.prediction_type"] = WORDS.get(told, told)
     rows = [row for name in checkpoint.components for row in _original(checkpoint, table, name, dtype)]
     marks = _marks(checkpoint)
     require_space(out, sum(row.bytes for row in rows), "the file")
@@ -176,6 +178,22 @@ def _marks(checkpoint: Checkpoint) -> tuple[str, ...]:
     told = checkpoint.scheduler
     return (*(("v_pred",) if told.get("prediction_type") == "v_prediction" else ()),
             *(("ztsnr",) if told.get("rescale_betas_zero_snr") else ()))
+
+
+def noise_left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A line about a noise process of steps other than the family's, which is what a single file stands for."""
+    usual = _table(checkpoint).scheduler
+    if "shift" in usual:  # see `_check_told`
+        return ()
+    own, family = (DDPM.from_scheduler_config({**config, "rescale_betas_zero_snr": False})
+                   for config in (checkpoint.scheduler, usual))
+    if len(own.betas) == len(family.betas) and np.allclose(own.betas, family.betas, rtol=1e-6):
+        return ()
+    keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+    changed = [f"{key} {getattr(own, key)}, not {getattr(family, key)}" for key in keys
+               if getattr(own, key) != getattr(family, key)]
+    told = "trained_betas of its own" if own.trained_betas is not None else "; ".join(changed)
+    return (f"left out, as a single file stands for the family's noise process: {told}",)
 
 
 def _check_told(checkpoint: Checkpoint, table: FamilyConfig) -> None:

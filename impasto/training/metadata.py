@@ -12,15 +12,13 @@ import impasto
 from impasto.data.shards.access import is_url
 from impasto.families.load import is_hub_id
 from impasto.families.weights import Merged
+from impasto.formats.checkpoint import WORDS
 from impasto.training.recipe import Recipe
 
 #: keys that name places on the user's disk: only their last part goes into a file that may be shared
 PLACES = [("base", "path"), ("base", "vae"), ("base", "adapters"), ("base", "text_encoders"), ("method", "warm_start"),
           ("data", "folder"), ("data", "masks"), ("data", "sources"), ("data", "shards"), ("data", "cache"),
           ("prior", "folder"), ("validation", "folder"), ("output", "dir")]
-
-#: kind of prediction -> its word in Stability's specification of models (SAI modelspec 1.0.1)
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 #: keys that say whom else to tell of a run: they are of the one who trains, not of what is trained
 TOLD = ["trackers", "track_every", "push_to", "push_private"]
@@ -37,7 +35,7 @@ def metadata(recipe: Recipe, step: int, *, base: dict[str, str], data: str,
     before = [{"file": each.name, "hash": each.digest, "strength": each.strength} for each in merged]
     return {
         **({"impasto.merged": json.dumps(before)} if before else {}),
-        **({"modelspec.prediction_type": PREDICTIONS[prediction]} if prediction in PREDICTIONS else {}),
+        **({"modelspec.prediction_type": WORDS[prediction]} if prediction in WORDS else {}),
         **({"impasto.quantised": json.dumps(held)} if held else {}),
         "ss_learning_rate": str(recipe.method[0].learning_rate or train.learning_rate),
         "ss_lr_scheduler": train.schedule,

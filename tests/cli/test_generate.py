@@ -261,6 +261,20 @@ def test_what_users_get_wrong_is_one_line(mini: Path, dog: Path, tmp_path: Path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("arguments", "line"), [
+    (["--size", "36x48"], "width 36 is not a multiple of 8 pixels"),
+    (["--size", "32x0"], "height 0 is not a multiple of 8 pixels"),
+    (["--refiner", "other", "--handover", "1.5"], "handover must lie between 0 and 1, not 1.5"),
+    (["--refiner", "other", "--handover", "0"], "handover must lie between 0 and 1, not 0.0"),
+    (["--init", "begin.png", "--strength", "0"], "strength must lie above 0"),
+])
+def test_what_cannot_be_is_told_before_the_base_is_loaded(tmp_path: Path, capsys, monkeypatch, arguments, line) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("begin.png")
+    assert run("no-base", "a dog", *arguments) == 1
+    assert line in capsys.readouterr().err
+
+
 def test_a_base_that_is_not_there(tmp_path: Path, capsys) -> None:
     assert run(tmp_path / "none.safetensors", "a dog", "-o", tmp_path) == 1
     assert "none.safetensors: no such file" in capsys.readouterr().err

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel, T5Tokenizer
 
 from impasto.core.errors import UserError
+from impasto.data.cache import text_encoder_key
 from impasto.families.load import load_base
 from impasto.formats.checkpoint import open_checkpoint
 from tests.checkpoints import write_checkpoint
@@ -46,6 +49,60 @@ def test_in_any_order_they_are_the_whole_base(apart: Path) -> None:
         ("alone.safetensors", files(apart, "clip_l", "clip_g", "t5xxl")), ("whole.safetensors", ())))
     for name, state in theirs.items():
         torch.testing.assert_close(ours[name], state)
+
+
+def test_folders_of_components_in_shards_and_in_two_variants(apart: Path, tmp_path: Path) -> None:
+    """As a diffusers folder is cloned: T5 in shards, the CLIPs with the half-precision files beside the main ones."""
+    for name in ("text_encoder", "text_encoder_2"):
+        shutil.copytree(apart / "folder" / name, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        save_file({key: torch.zeros_like(each).half() for key, each in weights.items()},
+                  tmp_path / name / "model.fp16.safetensors")
+    t5 = T5EncoderModel.from_pretrained(apart / "folder/text_encoder_3")
+    t5.save_pretrained(tmp_path / "text_encoder_3", max_shard_size="20KB")
+    assert (tmp_path / "text_encoder_3/model.safetensors.index.json").exists()
+    given = [tmp_path / name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    base = load_base(apart / "alone.safetensors", text_encoders=given)
+    assert base.fingerprint() == load_base(apart / "whole.safetensors").fingerprint()
+
+
+def test_folders_tell_what_shapes_do_not(apart: Path, tmp_path: Path) -> None:
+    """A folder's config.json counts; a folder of weights alone is read as its file is."""
+    shutil.copytree(apart / "folder/text_encoder", tmp_path / "text_encoder")
+    config = tmp_path / "text_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
+    others = files(apart, "clip_g", "t5xxl")
+    base = load_base(apart / "alone.safetensors", text_encoders=[tmp_path / "text_encoder", *others])
+    assert base.checkpoints["text_encoder"].configs["text_encoder"]["hidden_act"] == "gelu"
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(apart / "clip_l.safetensors", bare / "model.safetensors")
+    base = load_base(apart / "alone.safetensors", text_encoders=[bare, *others])
+    assert base.fingerprint() == load_base(apart / "whole.safetensors").fingerprint()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no weights that can be read"):
+        load_base(apart / "alone.safetensors", text_encoders=[tmp_path / "empty", *others])
+
+
+def test_what_becomes_of_captions_hangs_on_the_tokenizer(apart: Path, tmp_path: Path) -> None:
+    """Of each encoder: another vocabulary gives the same weights another key in the cache, the same in another layout
+    the same."""
+    def key(path: Path) -> str:
+        base = load_base(path)
+        return text_encoder_key(base, base.fingerprint())
+
+    own = key(apart / "whole.safetensors")
+    assert key(apart / "folder") == own
+    folder = shutil.copytree(apart / "folder", tmp_path / "base")
+    vocabulary = folder / "tokenizer_2/vocab.json"
+    words = json.loads(vocabulary.read_text())
+    words |= {"cat</w>": words["dog</w>"], "dog</w>": words["cat</w>"]}
+    vocabulary.write_text(json.dumps(words))
+    other = key(folder)
+    shutil.rmtree(folder / "tokenizer_3")
+    words = T5Tokenizer(vocab=[*((mark, 0.0) for mark in ("<pad>", "</s>", "<unk>", "▁")), ("▁cat", -2.0)], extra_ids=0)
+    words.save_pretrained(folder / "tokenizer_3")
+    assert len({own, other, key(folder)}) == 3
 
 
 def test_without_t5_it_goes_on_and_says_so(apart: Path) -> None:

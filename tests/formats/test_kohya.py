@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from impasto.core.errors import UserError
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.attach import attach
 from impasto.deltas.lowrank import LowRank
@@ -74,6 +75,24 @@ def test_sdxl_numbers_its_text_encoders(tmp_path: Path) -> None:
         "lora_te1_text_model_encoder_layers_31_mlp_fc1", "lora_te2_text_model_encoder_layers_31_mlp_fc1",
         "lora_te2_text_projection"}
     assert set(load_adapter(tmp_path / "a.safetensors").deltas) == set(layers)
+
+
+def test_the_refiners_text_encoder_bears_no_number(tmp_path: Path) -> None:
+    """So ComfyUI and Forge look for it, but for the projection; files that number it are read too."""
+    term = (LowRank.from_factors(torch.ones(4, 1), torch.ones(1, 4), alpha=1.0),)
+    layers = {f"text_encoder_2.{path}": term for path in ("text_model.encoder.layers.31.mlp.fc1", "text_projection")}
+    save_adapter(Adapter(deltas=layers, metadata={}, family="sdxl-refiner", base={}), tmp_path / "a.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert {key.partition(".")[0] for key in tensors} == {
+        "lora_te_text_model_encoder_layers_31_mlp_fc1", "lora_te2_text_projection"}
+    told = read_header(tmp_path / "a.safetensors").metadata
+    numbered = {key.replace("lora_te_", "lora_te2_"): tensor.clone() for key, tensor in tensors.items()}
+    safetensors.torch.save_file(numbered, tmp_path / "b.safetensors", told)
+    safetensors.torch.save_file(tensors | numbered, tmp_path / "c.safetensors", told)
+    for name in ("a", "b"):
+        assert set(load_adapter(tmp_path / f"{name}.safetensors").deltas) == set(layers)
+    with pytest.raises(UserError, match="31.mlp.fc1 is there twice"):
+        load_adapter(tmp_path / "c.safetensors")
 
 
 def test_without_alpha_the_scale_is_one_and_shapes_may_be_mixed(tmp_path: Path) -> None:

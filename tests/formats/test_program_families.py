@@ -114,6 +114,33 @@ def test_the_refiners_attention_in_its_authors_names() -> None:
     assert len(carried(pipe)) == len(attention) > 300
 
 
+@pytest.mark.parametrize("head", ["lora_te_", "lora_te1_"])
+def test_the_refiners_text_encoder_without_its_number(head: str) -> None:
+    """ComfyUI and Forge find it under the first of these; diffusers takes both for an encoder that is not there."""
+    pipe = sdxl("sdxl-refiner")
+    attention = {layer: module for layer, module in layers(pipe).items() if "attn" in layer}
+    tensors = {key.replace("lora_te2_", head): tensor
+               for key, tensor in file_of(attention, own("sdxl-refiner")).items()}
+    unet, n = sum(layer.startswith("unet.") for layer in attention), len(attention)
+    found = n if head == "lora_te_" else unet
+    assert loaded(tensors, "sdxl-refiner") == by(unet, found if found == n else 0, found, 0, 0)
+    told = {v.program: v.caution for v in programs.verdicts(tensors, family="sdxl-refiner")}
+    assert told["diffusers"] == "fails on the refiner's text encoder where it bears no number"
+    with pytest.raises(AttributeError, match="named_modules"):
+        pipe.load_lora_weights(tensors)
+
+
+def test_what_is_written_of_the_refiner(tmp_path: Path) -> None:
+    """Whole in ComfyUI and in Forge, in diffusers by its own format."""
+    every = layers(sdxl("sdxl-refiner"))
+    deltas: dict[str, tuple[Delta, ...]] = {layer: (LowRank(tuple(module.get_parameter("weight").shape), 1),)
+                                            for layer, module in every.items() if "attn" in layer}
+    for format, want in (("kohya", (len(deltas), len(deltas), 0)), ("diffusers", (0, 0, len(deltas)))):
+        save_adapter(Adapter(deltas, family="sdxl-refiner"), path := tmp_path / f"{format}.safetensors", format=format)
+        found = {v.program: v.loaded for v in programs.of_file(path)}
+        assert (found["Forge"], found["ComfyUI"], found["diffusers"]) == want
+
+
 def test_sdxl_in_lycoris_kinds() -> None:
     """The extension finds modules by their own names, so none under diffusers', and finds those at the ends too."""
     every = layers(sdxl("sdxl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from impasto.deltas.adapter import Adapter
 from impasto.deltas.layers import shape_of
 from impasto.deltas.lowrank import LowRank
 from impasto.deltas.ranks import Wanted
+from impasto.diffusion.process import process_from_scheduler_config
 from impasto.families import FAMILIES
 from impasto.families.base import Base
 from impasto.families.load import load_base
@@ -24,7 +26,7 @@ from impasto.formats.adapters import load_adapter, save_adapter
 from impasto.formats.checkpoint import open_checkpoint
 from impasto.formats.rewrite import rewrite
 from impasto.toolbox.convert import convert
-from impasto.toolbox.extract import extracted
+from impasto.toolbox.extract import extract_to, extracted
 from impasto.toolbox.merge import merge_adapters, merge_checkpoints
 from tests.checkpoints import write_checkpoint
 from tests.formats.checkpoint_cases import equal, tensors_of
@@ -106,6 +108,23 @@ def test_checkpoints_with_checkpoints(files: dict[str, Path], layout: str, tmp_p
         torch.testing.assert_close(tensor, 0.25 * first[key] + 0.75 * second[key], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind, word", [("epsilon", "epsilon"), ("v_prediction", "v"), (None, None)])
+def test_what_is_extracted_tells_what_the_checkpoints_predict(kind: str | None, word: str | None, tmp_path: Path
+                                                              ) -> None:
+    """Nothing, where neither tells: SD 2 has networks of both kinds."""
+    first, second = (write_checkpoint(tmp_path / f"{seed}", "sd2", layout="diffusers", seed=seed) for seed in (0, 1))
+    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for source, path in zip((first, second), paths, strict=True):
+        convert(source, path, prediction=kind)
+        if kind is None:
+            with safe_open(path, "pt") as opened:
+                told = {key: text for key, text in opened.metadata().items() if key != "modelspec.prediction_type"}
+            save_file(load_file(path), path, told)
+    extract_to(*paths, tmp_path / "out.safetensors", Wanted(rank=1))
+    with safe_open(tmp_path / "out.safetensors", "pt") as opened:
+        assert opened.metadata().get("modelspec.prediction_type") == word
+
+
 def test_what_a_single_file_has_no_place_for(tmp_path: Path) -> None:
     """CLIP-L's projection is an identity in SD 3's single files, which do not hold it."""
     single = write_checkpoint(tmp_path / "base.safetensors", "sd3", layout="ldm")
@@ -147,6 +166,28 @@ def test_the_running_average_in_place_of_the_last_weights(family: str, files: di
             assert torch.equal(tensor, before[key] + (key.partition(".")[0] in ("unet", "transformer"))), key
     with pytest.raises(UserError, match="holds no running average of its weights"):
         convert(files["ldm"], tmp_path / "no.safetensors", ema=True)
+
+
+def test_a_noise_process_of_its_own_is_told_of(tmp_path: Path) -> None:
+    """A single file stands for its family's: what a folder's scheduler has otherwise is lost, and zero SNR is not."""
+    folder = write_checkpoint(tmp_path / "base", layout="diffusers")
+    config = folder / "scheduler/scheduler_config.json"
+    own = json.loads(config.read_text())
+    for number, (change, told) in enumerate((
+            ({}, ()), ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, ()),
+            ({"_class_name": "DDIMScheduler", "trained_betas": None}, ()),
+            ({"beta_end": 0.02}, ("beta_end 0.02, not 0.012",)),
+            ({"beta_schedule": "linear", "num_train_timesteps": 500},
+             ("num_train_timesteps 500, not 1000; beta_schedule linear, not scaled_linear",)),
+            ({"trained_betas": [0.01] * 1000}, ("trained_betas of its own",)))):
+        config.write_text(json.dumps(own | change))
+        out = tmp_path / f"{number}.safetensors"
+        remarks = [line for line in convert(folder, out).remarks if "noise process" in line]
+        assert len(remarks) == len(told) and all(map(str.endswith, remarks, told)), remarks
+        if not told:
+            first, second = (process_from_scheduler_config(open_checkpoint(path).scheduler) for path in (folder, out))
+            torch.testing.assert_close(torch.tensor(first.betas), torch.tensor(second.betas))
+    assert "noise process" not in "".join(convert(folder, tmp_path / "again").remarks)
 
 
 def test_a_folder_holds_no_running_average(files: dict[str, Path], tmp_path: Path) -> None:

@@ -89,6 +89,21 @@ def test_a_base_that_is_not_there_is_told_before_pictures_are_looked_at(recipe: 
         train(recipe(base={"path": "nowhere.safetensors"}))
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder(recipe: RecipeMaker, pictures: Path, tmp_path: Path) -> None:
+    """But one that was there before stays, and what lies in it."""
+    (pictures / "cut.png").write_bytes(b"")
+    inside, there = tmp_path / "runs/new/dog", tmp_path / "there"
+    there.mkdir()
+    for folder in (inside, there):
+        with pytest.raises(UserError, match="cut.png"):
+            train(recipe(data={"folder": str(pictures)}, output={"dir": str(folder), "name": "dog"}))
+    assert not (tmp_path / "runs").exists() and there.is_dir()
+    (there / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="cut.png"):
+        train(recipe(data={"folder": str(pictures)}, output={"dir": str(there), "name": "dog"}))
+    assert (there / "mine.txt").read_text() == "mine"
+
+
 def test_a_picture_that_changes_under_a_run_is_noticed_where_it_is_read_again(recipe: RecipeMaker, pictures: Path,
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained VAE reads pictures in each step."""
