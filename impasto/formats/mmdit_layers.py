@@ -2,7 +2,8 @@
 
 There an attention's queries, keys and values are one layer, `qkv`, and diffusers has three. Two layers give the shift
 and the scale of a norm, in this order, where diffusers has them the other way round: that of the last norm, and that of
-the text's last block, which is told from the others by its two outputs for each input, not six.
+the text's last block, which is told from the others by its two outputs for each input, not six. The names follow from
+the network's walk, `mmdit_entries`.
 
 Checked against src/diffusers/loaders/single_file_utils.py of github.com/huggingface/diffusers
 (`convert_sd3_transformer_checkpoint_to_diffusers`), comfy/utils.py of github.com/Comfy-Org/ComfyUI
@@ -20,52 +21,44 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.deltas.delta import Delta
 from impasto.deltas.rows import below, is_zero, taken
+from impasto.formats.mmdit import mmdit_entries
 from impasto.formats.names import flatten
 from impasto.formats.parts import Held
 
-#: original path -> the one in diffusers' names; `#` is a block's number
-PATHS = {
-    "x_embedder.proj": "pos_embed.proj",
-    "context_embedder": "context_embedder",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "joint_blocks.#.x_block.adaLN_modulation.1": "transformer_blocks.#.norm1.linear",
-    "joint_blocks.#.x_block.attn.ln_q": "transformer_blocks.#.attn.norm_q",
-    "joint_blocks.#.x_block.attn.ln_k": "transformer_blocks.#.attn.norm_k",
-    "joint_blocks.#.x_block.attn.proj": "transformer_blocks.#.attn.to_out.0",
-    "joint_blocks.#.x_block.attn2.ln_q": "transformer_blocks.#.attn2.norm_q",
-    "joint_blocks.#.x_block.attn2.ln_k": "transformer_blocks.#.attn2.norm_k",
-    "joint_blocks.#.x_block.attn2.proj": "transformer_blocks.#.attn2.to_out.0",
-    "joint_blocks.#.x_block.mlp.fc1": "transformer_blocks.#.ff.net.0.proj",
-    "joint_blocks.#.x_block.mlp.fc2": "transformer_blocks.#.ff.net.2",
-    "joint_blocks.#.context_block.adaLN_modulation.1": "transformer_blocks.#.norm1_context.linear",
-    "joint_blocks.#.context_block.attn.ln_q": "transformer_blocks.#.attn.norm_added_q",
-    "joint_blocks.#.context_block.attn.ln_k": "transformer_blocks.#.attn.norm_added_k",
-    "joint_blocks.#.context_block.attn.proj": "transformer_blocks.#.attn.to_add_out",
-    "joint_blocks.#.context_block.mlp.fc1": "transformer_blocks.#.ff_context.net.0.proj",
-    "joint_blocks.#.context_block.mlp.fc2": "transformer_blocks.#.ff_context.net.2",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "final_layer.linear": "proj_out",
-}
-#: original path -> those of the queries, keys and values
-FUSED: dict[str, tuple[str, ...]] = {
-    "joint_blocks.#.x_block.attn.qkv": tuple(f"transformer_blocks.#.attn.to_{x}" for x in "qkv"),
-    "joint_blocks.#.x_block.attn2.qkv": tuple(f"transformer_blocks.#.attn2.to_{x}" for x in "qkv"),
-    "joint_blocks.#.context_block.attn.qkv": tuple(f"transformer_blocks.#.attn.add_{x}_proj" for x in "qkv"),
-}
-#: the layers of a shift and a scale
-SWAPPED = ("final_layer.adaLN_modulation.1", "joint_blocks.#.context_block.adaLN_modulation.1")
-
+#: a small network of which every kind of layer is part: the first block has a second attention, the second is the last
+_ALL = {"num_layers": 2, "dual_attention_layers": (0,), "qk_norm": "rms_norm", **dict.fromkeys((
+    "num_attention_heads", "attention_head_dim", "caption_projection_dim", "joint_attention_dim",
+    "pooled_projection_dim", "in_channels", "out_channels", "patch_size", "pos_embed_max_size"), 1)}
 #: how original paths begin, flat or with dots
 BEGINNINGS = ("joint_blocks", "x_embedder", "t_embedder", "y_embedder", "context_embedder", "final_layer")
 
-_ORIGINALS = {**{path: path for path in (*PATHS, *FUSED)}, **{flatten(path): path for path in (*PATHS, *FUSED)}}
-#: path in diffusers' names -> the original one, and the place in it
-_PLACES = {path: (original, 0) for original, path in PATHS.items()} | {
-    path: (original, i) for original, paths in FUSED.items() for i, path in enumerate(paths)}
 _BLOCK = re.compile(r"(?<=_blocks[._])\d+")
+
+
+def _blotted(path: str) -> tuple[str, str]:
+    """The path with `#` for its block's number, and the number."""
+    match = _BLOCK.search(path)
+    return (path[:match.start()] + "#" + path[match.end():], match[0]) if match else (path, "")
+
+
+def _walked() -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    """By original path: the one in diffusers' names, or those of queries, keys and values; and the originals of a shift
+    and a scale. `#` is a block's number."""
+    paths: dict[str, dict[int, str]] = {}
+    swapped = set()
+    for entry in mmdit_entries(_ALL):
+        if entry.name.endswith(".weight"):
+            name, own = (_blotted(each.removesuffix(".weight"))[0] for each in (entry.name, entry.ldm))
+            paths.setdefault(own, {})[entry.piece[0]] = name
+            if entry.how == "halves":
+                swapped.add(own)
+    return {own: tuple(found.values()) for own, found in paths.items()}, frozenset(swapped)
+
+
+PATHS, SWAPPED = _walked()
+_ORIGINALS = {**{path: path for path in PATHS}, **{flatten(path): path for path in PATHS}}
+#: path in diffusers' names -> the original one, and the place in it
+_PLACES = {path: (original, i) for original, paths in PATHS.items() for i, path in enumerate(paths)}
 
 
 def original(name: str) -> str:
@@ -77,13 +70,7 @@ def original(name: str) -> str:
 def parts(path: str) -> tuple[str, ...]:
     """The layers, in diffusers' names, that the layer at an original path is: one, or three."""
     template, number = _blotted(path)
-    return tuple(_numbered(part, number) for part in FUSED.get(template) or (PATHS[template],))
-
-
-def _blotted(path: str) -> tuple[str, str]:
-    """The path with `#` for its block's number, and the number."""
-    match = _BLOCK.search(path)
-    return (path[:match.start()] + "#" + path[match.end():], match[0]) if match else (path, "")
+    return tuple(_numbered(part, number) for part in PATHS[template])
 
 
 def _numbered(template: str, number: str) -> str:
@@ -155,8 +142,8 @@ def _biases(biases: list[Tensor | None]) -> Tensor | None:
 
 def _swaps(path: str, shapes: list[tuple[int, ...]]) -> bool:
     """Whether the layer's two halves stand the other way round in diffusers."""
-    template, _ = _blotted(path)
-    if template not in SWAPPED or template == SWAPPED[0]:
+    template, number = _blotted(path)
+    if template not in SWAPPED or not number:  # the last norm is not of a block
         return template in SWAPPED
     shape = next((shape for shape in shapes if shape), None)
     if shape is None:

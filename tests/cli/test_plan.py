@@ -24,7 +24,7 @@ def test_squares_and_a_verdict(recipe: Path, tmp_path: Path) -> None:
     result = impasto("plan", recipe, "--card", "8GiB", "--picture", tmp_path / "plan.png")
     assert result.returncode == 0, result.stderr
     assert "UNet" in result.stdout and "at its peak" in result.stdout
-    assert "fits on 8GiB, with " in result.stdout or "fits on 8 GiB, with " in result.stdout
+    assert "fits on 8 GiB, with " in result.stdout
     assert "pictures of 64x64 pixels" in result.stderr
     with Image.open(tmp_path / "plan.png") as drawn:
         assert drawn.width > 200

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from impasto.formats import original
+from impasto.formats.configs import CONFIGS
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
@@ -31,7 +32,7 @@ def text_encoder(kind: type, layers: int) -> nn.Module:
 
 
 def sdxl(family: str) -> StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline:
-    shape = original.SDXL[family]
+    shape = CONFIGS.get(family).parts["unet"].config
     unet = UNet2DConditionModel(**{
         **shape, "block_out_channels": [8 * n // shape["block_out_channels"][0] for n in shape["block_out_channels"]],
         "norm_num_groups": 4,

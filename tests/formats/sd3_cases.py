@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from impasto.deltas.adapter import Adapter
@@ -18,6 +18,9 @@ from impasto.deltas.delta import Delta
 from impasto.deltas.lowrank import LowRank
 
 DATA = Path(__file__).parent / "data"
+
+Q, K, V = (f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv")
+QKV = "lora_unet_joint_blocks_0_x_block_attn_qkv"
 
 
 @cache
@@ -78,3 +81,14 @@ def sd3_adapter(layers: list[str] | None = None, *, alpha: float | None = None, 
         own = alpha if alpha is not None else 0.3 + 0.7 * i
         deltas[layer] = (LowRank.from_factors(up, down, alpha=own),)
     return Adapter(deltas, metadata={"ss_seed": "7"}, family="sd3", base={"transformer": "ab12"})
+
+
+def pair(out: int, rank: int, seed: int, into: int = 5) -> tuple[Tensor, Tensor]:
+    """A LoRA's factors."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(out, rank, generator=draw), torch.randn(rank, into, generator=draw)
+
+
+def dense32(adapter: Adapter) -> dict[str, Tensor]:
+    """The change of each layer, in full."""
+    return {layer: sum(term.weight().detach().double() for term in terms) for layer, terms in adapter.deltas.items()}
