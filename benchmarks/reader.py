@@ -25,7 +25,7 @@ from impasto.evaluation import damage
 from impasto.evaluation.reader import ANSWERS, BROKEN, NONE, Reader, load_reader, oriented
 from impasto.families import pictures
 from impasto.families.load import load_base
-from impasto.families.sampling import SampleSettings
+from impasto.families.sample_settings import SampleSettings
 from impasto.mini import world
 from impasto.mini.labels import QUESTIONS
 from scripts.train_reader import accuracy, draw, told

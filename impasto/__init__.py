@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from impasto.deltas.adapter import Adapter as Adapter
     from impasto.families.apply import apply as apply
     from impasto.families.load import load_base as load_base
-    from impasto.families.sampling import SampleSettings as SampleSettings
+    from impasto.families.sample_settings import SampleSettings as SampleSettings
     from impasto.families.sampling import sample as sample
     from impasto.formats.adapters import load_adapter as load_adapter
     from impasto.formats.adapters import save_adapter as save_adapter
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Adapter": "impasto.deltas.adapter",
     "Recipe": "impasto.training.recipe",
-    "SampleSettings": "impasto.families.sampling",
+    "SampleSettings": "impasto.families.sample_settings",
     "UserError": "impasto.core.errors",
     "apply": "impasto.families.apply",
     "extract": "impasto.toolbox.extract",

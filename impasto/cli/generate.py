@@ -95,7 +95,7 @@ def generate(
         from impasto.families import pictures
         from impasto.families.load import load_base
         from impasto.families.picture_info import open_picture, save_picture
-        from impasto.families.sampling import SampleSettings, check_size
+        from impasto.families.sample_settings import SampleSettings, check_size
 
     asked = SampleSettings(steps=steps, guidance=guidance, scheduler=scheduler,  # errors before the base is loaded
                            **_given(strength=strength, image_guidance=image_guidance, handover=handover))

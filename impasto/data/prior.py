@@ -18,7 +18,8 @@ from impasto.data.dataset import Listing
 from impasto.data.options import PriorOptions
 from impasto.families.base import Base
 from impasto.families.beginning import nothing_kept
-from impasto.families.sampling import SampleSettings, sample
+from impasto.families.sample_settings import SampleSettings
+from impasto.families.sampling import sample
 
 
 def prior_folder(base: Base, fingerprint: Mapping[str, str], prior: PriorOptions,

@@ -30,7 +30,7 @@ from impasto.families.base import Base
 from impasto.families.load import load_base
 from impasto.families.picture_info import save_picture
 from impasto.families.pictures import Adapters
-from impasto.families.sampling import SampleSettings
+from impasto.families.sample_settings import SampleSettings
 from impasto.mini import check_weights
 from impasto.mini.lessons import LESSONS as DRAWN
 from impasto.training.environment import choose_device, peak_resident

@@ -12,7 +12,7 @@ from impasto.core.rng import seed_for
 from impasto.evaluation.reader import exchanged, oriented
 from impasto.families.base import Base
 from impasto.families.pictures import Adapters, Shot, draw
-from impasto.families.sampling import SampleSettings
+from impasto.families.sample_settings import SampleSettings
 from impasto.mini import world
 from impasto.mini.labels import answers
 

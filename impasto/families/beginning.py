@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from torch import Tensor
 from impasto.core.errors import UserError
 from impasto.diffusion.process import Process
 from impasto.families.base import Base
-
-if TYPE_CHECKING:
-    from impasto.families.sampling import SampleSettings
+from impasto.families.sample_settings import SampleSettings
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from impasto.core.errors import UserError
 from impasto.core.files import atomic_write, no_such_file
 from impasto.families.base import Base
 from impasto.families.prompts import extract_loras
-from impasto.families.sampling import SampleSettings
+from impasto.families.sample_settings import SampleSettings
 from impasto.families.variants import PIX2PIX
 from impasto.formats.configs import CONFIGS
 

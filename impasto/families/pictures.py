@@ -16,7 +16,8 @@ from impasto.deltas.adapter import Adapter
 from impasto.families import prompts as language
 from impasto.families.apply import apply, naming, notices
 from impasto.families.base import Base
-from impasto.families.sampling import SampleSettings, sample
+from impasto.families.sample_settings import SampleSettings
+from impasto.families.sampling import sample
 from impasto.formats.adapters import load_adapter
 
 #: adapters in force: file or folder, and strength

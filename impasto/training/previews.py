@@ -15,7 +15,8 @@ from impasto.data.phrasing import Phrasing
 from impasto.families import prompts
 from impasto.families.base import Base
 from impasto.families.picture_info import save_picture
-from impasto.families.sampling import SampleSettings, sample
+from impasto.families.sample_settings import SampleSettings
+from impasto.families.sampling import sample
 from impasto.methods.base import Method
 from impasto.training.environment import Precision
 from impasto.training.recipe import Recipe

@@ -17,7 +17,7 @@ from impasto.data.options import DataOptions, PriorOptions, ValidationOptions
 from impasto.data.prior import draw_prior, prior_folder
 from impasto.data.source import prepare_source
 from impasto.diffusion.process import DDPM
-from impasto.families.sampling import SampleSettings
+from impasto.families.sample_settings import SampleSettings
 from tests.data.fakes import FakeBase, noise_picture, write_picture
 
 

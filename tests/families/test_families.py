@@ -23,7 +23,8 @@ from impasto.core.errors import UserError
 from impasto.families.base import Base, Geometry, TextStates
 from impasto.families.load import load_base
 from impasto.families.pictures import check_refiner
-from impasto.families.sampling import SampleSettings, sample
+from impasto.families.sample_settings import SampleSettings
+from impasto.families.sampling import sample
 from impasto.families.save import save_folder
 from impasto.families.schedulers import make_scheduler
 from impasto.toolbox.convert import convert

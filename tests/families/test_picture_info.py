@@ -12,7 +12,7 @@ from impasto.core.errors import UserError
 from impasto.diffusion.process import DDPM
 from impasto.families.base import Base
 from impasto.families.picture_info import SAMPLERS, describe, open_picture, parameters_text, picture_texts, save_picture
-from impasto.families.sampling import SampleSettings
+from impasto.families.sample_settings import SampleSettings
 from impasto.families.schedulers import SCHEDULERS
 
 

@@ -17,7 +17,8 @@ from impasto.deltas.attach import attach
 from impasto.deltas.layers import shape_of
 from impasto.deltas.lowrank import LowRank
 from impasto.families.base import Base
-from impasto.families.sampling import SampleSettings, sample
+from impasto.families.sample_settings import SampleSettings
+from impasto.families.sampling import sample
 from impasto.objectives.batch import Batch
 from impasto.objectives.denoise import Denoise, DenoiseOptions
 from tests.families.conftest import random_sd1, random_sd3

@@ -14,7 +14,8 @@ from impasto.core.errors import UserError
 from impasto.core.rng import picture_generator
 from impasto.diffusion.process import DDPM, RectifiedFlow
 from impasto.families.base import Base
-from impasto.families.sampling import SampleSettings, given_back, sample
+from impasto.families.sample_settings import SampleSettings
+from impasto.families.sampling import given_back, sample
 from impasto.families.schedulers import FLOW, SCHEDULERS, canonical, make_scheduler
 from impasto.families.sd1 import SD1
 from tests.families.conftest import LONG, SCHEDULER, random_sd1

@@ -19,7 +19,8 @@ from impasto.deltas.lowrank import LowRank
 from impasto.families.load import load_base
 from impasto.families.networks import T5Text
 from impasto.families.prompts import parse
-from impasto.families.sampling import SampleSettings, sample
+from impasto.families.sample_settings import SampleSettings
+from impasto.families.sampling import sample
 from impasto.families.save import save_folder
 from impasto.families.sd3 import SD3, WithoutT5
 from impasto.formats.checkpoint import open_checkpoint

@@ -16,7 +16,8 @@ from impasto.core.errors import UserError
 from impasto.core.rng import picture_generator
 from impasto.families.guidance import Guidance
 from impasto.families.load import load_base
-from impasto.families.sampling import SampleSettings, sample
+from impasto.families.sample_settings import SampleSettings
+from impasto.families.sampling import sample
 from impasto.families.save import save_folder
 from impasto.families.schedulers import SCHEDULERS
 from impasto.families.sd1 import SD1
