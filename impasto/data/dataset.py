@@ -16,7 +16,7 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +98,11 @@ class Listing:
     tables: list[str] = field(default_factory=list)  # files that may hold captions of many pictures
     masks: list[str] = field(default_factory=list)  # pictures beside others that are their masks, by their names
     sources: list[str] = field(default_factory=list)  # likewise, those that others are made of, where there are pairs
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The pictures' files, by name."""
+        return {name: self.folder / name for name in self.pictures}
 
 
 def refuse(problems: Sequence[Problem], folder: Path, fix: str = "") -> None:
@@ -236,7 +241,7 @@ def survey(listing: Listing, remembered: Remembered, report: Reporter = SILENT,
     pictures: list[Picture] = []
     problems: list[Problem] = []
     recall = functools.partial(_recall, remembered)
-    for name, facts, new in each_picture(listing, remembered, recall, _examine, report, title):
+    for name, facts, new in each_picture(listing.files, remembered, recall, _examine, report, title):
         if isinstance(facts, str):
             problems.append(Problem(name, facts))
         else:
@@ -247,20 +252,19 @@ def survey(listing: Listing, remembered: Remembered, report: Reporter = SILENT,
     return pictures, problems
 
 
-def each_picture(listing: Listing, remembered: Remembered, recall: Callable[[Path], T | None],
+def each_picture(files: Mapping[str, Path], remembered: Remembered, recall: Callable[[Path], T | None],
                  examine: Callable[[Path], T], report: Reporter, title: str) -> Iterator[tuple[str, T, bool]]:
-    """Name, what `recall` knows of a picture or `examine` finds, and whether it is new, in the listing's order.
+    """Name, what `recall` knows of a picture or `examine` finds, and whether it is new, in the order of `files`.
 
     Several are examined at a time. What is remembered by then is saved at the end.
     """
-    names, pool = listing.pictures, ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    with report.phase(f"looking at the {title}", len(names), title) as advance, warnings.catch_warnings():
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    with report.phase(f"looking at the {title}", len(files), title) as advance, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIXEL_CAP is our own line
         try:
-            found = [recall(listing.folder / name) for name in names]
-            waiting = {name: pool.submit(examine, listing.folder / name)
-                       for name, known in zip(names, found, strict=True) if known is None}
-            for name, known in zip(names, found, strict=True):
+            found = {name: recall(path) for name, path in files.items()}
+            waiting = {name: pool.submit(examine, files[name]) for name, known in found.items() if known is None}
+            for name, known in found.items():
                 yield name, waiting.pop(name).result() if known is None else known, known is None
                 advance(1)
         finally:

@@ -92,7 +92,7 @@ def look_over(listing: Listing, remembered: Remembered, report: Reporter = SILEN
     looks: dict[str, Look] = {}
     problems: list[Problem] = []
     known = functools.partial(_recall, remembered)
-    for name, (seen, lasting), new in each_picture(listing, remembered, known, _examine, report, title):
+    for name, (seen, lasting), new in each_picture(listing.files, remembered, known, _examine, report, title):
         if isinstance(seen, str):
             problems.append(Problem(name, seen))
         else:
