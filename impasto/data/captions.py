@@ -12,7 +12,7 @@ import posixpath
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from impasto.data.caption_files import Row, is_merged, loss_weight, read_lines, read_table, tidy, weight_beside
 from impasto.data.dataset import Listing, Problem, normal
@@ -208,11 +208,6 @@ class _Reader:
             problems = problems + [Problem(file, reason) for file, reason in unread.items()]
             unread = {}
         return Captions(texts, problems, dict(overruled), unread)
-
-
-def read_caption(path: Path) -> str:
-    """The caption in a file, its lines joined by single spaces. Raises `ValueError`."""
-    return " ".join(read_lines(path))
 
 
 def _some(names: Sequence[str]) -> str:

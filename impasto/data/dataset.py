@@ -6,6 +6,7 @@ Everything that is wrong with them is told at once, before any long work begins.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -15,10 +16,11 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
@@ -26,6 +28,8 @@ from PIL import Image, ImageColor, ImageOps
 from impasto.core.errors import UserError
 from impasto.core.files import Remembered, cache_dir, key_of
 from impasto.core.progress import SILENT, Reporter
+
+T = TypeVar("T")
 
 #: what is read as a picture, by suffix in lower case
 PICTURE_SUFFIXES = frozenset(
@@ -94,6 +98,11 @@ class Listing:
     tables: list[str] = field(default_factory=list)  # files that may hold captions of many pictures
     masks: list[str] = field(default_factory=list)  # pictures beside others that are their masks, by their names
     sources: list[str] = field(default_factory=list)  # likewise, those that others are made of, where there are pairs
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The pictures' files, by name."""
+        return {name: self.folder / name for name in self.pictures}
 
 
 def refuse(problems: Sequence[Problem], folder: Path, fix: str = "") -> None:
@@ -229,30 +238,38 @@ def survey(listing: Listing, remembered: Remembered, report: Reporter = SILENT,
 
     Returns pictures and problems, both in the listing's order.
     """
-    folder, names = listing.folder, listing.pictures
     pictures: list[Picture] = []
     problems: list[Problem] = []
+    recall = functools.partial(_recall, remembered)
+    for name, facts, new in each_picture(listing.files, remembered, recall, _examine, report, title):
+        if isinstance(facts, str):
+            problems.append(Problem(name, facts))
+        else:
+            digest, height, width = facts
+            pictures.append(Picture(listing.folder / name, name, digest, (height, width)))
+            if new:
+                _remember(remembered, listing.folder / name, facts)
+    return pictures, problems
+
+
+def each_picture(files: Mapping[str, Path], remembered: Remembered, recall: Callable[[Path], T | None],
+                 examine: Callable[[Path], T], report: Reporter, title: str) -> Iterator[tuple[str, T, bool]]:
+    """Name, what `recall` knows of a picture or `examine` finds, and whether it is new, in the order of `files`.
+
+    Several are examined at a time. What is remembered by then is saved at the end.
+    """
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    with report.phase(f"looking at the {title}", len(names), title) as advance, warnings.catch_warnings():
+    with report.phase(f"looking at the {title}", len(files), title) as advance, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIXEL_CAP is our own line
         try:
-            found = [_recall(remembered, folder / name) for name in names]
-            waiting = {name: pool.submit(_examine, folder / name)
-                       for name, known in zip(names, found, strict=True) if known is None}
-            for name, known in zip(names, found, strict=True):
-                facts = known or waiting.pop(name).result()
-                if isinstance(facts, str):
-                    problems.append(Problem(name, facts))
-                else:
-                    digest, height, width = facts
-                    pictures.append(Picture(folder / name, name, digest, (height, width)))
-                    if known is None:
-                        _remember(remembered, folder / name, facts)
+            found = {name: recall(path) for name, path in files.items()}
+            waiting = {name: pool.submit(examine, files[name]) for name, known in found.items() if known is None}
+            for name, known in found.items():
+                yield name, waiting.pop(name).result() if known is None else known, known is None
                 advance(1)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             remembered.save()
-    return pictures, problems
 
 
 def memory_of(folder: Path) -> Remembered:

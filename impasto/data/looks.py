@@ -7,12 +7,10 @@ that is enough: its whole data are read all the same, so that what is damaged is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import os
 import time
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from PIL import Image, ImageOps
 
 from impasto.core.files import Remembered
 from impasto.core.progress import SILENT, Reporter
-from impasto.data.dataset import FRESH_SECONDS, Listing, Problem, Size, opened, to_rgb
+from impasto.data.dataset import FRESH_SECONDS, Listing, Problem, Size, each_picture, opened, to_rgb
 from impasto.data.similar import grid_colours, picture_hash
 
 #: raise it when a look tells something else; with Pillow's version, since another one may read what this one cannot
@@ -91,28 +89,16 @@ def look_at(data: bytes) -> Look:
 def look_over(listing: Listing, remembered: Remembered, report: Reporter = SILENT,
               title: str = "pictures") -> tuple[dict[str, Look], list[Problem]]:
     """A look at every picture of a folder, by its name, and what cannot be decoded; in the listing's order."""
-    folder, names = listing.folder, listing.pictures
     looks: dict[str, Look] = {}
     problems: list[Problem] = []
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    with report.phase(f"looking at the {title}", len(names), title) as advance, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIXEL_CAP is our own line
-        try:
-            found = [_recall(remembered, folder / name) for name in names]
-            waiting = {name: pool.submit(_examine, folder / name)
-                       for name, known in zip(names, found, strict=True) if known is None}
-            for name, known in zip(names, found, strict=True):
-                seen, lasting = (known, False) if known is not None else waiting.pop(name).result()
-                if isinstance(seen, str):
-                    problems.append(Problem(name, seen))
-                else:
-                    looks[name] = seen
-                if lasting:
-                    _remember(remembered, folder / name, seen)
-                advance(1)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            remembered.save()
+    known = functools.partial(_recall, remembered)
+    for name, (seen, lasting), new in each_picture(listing.files, remembered, known, _examine, report, title):
+        if isinstance(seen, str):
+            problems.append(Problem(name, seen))
+        else:
+            looks[name] = seen
+        if new and lasting:
+            _remember(remembered, listing.folder / name, seen)
     return looks, problems
 
 
@@ -174,14 +160,14 @@ def _examine(path: Path) -> tuple[Look | str, bool]:
         return str(error), True
 
 
-def _recall(remembered: Remembered, path: Path) -> Look | str | None:
+def _recall(remembered: Remembered, path: Path) -> tuple[Look | str, bool] | None:
     try:
         facts = remembered.get(path, "look")
     except OSError:
         return None  # a dangling link: _examine will say so
     if not isinstance(facts, list) or len(facts) != 2 or facts[0] != VERSION:
         return None
-    return facts[1] if isinstance(facts[1], str) else Look(*facts[1])
+    return (facts[1] if isinstance(facts[1], str) else Look(*facts[1])), True
 
 
 def _remember(remembered: Remembered, path: Path, seen: Look | str) -> None:

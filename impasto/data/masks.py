@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import posixpath
 import time
-import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +29,7 @@ from impasto.data.dataset import (
     Problem,
     Size,
     decode,
+    each_picture,
     list_folder,
     located,
     memory_of,
@@ -204,27 +202,16 @@ def _examined(wanted: Mapping[str, Path], alpha: bool, remembered: Remembered,
               report: Reporter) -> dict[str, Facts | str]:
     """What there is to know of each mask, or what is wrong with it; what is good is remembered."""
     kind = "alpha" if alpha else "mask"
-    names: Sequence[str] = list(wanted)
     found: dict[str, Facts | str] = {}
-
-    def facts_of(name: str) -> Facts | str:
-        return _recall(remembered, wanted[name], kind) or _examine(wanted[name], alpha)
-
-    with report.phase("looking at the masks", len(names), "masks") as advance, warnings.catch_warnings(), \
-            ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `opened` has a line of its own
-        for name, facts in zip(names, pool.map(facts_of, names), strict=True):
-            found[name] = facts
-            advance(1)
-    for name, facts in found.items():
-        if not isinstance(facts, str) and _recall(remembered, wanted[name], kind) is None \
-                and time.time() - wanted[name].stat().st_mtime > FRESH_SECONDS:
+    for name, facts, new in each_picture(wanted, remembered, lambda path: _recall(remembered, path, kind),
+                                         lambda path: _examine(path, alpha), report, "masks"):
+        found[name] = facts
+        if new and not isinstance(facts, str) and time.time() - wanted[name].stat().st_mtime > FRESH_SECONDS:
             remembered.put(wanted[name], kind, list(facts))
-    remembered.save()
     return found
 
 
-def _recall(remembered: Remembered, path: Path, kind: str) -> Facts | None:
+def _recall(remembered: Remembered, path: Path, kind: str) -> Facts | str | None:
     try:
         facts = remembered.get(path, kind)
     except OSError:

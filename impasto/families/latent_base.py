@@ -37,7 +37,18 @@ class LatentBase(Base, abc.ABC):
                          dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
                          init_seed: int | None = None, options: Mapping[str, Any] | None = None,
                          quantised: Mapping[str, str] | None = None) -> Self:
-        own = cls.checked(options or {})
+        kind, own = cls.chosen(checkpoints, cls.checked(options or {}), report)
+        return kind._built(checkpoints, torch.device(device), dtype, clip_skip, report, init_seed, own, quantised or {})
+
+    @classmethod
+    def chosen(cls, checkpoints: Mapping[str, Checkpoint], own: dict[str, Any], report: Reporter
+               ) -> tuple[type[Self], dict[str, Any]]:
+        """The kind to build of these checkpoints, and its settings. Raises `UserError`."""
+        return cls, own
+
+    @classmethod
+    def _built(cls, checkpoints: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype, clip_skip: int,
+               report: Reporter, init_seed: int | None, own: dict[str, Any], quantised: Mapping[str, str]) -> Self:
         names = (cls.denoiser_name, *cls.text_encoder_names, "vae")
         for name in names:
             if name not in checkpoints or name not in checkpoints[name].components:
@@ -58,13 +69,13 @@ class LatentBase(Base, abc.ABC):
                                                             dtype=width)
                     continue
                 components[name] = networks.build(kind, source.configs[name])
-                if quantised and name in quantised:
+                if name in quantised:
                     quantise(components[name], quantised[name])
                 surplus += networks.fill(components[name], _counted(source.tensors(name), advance),
                                          where=source.path, device=device, dtype=width)
         base = cls(components=components, process=process_from_scheduler_config(main.scheduler), source=main.path,
                    surplus=surplus, checkpoints=dict(checkpoints) if init_seed is None else {},
-                   quantised={name: held for name, held in (quantised or {}).items() if name in components},
+                   quantised={name: held for name, held in quantised.items() if name in components},
                    scheduler=dict(main.scheduler), **cls.tools(checkpoints, clip_skip), **own)
         base.check()
         return base

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from impasto.core.errors import UserError
-from impasto.core.progress import SILENT, Reporter
+from impasto.core.progress import Reporter
 from impasto.diffusion.process import RectifiedFlow
 from impasto.families import clip, mmdit_targets, t5
 from impasto.families.base import Caption, Geometry, TextStates
@@ -64,22 +64,18 @@ class SD3(LatentBase):
 
     # --- loading -------------------------------------------------------------------------------------
     @classmethod
-    def from_checkpoints(cls, checkpoints: Mapping[str, Checkpoint], *, device: torch.device | str = "cpu",
-                         dtype: torch.dtype = torch.float32, clip_skip: int = 0, report: Reporter = SILENT,
-                         init_seed: int | None = None, options: Mapping[str, Any] | None = None,
-                         quantised: Mapping[str, str] | None = None) -> Self:
-        own = cls.checked(options or {})
+    def chosen(cls, checkpoints: Mapping[str, Checkpoint], own: dict[str, Any], report: Reporter
+               ) -> tuple[type[Self], dict[str, Any]]:
+        """Without T5 where that is not wanted, or not there."""
         if not set(TOKENIZERS) & checkpoints.keys():
             raise UserError("holds no text encoders", where=next(iter(checkpoints.values())).path,
                             fix="name their files (base.text_encoders, or --text-encoder), or take the file that has "
                             "them, or a diffusers folder")
-        wanted = own.pop("t5", True)
+        wanted = own.get("t5", True)
+        own = {name: value for name, value in own.items() if name != "t5"}
         if (why := _no_t5(checkpoints)) and wanted:
             report.note(f"goes on without T5, which understands long captions: {why}")
-        why = why or not wanted
-        kind = cast(type[Self], WithoutT5) if why else cls
-        return super(SD3, kind).from_checkpoints(checkpoints, device=device, dtype=dtype, clip_skip=clip_skip,
-                                                 report=report, init_seed=init_seed, options=own, quantised=quantised)
+        return cast(type[Self], WithoutT5) if why or not wanted else cls, own
 
     @classmethod
     def tools(cls, checkpoints: Mapping[str, Checkpoint], clip_skip: int) -> dict[str, Any]:

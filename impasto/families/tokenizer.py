@@ -11,12 +11,14 @@ import gzip
 import json
 from importlib import resources
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from impasto.core.errors import UserError
 from impasto.core.files import atomic_write, key_of, write_json
+
+T = TypeVar("T", CLIPTokenizer, T5Tokenizer)
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -39,11 +41,7 @@ def clip_tokenizer(folder: Path | None = None, pad: str = END) -> CLIPTokenizer:
     if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):
         raise UserError("holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json)", where=folder,
                         fix="copy these files from the checkpoint's source")
-    try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"the tokenizer cannot be read ({str(error).splitlines()[0]})", where=folder,
-                        fix="copy its files from the checkpoint's source") from error
+    return _read(CLIPTokenizer, folder)
 
 
 def t5_tokenizer(folder: Path) -> T5Tokenizer:
@@ -51,8 +49,12 @@ def t5_tokenizer(folder: Path) -> T5Tokenizer:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError("holds no T5 tokenizer (tokenizer.json or spiece.model)", where=folder,
                         fix="copy these files from the checkpoint's source")
+    return _read(T5Tokenizer, folder)
+
+
+def _read(kind: type[T], folder: Path) -> T:
     try:
-        return T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        return kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"the tokenizer cannot be read ({str(error).splitlines()[0]})", where=folder,
                         fix="copy its files from the checkpoint's source") from error

@@ -105,8 +105,9 @@ def to_file(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype | None = No
         if not table.tokenizers[name].clip:
             report.note(f"a single file has no place for its {name}: to use it here, put that folder beside the file")
     metadata = {"format": "pt", **_untold(checkpoint, table)}
-    if (told := str(checkpoint.scheduler.get("prediction_type"))) != str(table.scheduler.get("prediction_type")):
-        metadata["modelspec.prediction_type"] = WORDS.get(told, told)
+    told = checkpoint.scheduler.get("prediction_type")
+    if told in WORDS and told != table.scheduler.get("prediction_type"):
+        metadata["modelspec.prediction_type"] = WORDS[told]
     rows = [row for name in checkpoint.components for row in _original(checkpoint, table, name, dtype)]
     marks = _marks(checkpoint)
     require_space(out, sum(row.bytes for row in rows), "the file")
@@ -201,6 +202,9 @@ def _check_told(checkpoint: Checkpoint, table: FamilyConfig) -> None:
     shift, own = table.scheduler.get("shift"), checkpoint.scheduler.get("shift", 1.0)
     if shift is not None and own != shift:
         raise UserError(f"has a shift of {own}, and a single file stands for {shift}", where=checkpoint.path,
+                        fix="keep it as a folder")
+    if (kind := checkpoint.scheduler.get("prediction_type")) is not None and shift is None and kind not in WORDS:
+        raise UserError(f"predicts the {kind}, which a single file cannot tell", where=checkpoint.path,
                         fix="keep it as a folder")
     for name in checkpoint.components:
         for entry in table.parts[name].entries(checkpoint.configs[name]):

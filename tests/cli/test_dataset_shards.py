@@ -83,8 +83,7 @@ def test_captions_that_differ_are_told(tmp_path: Path, capsys) -> None:
     assert code == 0 and "1 sample of which two members say different things" in text
     assert ".txt goes before .json" in text and "1 sample without a caption, learned with none" in text
     code, text = check(capsys, path, *SETTINGS, "data.caption=x")
-    assert "2 samples with a caption that is not read" in text.replace("\n", " ").replace("  ", " ") \
-        or "3 samples" in text
+    assert "2 samples with a caption that is not read" in " ".join(text.split())
 
 
 def tagged_shards(folder: Path) -> list[Path]:

@@ -103,6 +103,23 @@ def test_a_held_lock_names_its_holder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("left", [(), ("runs/log.jsonl",), ("runs/new/dog/log.jsonl",)])
+def test_a_folder_made_for_a_lock_goes_with_what_failed(tmp_path: Path, left: tuple[str, ...]) -> None:
+    """So far as nothing else has come to lie in it; one that was there stays."""
+    lock = tmp_path / "runs/new/dog/.lock"
+    with pytest.raises(ValueError), files.locked(lock, doing="training here"):
+        for name in left:
+            (tmp_path / name).touch()
+        raise ValueError
+    assert lock.exists() == lock.parent.exists() == ("runs/new/dog/log.jsonl" in left)
+    assert (tmp_path / "runs").exists() == bool(left) and all((tmp_path / name).exists() for name in left)
+    with files.locked(lock, doing="training here"):
+        pass
+    with pytest.raises(ValueError), files.locked(lock, doing="training here"):
+        raise ValueError
+    assert lock.parent.is_dir()
+
+
 def test_what_is_not_there_is_told_with_what_lies_beside_it(tmp_path: Path) -> None:
     dog = tmp_path / "dog.safetensors"
     dog.touch()

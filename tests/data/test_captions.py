@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from impasto.data.captions import Captions, read_caption, read_captions
+from impasto.data.caption_files import read_lines
+from impasto.data.captions import Captions, read_captions
 from impasto.data.dataset import list_folder
 from impasto.data.options import DataOptions
 from tests.data.fakes import write_picture
@@ -25,7 +26,7 @@ from tests.data.fakes import write_picture
 ])
 def test_encodings_and_line_ends(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(data)
-    assert read_caption(tmp_path / "a.txt") == "ein Föhn, 犬"
+    assert " ".join(read_lines(tmp_path / "a.txt")) == "ein Föhn, 犬"
 
 
 def test_beside_the_pictures(tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ def test_a_changed_file_is_looked_at_again_alone(folder: Path, monkeypatch: pyte
 def test_another_version_looks_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     look_over(list_folder(folder), memory_of(folder))
     monkeypatch.setattr(looks, "VERSION", "2")
+    monkeypatch.setattr(looks, "look_at", lambda data: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
-        monkeypatch.setattr(looks, "look_at", lambda data: (_ for _ in ()).throw(RuntimeError))
         look_over(list_folder(folder), memory_of(folder))
 
 

@@ -45,7 +45,7 @@ def test_a_matrix_on_a_pointwise_convolution(kind: str) -> None:
     with torch.no_grad(), attach(layer, {"": delta}), attach(convolution, {"": delta}):
         torch.testing.assert_close(convolution(x[:, :, None, None])[:, :, 0, 0], layer(x))
     wide = fitted(delta, convolution)
-    assert wide.shape == (8, 6, 1, 1) and wide.bias() is delta.bias() is None or kind == "dense"
+    assert wide.shape == (8, 6, 1, 1) and (kind == "dense" or wide.bias() is delta.bias() is None)
     W = layer.weight.detach()
     torch.testing.assert_close(fitted(wide, layer).weight(W), delta.weight(W))
 

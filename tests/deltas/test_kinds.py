@@ -200,6 +200,6 @@ def test_a_change_of_another_shape_is_refused(case: str, kind: str) -> None:
     layer, _, delta = carried(case, kind)
     with pytest.raises(UserError, match=r"layer: .*the adapter's change is"):
         attach(nn.ModuleDict({"layer": nn.Linear(7, 7)}), {"layer": delta})
+    norm = nn.GroupNorm(1, shape_of(layer)[0])
     with pytest.raises(UserError, match="cannot carry a delta"):
-        norm = nn.GroupNorm(1, shape_of(layer)[0])
         attach(nn.ModuleDict({"layer": norm if case != "dense" else nn.ReLU()}), {"layer": delta})

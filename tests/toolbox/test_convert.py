@@ -32,11 +32,6 @@ def saved(adapter: Adapter, path: Path, format: str = "kohya") -> Path:
     return path
 
 
-def formats_of(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as opened:
-        return opened.metadata() or {}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_file_becomes_the_folder_that_diffusers_has_of_it(dtype: torch.dtype, written: Written, tmp_path: Path
                                                             ) -> None:

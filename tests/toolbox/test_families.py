@@ -188,6 +188,9 @@ def test_a_noise_process_of_its_own_is_told_of(tmp_path: Path) -> None:
             first, second = (process_from_scheduler_config(open_checkpoint(path).scheduler) for path in (folder, out))
             torch.testing.assert_close(torch.tensor(first.betas), torch.tensor(second.betas))
     assert "noise process" not in "".join(convert(folder, tmp_path / "again").remarks)
+    config.write_text(json.dumps(own | {"prediction_type": "sample"}))
+    with pytest.raises(UserError, match="predicts the sample, which a single file cannot tell"):
+        convert(folder, tmp_path / "sample.safetensors")
 
 
 def test_a_folder_holds_no_running_average(files: dict[str, Path], tmp_path: Path) -> None:

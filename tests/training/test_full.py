@@ -129,8 +129,8 @@ def killed(plain: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be_joined_or_saved_is_said_before_the_run(recipe: Callable[..., Recipe]) -> None:
+    plain = recipe().plain()
     with pytest.raises(UserError, match="leaves a whole base behind and cannot be joined"):
-        plain = recipe().plain()
         make_recipe({**plain, "method": [{"kind": "full"}, {"kind": "lora", "rank": 2}]})
     with pytest.raises(UserError, match="output.format is diffusers, or delta for what .*, not kohya"):
         recipe(output={"format": "kohya"})

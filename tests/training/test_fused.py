@@ -158,7 +158,6 @@ def test_what_this_machine_cannot_is_one_line() -> None:
         check_here(options, Precision(cpu, torch.float32), Processes(0, 2))
     with pytest.raises(UserError, match="fp16 scales the loss"):
         check_here(options, Precision(cpu, torch.float16), Processes())
+    prodigyopt, net = pytest.importorskip("prodigyopt"), nn.Linear(2, 2)
     with pytest.raises(UserError, match="Prodigy counts over all weights at once"):
-        prodigyopt = pytest.importorskip("prodigyopt")
-        net = nn.Linear(2, 2)
         Steps(prodigyopt.Prodigy(net.parameters()), {"net": net}, 0, apart=True)
