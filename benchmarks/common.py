@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
@@ -59,7 +60,7 @@ def peak_allocated(step: Callable[[], None], device: torch.device) -> int:
     On a CPU the profiler's allocation events are added up: exact and repeatable, but blind to the scratch that
     oneDNN and MKL take for themselves (peak RSS sees it). On CUDA the caching allocator counts.
     """
-    held = tensor_bytes(device)
+    held = bytes_of(tensors_on(device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step(), step()
@@ -75,13 +76,16 @@ def peak_allocated(step: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def tensor_bytes(device: torch.device) -> int:
-    """Bytes of all tensors on `device` that Python can see now, each storage once."""
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
+def tensors_on(device: torch.device) -> list[torch.Tensor]:
+    """All tensors on `device` that Python can see now; fake ones are nowhere."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)
+            and not issubclass(type(thing), FakeTensor) and thing.device.type == device.type]
+
+
+def bytes_of(tensors: Sequence[torch.Tensor]) -> int:
+    """Their bytes, each storage once."""
+    return sum({storage.data_ptr(): storage.nbytes() for storage in (one.untyped_storage() for one in tensors)}
+               .values())
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
