@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -156,7 +157,7 @@ def show(told: Told) -> None:
     if better is None:
         return
     for one in better.made:
-        print(f"  {' '.join(one.change.overrides)}  {size(one.before)} -> {size(one.after)}: {one.change.costs}")
+        print(f"  {shlex.join(one.change.overrides)}  {size(one.before)} -> {size(one.after)}: {one.change.costs}")
     print(f"with {'these changes' if len(better.made) > 1 else 'this change'} it fits, in "
           f"{size(better.forecast.peak_bytes)}; --apply FILE writes the recipe" if better.fits else
           f"no change makes it fit: the smallest card that would do has {-(-better.forecast.peak_bytes // 2**30)} GiB")

@@ -1,8 +1,8 @@
 """CUDA's caching allocator, replayed: what it takes from the card for storages that come and go.
 
-It asks the card for segments and cuts blocks from them, the smallest that fits first; what is given back is joined with
-free neighbours and kept (c10/cuda/CUDACachingAllocator.cpp, with its default settings). On a full card it gives back
-segments that are free as a whole before it fails.
+It asks the card for segments and cuts blocks from them, the smallest that fits first, of equals the one of the lowest
+address; what is given back is joined with free neighbours and kept (c10/cuda/CUDACachingAllocator.cpp, with its default
+settings). On a full card it gives back segments that are free as a whole before it fails.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ class Piece:
 
     pool: Pool
     size: int
+    address: int  # segments lie one after the other, in the order in which they were asked for
     before: Piece | None = None
     after: Piece | None = None
 
     def split(self, size: int) -> None:
         """Cut off what is beyond `size`, and leave it to the pool."""
-        rest = Piece(self.pool, self.size - size, self, self.after)
+        rest = Piece(self.pool, self.size - size, self.address + size, self, self.after)
         if self.after is not None:
             self.after.before = rest
         self.after, self.size = rest, size
@@ -45,7 +46,7 @@ class Piece:
         if self.before is not None and self.before in self.pool:
             first = self.before
             self.pool.remove(first)
-            self.size, self.before = self.size + first.size, first.before
+            self.size, self.address, self.before = self.size + first.size, first.address, first.before
             if self.before is not None:
                 self.before.after = self
         if self.after is not None and self.after in self.pool:
@@ -66,17 +67,17 @@ class Pool:
         self._pieces: dict[int, Piece] = {}
 
     def __contains__(self, piece: Piece) -> bool:
-        return id(piece) in self._pieces
+        return piece.address in self._pieces
 
     def put(self, piece: Piece) -> None:
         """Keep a free piece."""
-        bisect.insort(self._sorted, (piece.size, id(piece)))
-        self._pieces[id(piece)] = piece
+        bisect.insort(self._sorted, (piece.size, piece.address))
+        self._pieces[piece.address] = piece
 
     def remove(self, piece: Piece) -> None:
         """Take one out."""
-        del self._sorted[bisect.bisect_left(self._sorted, (piece.size, id(piece)))]
-        del self._pieces[id(piece)]
+        del self._sorted[bisect.bisect_left(self._sorted, (piece.size, piece.address))]
+        del self._pieces[piece.address]
 
     def empty(self) -> int:
         """Give segments that are free as a whole back to the card; their bytes."""
@@ -102,7 +103,7 @@ def replay(events: Iterable[tuple[int, int]], room: float = math.inf) -> tuple[i
     """
     small, large = Pool(BLOCK - 1), Pool(SMALL)
     held: dict[int, Piece] = {}
-    used = most_used = taken = most_taken = 0
+    used = most_used = taken = most_taken = asked = 0
     for number, size in events:
         if not size:
             if (piece := held.pop(number, None)) is not None:
@@ -120,7 +121,8 @@ def replay(events: Iterable[tuple[int, int]], room: float = math.inf) -> tuple[i
                 if taken + segment > room:
                     raise Full
             taken += segment
-            piece = Piece(pool, segment)
+            piece = Piece(pool, segment, asked)
+            asked += segment
         if piece.size - wanted > pool.least:
             piece.split(wanted)
         held[number] = piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def look_ahead(recipe: Recipe, report: Reporter) -> tuple[Recipe, Forecast | Non
     better = fit(recipe, room + found.parts.get("context", 0), lambda other: forecast(other, device.type), found,
                  report)
     for one in better.made:
-        report.note(f"so that it fits: {' '.join(one.change.overrides)} ({one.change.costs})")
+        report.note(f"so that it fits: {shlex.join(one.change.overrides)} ({one.change.costs})")
     if not better.fits:
         raise UserError(f"{lacks}, and no change brings it below {needed(better.forecast) / GIB:.1f} GiB",
                         where="train.fit", fix="take a smaller base, or data.resolution, or a card with more memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +59,13 @@ def fit(recipe: Recipe, room: int, forecast: Forecaster, first: Forecast | None 
         ) -> Fit:
     """The cheapest changes after which `forecast` says that a run needs no more than `room` bytes.
 
-    Means are added from the cheapest to the dearest until it fits; then those that are not needed after all are taken
-    back, the dearest first. `first`: the forecast of the recipe as it is. Raises what the first forecast raises.
+    Means are added from the cheapest to the dearest until it fits; then those that are not needed after all, or whose
+    settings a later one has anew, are taken back, the dearest first. `first`: the forecast of the recipe as it is.
+    Raises what the first forecast raises.
     """
+    forecast = _once(forecast)
     now, current, made = first or forecast(recipe), recipe, list[Made]()
+    alone = now
     with report.phase("looking for what to change"):
         for means in MEANS:
             while now.peak_bytes > room and (change := means(current, now)) is not None:
@@ -70,13 +74,42 @@ def fit(recipe: Recipe, room: int, forecast: Forecaster, first: Forecast | None 
                     break
                 made.append(Made(change, now.peak_bytes, tried[1].peak_bytes))
                 current, now = tried
-        fits = now.peak_bytes <= room
-        for each in reversed(made[:-1]) if fits else ():
+        fits, count = now.peak_bytes <= room, len(made)
+        for each in reversed(made[:-1]):
             others = [one for one in made if one is not each]
+            later = {key for one in made[made.index(each) + 1:] for key in one.change.settings}
+            if not fits and not each.change.settings.keys() <= later:
+                continue
             tried = _tried(recipe, [one.change for one in others], forecast)
-            if tried is not None and tried[1].peak_bytes <= room:
+            if tried is not None and tried[1].peak_bytes <= max(room, now.peak_bytes):
                 made, (current, now) = others, tried
+        if len(made) < count:
+            made = _anew(recipe, alone, [one.change for one in made], forecast)
     return Fit(current, tuple(made), now, fits)
+
+
+def _once(forecast: Forecaster) -> Forecaster:
+    """A forecaster that is asked once for each recipe."""
+    known: dict[str, Forecast] = {}
+
+    def asked(recipe: Recipe) -> Forecast:
+        key = recipe.model_dump_json()
+        if key not in known:
+            known[key] = forecast(recipe)
+        return known[key]
+
+    return asked
+
+
+def _anew(recipe: Recipe, first: Forecast, changes: Sequence[Change], forecast: Forecaster) -> list[Made]:
+    """Changes with the peaks that they have without those that were taken back."""
+    made, before = list[Made](), first.peak_bytes
+    for count, change in enumerate(changes, 1):
+        tried = _tried(recipe, changes[:count], forecast)
+        after = before if tried is None else tried[1].peak_bytes
+        made.append(Made(change, before, after))
+        before = after
+    return made
 
 
 def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
@@ -105,7 +138,7 @@ def _said(value: Any) -> str:
     """A value as TOML has it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{', '.join(f'{one!r}' for one in value)}]" if isinstance(value, list) else str(value)
+    return json.dumps(value) if isinstance(value, list) else str(value)
 
 
 # --- the means, from the cheapest to the dearest ---------------------------------------------------------
@@ -133,7 +166,7 @@ def _previews(recipe: Recipe, now: Forecast) -> Change | None:
 
 
 def _checkpointing(recipe: Recipe, now: Forecast) -> Change | None:
-    if recipe.train.checkpointing:
+    if recipe.train.checkpointing is True:
         return None
     return Change({"train.checkpointing": True}, "about a third more time; equal results")
 
@@ -147,19 +180,25 @@ def _micro_batches(recipe: Recipe, now: Forecast) -> Change | None:
 
 
 def _weights(recipe: Recipe, now: Forecast) -> Change | None:
-    """Full fine-tuning with weights of 16 bits, rounded by chance."""
+    """Full fine-tuning with weights of 16 bits, rounded by chance; what is computed with them has 16 bits too."""
     for number, method in enumerate(recipe.method):
         if getattr(method, "weights", None) == "fp32":
-            return Change({f"method.{number}.weights": "bf16"}, "weights in 16 bits, rounded up or down by chance, so "
-                          "that small steps count on the average")
+            narrow = {} if recipe.train.precision in ("auto", "bf16") else {"train.precision": "bf16"}
+            return Change({f"method.{number}.weights": "bf16", **narrow}, "weights in 16 bits, rounded up or down by "
+                          "chance, so that small steps count on the average")
     return None
 
 
 def _fused(recipe: Recipe, now: Forecast) -> Change | None:
-    whole = any(METHODS.get(method.kind).in_place for method in recipe.method)
-    if recipe.train.fused_backward or not whole or recipe.train.accumulation > 1:
+    """Gathered micro-batches become one again, as gradients that are let go add up to nothing: what that costs, the
+    forecast says."""
+    train = recipe.train
+    if train.fused_backward or not any(METHODS.get(method.kind).in_place for method in recipe.method):
         return None
-    return Change({"train.fused_backward": True, "train.clip": 0.0}, "gradients are not clipped")
+    settings: dict[str, Any] = {"train.fused_backward": True, "train.clip": 0.0}
+    if train.accumulation > 1:
+        settings |= {"train.batch_size": train.batch_size * train.accumulation, "train.accumulation": 1}
+    return Change(settings, "gradients are not clipped" if train.clip else "equal results")
 
 
 def _eight_bits(recipe: Recipe, now: Forecast) -> Change | None:
@@ -180,7 +219,9 @@ def _quantised(kind: str, costs: str, key: str, order: tuple[str, ...]) -> Calla
 def _offload(what: str, costs: str) -> Callable[[Recipe, Forecast], Change | None]:
     def means(recipe: Recipe, now: Forecast) -> Change | None:
         there: list[str] = list(recipe.train.offload)
-        return None if what in there else Change({"train.offload": [*there, what]}, costs)
+        # states in eight bits share their tables, and cannot move: whole ones can, and are not there at all
+        whole = {"train.optimizer": "adamw"} if (what, recipe.train.optimizer) == ("optimizer", "adamw8bit") else {}
+        return None if what in there else Change({"train.offload": [*there, what], **whole}, costs)
 
     return means
 
@@ -200,7 +241,7 @@ TOUCHED = (("train", "precision"), ("sample", "every"), ("data", "shuffle_tags")
 
 #: each is asked again, while it has an answer and helps
 MEANS: tuple[Callable[[Recipe, Forecast], Change | None], ...] = (
-    _precision, _previews, _captions, _checkpointing, _micro_batches, _weights, _fused, _eight_bits,
+    _precision, _previews, _captions, _checkpointing, _micro_batches, _fused, _weights, _eight_bits,
     _quantised("int8", "frozen weights in a byte each, with a scale for each output; some time", "quantize", ("none",)),
     _quantised("int8", "text encoders' weights in a byte each", "quantize_text", ("none",)),
     _offload("optimizer", "the optimizer's states lie in the computer's memory, and are fetched for each step"),

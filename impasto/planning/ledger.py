@@ -67,6 +67,8 @@ class Ledger(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.traffic = 0
         self._numbers = 0
+        self._copied: Block | None = None  # while a copy of it is made
+        self._here = True  # whether what comes into being lies here
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -105,9 +107,10 @@ class Ledger(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // self.round_to) * self.round_to
         self._numbers += 1
-        block = self.blocks[storage._cdata] = Block(self._numbers, size, label, weights)
+        block = self.blocks[storage._cdata] = Block(self._numbers, size, label, weights, self._here)
         weakref.finalize(storage, self._gone, storage._cdata).atexit = False
-        self._add(block)
+        if block.counted:
+            self._add(block)
 
     def known(self, tensor: Tensor) -> Block | None:
         """What is noted of a tensor's storage."""
@@ -123,6 +126,28 @@ class Ledger(TorchDispatchMode):
                 else:
                     self._remove(block)
                 block.counted = here
+
+    def send(self, tensor: Tensor, into: Tensor | None = None) -> Tensor:
+        """A copy elsewhere, or the tensor itself where it lies there (`training.offload.to_host`, of a GPU)."""
+        block = self.known(tensor)
+        if block is None or not block.counted:
+            return tensor
+        return self._copy(tensor, block, here=False) if into is None else into.copy_(tensor)
+
+    def bring(self, tensor: Tensor, device: Any = None) -> Tensor:
+        """A copy of what lies elsewhere, or the tensor itself where it is here (`training.offload.to_device`)."""
+        block = self.known(tensor)
+        return tensor if block is None or block.counted else self._copy(tensor, block, here=True)
+
+    def _copy(self, tensor: Tensor, block: Block, here: bool) -> Tensor:
+        """What it is for, a copy inherits."""
+        self._copied, self._here = block, here
+        try:
+            copy = tensor.clone()
+        finally:
+            self._copied, self._here = None, True
+        self.enter(copy, block.label, block.weights)
+        return copy
 
     def _gone(self, address: int) -> None:
         block = self.blocks.pop(address)
@@ -154,6 +179,8 @@ class Ledger(TorchDispatchMode):
     # --- what it is for ------------------------------------------------------------------------------------
     def _label_of(self, func: Any, given: list[Tensor]) -> str:
         """A copy of a weight in another type is autocast's; all else shows later what it is for."""
+        if self._copied is not None:
+            return self._copied.label
         if func is aten._to_copy.default and (source := self.known(given[0])) is not None and source.weights:
             return "autocast"
         return UNKNOWN

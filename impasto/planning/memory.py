@@ -46,8 +46,8 @@ def forecast(recipe: Recipe, device: str = "cuda") -> Forecast:
         allocated, taken = replay(ledger.events)
         parts["allocator"] += least_room(ledger.events, ledger.peak.total, taken) - ledger.peak.total
         allocated += kernels.WORKSPACES
-    unseen = [f"train.{name}" for name in ("fused_backward", "offload") if getattr(recipe.train, name)]
-    more += [f"what {' and '.join(unseen)} would save is not counted"] if unseen else []
+    more += ["the time that what waits in the computer's memory is on its way is not counted"] \
+        if cuda and recipe.train.offload else []
     moments = {moment: peak.total for moment, peak in ledger.peaks.items()}
     return Forecast({name: parts[name] for name in PARTS if parts[name]}, ledger.peak.moment, rehearsal.artifact(),
                     rehearsal.flops(), rehearsal.traffic(), moments, allocated, (*notes, *more, *of_base))

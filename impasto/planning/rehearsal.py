@@ -30,6 +30,7 @@ from impasto.data.options import DataOptions
 from impasto.data.sets import DataSets
 from impasto.families import prompts
 from impasto.families.base import Base, Caption, Geometry, TextStates
+from impasto.families.blocks import blocks_of
 from impasto.families.guidance import Guidance
 from impasto.methods import METHODS
 from impasto.methods.base import Method, all_off, check_method, group_of
@@ -39,6 +40,8 @@ from impasto.objectives.batch import Batch
 from impasto.planning.ledger import Ledger
 from impasto.planning.states import make_optimizer
 from impasto.training.environment import DTYPES, Precision
+from impasto.training.fused import FusedBackward
+from impasto.training.offload import Activations, Blocks, States, to_device, to_host
 from impasto.training.previews import Previews, evaluating
 from impasto.training.rates import split_by_path
 from impasto.training.recipe import Recipe
@@ -126,9 +129,7 @@ class Rehearsal:
         for average in self.shown.ema.averages:
             self.ledger.enter(average, "ema")
         self.scaler = self.stage.precision.scaler()
-        self.steps = Steps(self.optimizer, self.trained, self.options.seed)
-        if self.options.checkpointing:
-            self.base.checkpoint_gradients(float(self.options.checkpointing))
+        self._means()
         awake = self.trains | {self.base.denoiser_name} | self.rule.needs
         read_again = self.recipe.base.init == "weights" and not self.recipe.base.adapters
         if self.stage.device != "cpu" or read_again:  # else they stay in the CPU's memory
@@ -137,6 +138,28 @@ class Rehearsal:
             self.ledger.move(self.asleep, here=False)
         for method in self.methods:
             method.begin(self.options.steps or 500)
+
+    def _means(self) -> None:
+        """What saves memory, as the trainer has it. What waits elsewhere moves in the ledger, and on a CPU nowhere."""
+        cuda, offload = self.stage.device != "cpu", self.options.offload
+        ways: Any = {"send": self.ledger.send, "bring": self.ledger.bring} if cuda else \
+            {"send": to_host, "bring": to_device}
+        self.states = States(self.optimizer, **ways) if "optimizer" in offload else None
+        self.steps = Steps(self.optimizer, self.trained, self.options.seed, apart=self.options.fused_backward,
+                           states=self.states)
+        self.fused = FusedBackward(self.steps, self.parameters) if self.options.fused_backward else None
+        self.activations = Activations(self._weights, keep=self.ledger.keep, **ways) if "activations" in offload \
+            else None
+        if self.options.checkpointing:
+            self.base.checkpoint_gradients(float(self.options.checkpointing))
+        if "blocks" in offload:
+            Blocks(blocks_of(self.base.denoiser).values(), torch.device("cpu"), ahead=cuda, **ways)
+
+    def _weights(self) -> Iterator[Tensor]:
+        """What a step reads that is there all the time."""
+        yield from self.parameters
+        for network in self.base.components.values():
+            yield from (*network.parameters(), *network.buffers())
 
     # --- training ------------------------------------------------------------------------------------------
     @property
@@ -149,10 +172,12 @@ class Rehearsal:
 
         Every weight gets a gradient: a run in which one does not is refused (`training.verdicts`).
         """
-        with self.ledger.at("optimizer step"):
+        with self.ledger.at("backward" if self.fused is not None else "optimizer step"), self._traceable():
             for parameter in self.parameters:
                 parameter.grad = torch.empty_like(parameter)
                 self.ledger.enter(parameter.grad, "gradients")
+                if self.fused is not None:
+                    self.fused.ready(parameter)
             self.scaler.scale(torch.zeros(()))  # which is when it makes what it holds
             self._update(0)
         self._note_states()
@@ -164,6 +189,16 @@ class Rehearsal:
         self._note_states()
         with self.ledger.at("average"):
             self.shown.update(1)
+
+    @contextlib.contextmanager
+    def _traceable(self) -> Iterator[None]:
+        """A block with the first steps of an optimizer. Raises `UserError` for one that looks at numbers."""
+        try:
+            yield
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+            raise UserError(f"{self.options.optimizer} cannot be rehearsed on weights without contents",
+                            where="train.optimizer",
+                            fix="plan with one that keeps as much, such as adamw") from error
 
     def _note_states(self) -> None:
         for state in self.optimizer.state.values():
@@ -194,12 +229,19 @@ class Rehearsal:
             module for method in self.methods for module in method.modules().values())
         return width * sum(parameter.numel() for module in modules for parameter in module.parameters())
 
+    def _keeping(self) -> contextlib.AbstractContextManager[None]:
+        """A block with a forward: what it keeps for the backward is noted, or waits elsewhere."""
+        if self.activations is not None:
+            return self.activations.away()
+        return torch.autograd.graph.saved_tensors_hooks(self.ledger.keep, lambda kept: kept)
+
     def _accumulate(self, step: int) -> None:
+        if self.fused is not None:
+            self.fused.begin(step, (parameter for method in self.methods for parameter in method.resting(step)))
         for micro in range(self.micro_batches):
             batch = self._batch(micro)
             draws = Draws(self.options.seed, step, batch.samples)
-            with self.ledger.at("forward"), self.stage.precision.autocast(), \
-                    torch.autograd.graph.saved_tensors_hooks(self.ledger.keep, lambda kept: kept):
+            with self.ledger.at("forward"), self.stage.precision.autocast(), self._keeping():
                 losses = step_losses(self.base, batch, self.objective, draws)
                 loss = losses.sum() / self.pictures
             with self.ledger.at("backward"):
@@ -210,21 +252,23 @@ class Rehearsal:
                     _backward(self.scaler.scale(penalty))
 
     def _update(self, step: int) -> None:
+        if self.fused is not None:  # it has been taken
+            self.fused.norm()
+        else:
+            self._step(step)
+        for method in self.methods:
+            method.after_step(step)
+
+    def _step(self, step: int) -> None:
         self.scaler.unscale_(self.optimizer)
         for method in self.methods:
             for parameter in method.resting(step):
                 parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip or float("inf"))
-        try:  # whether a step is taken, loss scaling asks the gradients: here it always is
-            self.steps.take(step, torch.amp.GradScaler("cpu", enabled=False))
-        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-            raise UserError(f"{self.options.optimizer} cannot be rehearsed on weights without contents",
-                            where="train.optimizer",
-                            fix="plan with one that keeps as much, such as adamw") from error
+        # whether a step is taken, loss scaling asks the gradients: here it always is
+        self.steps.take(step, torch.amp.GradScaler("cpu", enabled=False))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for method in self.methods:
-            method.after_step(step)
 
     def _batch(self, micro: int) -> Batch:
         """One micro-batch of the worst shape."""

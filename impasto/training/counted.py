@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -37,7 +37,7 @@ class Count:
     def begin(self) -> None:
         """To be called before the first step."""
         if self.left:
-            self.held = tensor_bytes(self.device)
+            self.held = bytes_of(tensors_on(self.device))
             self.recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             old = torch.empty(1)
             with _silence():
@@ -101,13 +101,14 @@ def _silence() -> Iterator[None]:
         os.close(nowhere)
 
 
-def tensor_bytes(device: torch.device) -> int:
-    """Bytes of all tensors on `device` that Python can see now, each storage once."""
+def tensors_on(device: torch.device) -> list[torch.Tensor]:
+    """All tensors on `device` that Python can see now; fake ones are nowhere."""
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            if storage.device.type == device.type:  # that of a fake tensor is nowhere
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)
+            and thing.layout == torch.strided and thing.untyped_storage().device.type == device.type]
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Their bytes, each storage once."""
+    return sum({storage.data_ptr(): storage.nbytes() for storage in (one.untyped_storage() for one in tensors)}
+               .values())

@@ -21,7 +21,7 @@ class FusedBackward:
 
     def __init__(self, steps: Steps, parameters: Iterable[nn.Parameter]) -> None:
         self.steps = steps
-        self._handles = [parameter.register_post_accumulate_grad_hook(self._ready) for parameter in parameters]
+        self._handles = [parameter.register_post_accumulate_grad_hook(self.ready) for parameter in parameters]
         self.begin(0)
 
     def begin(self, step: int, resting: Iterable[nn.Parameter] = ()) -> None:
@@ -30,7 +30,8 @@ class FusedBackward:
         self._norms: dict[nn.Parameter, Tensor] = {}
 
     @torch.no_grad()
-    def _ready(self, parameter: nn.Parameter) -> None:
+    def ready(self, parameter: nn.Parameter) -> None:
+        """Take the step of one whose gradient is whole."""
         gradient = parameter.grad
         assert gradient is not None
         self._norms[parameter] = torch.linalg.vector_norm(gradient, dtype=torch.float32)

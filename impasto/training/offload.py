@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,13 @@ class Activations:
     """What the forward keeps for the backward waits elsewhere; weights, which are there in any case, do not.
 
     Each comes back when the backward asks for it (torch's `save_on_cpu` does so with weights too, and with each use of
-    a tensor by itself). `send` and `bring` are the ways there and back.
+    a tensor by itself). `send` and `bring` are the ways there and back; what stays is given to `keep`.
     """
 
     def __init__(self, weights: Callable[[], Iterable[Tensor]], *, send: Callable[[Tensor], Tensor] = to_host,
-                 bring: Callable[[Tensor, torch.device], Tensor] = to_device, least: int = LEAST) -> None:
-        self._weights, self._send, self._bring, self._least = weights, send, bring, least
+                 bring: Callable[[Tensor, torch.device], Tensor] = to_device, least: int = LEAST,
+                 keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        self._weights, self._send, self._bring, self._least, self._keep = weights, send, bring, least, keep
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -62,7 +63,7 @@ class Activations:
 
         def pack(tensor: Tensor) -> Tensor | _Away:
             if tensor.nbytes < self._least or _storage(tensor) in stay:
-                return tensor
+                return self._keep(tensor)
             if not last or not _same(last[0][0], tensor):  # queries, keys and values are made of one
                 last[:] = [(tensor, _Away(self._send(tensor), tensor.device))]
             return last[0][1]
@@ -126,13 +127,14 @@ class Blocks:
     """Frozen weights of blocks wait elsewhere, and are on the device for the length of each of the block's forwards.
 
     A backward needs them too. Where it computes the block again, its graph holds what was brought for that, until it is
-    done with the block: another tensor than the one that waits, so that neither knows of the other. On CUDA the next
-    block in turn is on its way while one computes.
+    done with the block: another tensor than the one that waits, so that neither knows of the other. `ahead`, as it is
+    on CUDA: the next block in turn is on its way while one computes.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], device: torch.device, *, send: Callable[[Tensor], Tensor] = to_host,
-                 bring: Callable[[Tensor, torch.device], Tensor] = to_device) -> None:
+                 bring: Callable[[Tensor, torch.device], Tensor] = to_device, ahead: bool | None = None) -> None:
         self._device, self._bring, blocks = device, bring, list(blocks)
+        self._ahead = device.type == "cuda" if ahead is None else ahead
         self._places = [_frozen(block) for block in blocks]
         self._waiting = [[send(held[name].detach()) for held, name in places] for places in self._places]
         self._coming: dict[int, list[Tensor]] = {}
@@ -158,20 +160,18 @@ class Blocks:
         return [self._bring(tensor, self._device) for tensor in self._waiting[i]]
 
     def _come(self, i: int) -> None:
-        if self._stream is None:
-            self._put(i, self._brought(i))
-            return
-        now, coming = torch.cuda.current_stream(self._device), self._coming.pop(i, None)
+        coming = self._coming.pop(i, None)
         self._coming.clear()
-        if coming is not None:
+        if coming is not None and self._stream is not None:
+            now = torch.cuda.current_stream(self._device)
             now.wait_stream(self._stream)
             for tensor in coming:
                 tensor.record_stream(now)  # or its memory might be given away while this stream reads it
         self._put(i, coming or self._brought(i))
         after = i + (1 if i > self._last else -1)  # the backward goes through them the other way
         self._last = i
-        if 0 <= after < len(self._places):
-            with torch.cuda.stream(self._stream):
+        if self._ahead and 0 <= after < len(self._places):
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 self._coming[after] = self._brought(after)
 
 

@@ -29,6 +29,14 @@ def test_free_neighbours_are_joined() -> None:
     assert replay(events) == (20 * MIB, 20 * MIB)
 
 
+def test_of_equal_pieces_the_one_of_the_lowest_address_is_taken() -> None:
+    """A segment of 12 MiB, and half of one of 24: the first is used again, so that the second becomes whole."""
+    first, whole, low, high, again, last = range(1, 7)
+    events = [(first, 12 * MIB), (whole, 24 * MIB), (whole, 0), (low, 12 * MIB), (high, 12 * MIB),
+              (low, 0), (first, 0), (again, 11 * MIB), (high, 0), (last, 24 * MIB)]
+    assert replay(events) == (36 * MIB, 36 * MIB)
+
+
 def test_a_full_card_gives_back_what_is_free() -> None:
     events = [(1, 30 * MIB), (1, 0), (2, 40 * MIB)]
     assert replay(events)[1] == 70 * MIB

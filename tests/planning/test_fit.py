@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from impasto.core.errors import UserError
-from impasto.planning.fit import MEANS, changed, fit
+from impasto.planning.fit import MEANS, Fit, changed, fit
 from impasto.planning.forecast import Forecast
 from impasto.training.recipe import Recipe, make_recipe
 
@@ -25,7 +25,7 @@ class Made:
 
     def __call__(self, recipe: Recipe) -> Forecast:
         self.asked += 1
-        activations = self.activations * recipe.train.batch_size / (4 if recipe.train.checkpointing else 1)
+        activations = self.activations * recipe.train.batch_size / (4 if recipe.train.checkpointing is True else 1)
         weights = self.weights / {"none": 1, "int8": 2, "nf4": 4}[recipe.base.quantize]
         states = self.states * getattr(recipe.method[0], "rank", 16) / 16 / (
             4 if recipe.train.optimizer == "adamw8bit" else 1)
@@ -72,10 +72,57 @@ def test_defaults_stay_defaults() -> None:
         changed(recipe(), {"train.no_such": 1})
 
 
-def test_refused_combinations_are_passed_over() -> None:
-    """Fused backward takes no accumulation: where a recipe has one, it is not proposed, and nothing fails."""
-    given = make_recipe({"base": {"path": "mini"}, "data": {"folder": "photos"}, "method": {"kind": "full"},
-                         "train": {"accumulation": 2}})
-    found = fit(given, GIB, Made())
-    assert "train.fused_backward" not in {key for one in found.made for key in one.change.settings}
+class MadeOfAll(Made):
+    """As much again for gradients, which a fused backward lets go, and states that may lie elsewhere."""
+
+    def __call__(self, recipe: Recipe) -> Forecast:
+        parts = dict(super().__call__(recipe).parts)
+        parts["unet"] //= 2 if getattr(recipe.method[0], "weights", "fp32") == "bf16" else 1
+        parts["gradients"] = 0 if recipe.train.fused_backward else parts["unet"]
+        parts["optimizer"] *= "optimizer" not in recipe.train.offload
+        return Forecast(parts, "backward", 0)
+
+
+def full(**train) -> Recipe:
+    return make_recipe({"base": {"path": "mini"}, "data": {"folder": "photos"}, "method": {"kind": "full"},
+                        "train": {"checkpointing": True, **train}})
+
+
+def settings(found: Fit) -> list[dict]:
+    return [dict(one.change.settings) for one in found.made]
+
+
+def test_a_fused_backward_takes_gathered_batches_whole() -> None:
+    """It takes no accumulation: micro-batches that were gathered become one, if that is less all the same."""
+    fused = {"train.fused_backward": True, "train.clip": 0.0, "train.batch_size": 2, "train.accumulation": 1}
+    forecast = MadeOfAll(activations=4, states=6, weights=3)  # 4 of activations for two pictures more than for one
+    assert settings(fit(full(accumulation=2), 12 * GIB, forecast)) == [fused]
+    assert settings(fit(full(batch_size=2), 12 * GIB, MadeOfAll(activations=4, states=6, weights=3)))[0] == fused
+    much = fit(full(accumulation=2), 12 * GIB, MadeOfAll(activations=16, states=6, weights=3))
+    assert not much.recipe.train.fused_backward and much.recipe.train.accumulation == 2
+
+
+def test_states_that_wait_elsewhere_are_whole_ones() -> None:
+    """Those in eight bits cannot move; what a later change has anew is told once, with peaks that are true of it."""
+    found = fit(full(fused_backward=True, clip=0), 2 * GIB, MadeOfAll(activations=1, states=8, weights=3))
+    assert found.fits and found.recipe.train.optimizer == "adamw" and found.recipe.train.offload == ["optimizer"]
+    assert settings(found) == [{"method.0.weights": "bf16"},
+                               {"train.offload": ["optimizer"], "train.optimizer": "adamw"}]
+    assert [(one.before / GIB, one.after / GIB) for one in found.made] == [(11.25, 9.75), (9.75, 1.75)]
+    assert found.made[1].change.overrides[0] == 'train.offload=["optimizer"]'
+    never = fit(full(fused_backward=True, clip=0), GIB, MadeOfAll(activations=4, states=8, weights=3))
+    assert not never.fits and settings(never) == settings(found)
+
+
+def test_weights_in_16_bits_are_computed_with_in_16() -> None:
+    found = fit(full(fused_backward=True, clip=0, precision="fp32"), 4 * GIB, MadeOfAll(8, states=1, weights=3))
+    assert settings(found)[0] == {"method.0.weights": "bf16", "train.precision": "bf16"}
+
+
+def test_a_share_of_blocks_computed_again_becomes_all() -> None:
+    found = fit(recipe(train={"checkpointing": 0.25}), 8 * GIB, Made())
+    assert settings(found) == [{"train.checkpointing": True}]
+
+
+def test_no_means_is_asked_twice() -> None:
     assert len(MEANS) == len(set(MEANS))

@@ -60,6 +60,21 @@ def test_what_lies_elsewhere_is_not_counted(ledger: Ledger) -> None:
     assert ledger.now == 4
 
 
+def test_a_copy_elsewhere_is_not_counted_and_comes_back_for_what_it_was(ledger: Ledger) -> None:
+    x = torch.empty(100)
+    ledger.enter(x, "unet", weights=True)
+    there = ledger.send(x)
+    assert there is not x and ledger.now == 400 and ledger.peak.total == 400
+    assert ledger.send(there) is there and ledger.send(x, there) is there and ledger.bring(x) is x
+    del x
+    assert ledger.now == 0
+    back = ledger.bring(there)
+    half = back.bfloat16()
+    assert +ledger.totals == {"unet": 400, "autocast": 200} and ledger.peak.parts == ledger.totals
+    del there, back, half
+    assert ledger.now == 0 and not ledger.blocks
+
+
 def test_sizes_are_rounded() -> None:
     with Ledger(512) as ledger:
         x = torch.empty(129)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.forecast import METHODS, compare
+from benchmarks.forecast import MEANS, METHODS, compare
 from impasto.core.errors import UserError
 from impasto.methods import METHODS as REGISTRY
 from impasto.planning import faking
@@ -87,6 +87,15 @@ def test_the_trainer_takes_what_was_forecast(family: str, name: str, train: dict
     """Within 1 %, of 7 to 50 MiB: see benchmarks/forecast.py, which has more of them."""
     told, truth, _ = compare(family, {"method": METHODS[name], "train": train}, "mini", "cpu")
     assert told == pytest.approx(truth, rel=0.01)
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_the_trainer_takes_what_was_forecast_of_what_saves_memory(means: str) -> None:
+    told, truth, _ = compare("sd1", MEANS[means], "mini", "cpu")
+    assert told == pytest.approx(truth, rel=0.01)
+    if "fused" in means:  # and all gradients would be more than that is off
+        plain = {**MEANS[means], "train": {**MEANS[means]["train"], "fused_backward": False}}
+        assert compare("sd1", plain, "mini", "cpu")[0] > 1.08 * told
 
 
 @pytest.mark.parametrize(("name", "count", "eight"), [
