@@ -16,10 +16,10 @@ import re
 from typing import Any
 
 from benchmarks.common import MIB, print_table
-from impasto.planning.sizes import artifact_bytes
-from impasto.planning.weightless import published_base
-from impasto.training.recipe import make_recipe
+from impasto.planning.sizes import artifact_bytes, shapes
+from impasto.training.recipe import BaseOptions, make_recipe
 
+SD1 = BaseOptions.model_validate({"family": "sd1"})
 RANKS = (8, 16, 32, 64, 128)
 PUBLISHED = {8: 11, 16: 21, 32: 41, 64: 82, 128: 163}
 
@@ -49,7 +49,7 @@ def per_rank() -> dict[str, int]:
     """For each kind of layers the numbers that a rank costs: inputs, times the kernel, and outputs."""
     from impasto.families.unet_targets import paths
 
-    base, found = published_base("sd1"), dict.fromkeys(KINDS, 0)
+    base, found = shapes(SD1), dict.fromkeys(KINDS, 0)
     for path in paths(base.components, ("unet", "text_encoder"), embeddings=False):
         (kind,) = [kind for kind, pattern in KINDS.items() if re.search(pattern, path)]
         shape = base.parameter(f"{path}.weight").shape
@@ -62,7 +62,7 @@ def size(targets: list[str], rank: int, dtype: str) -> int:
     method: dict[str, Any] = {"kind": "lora", "rank": rank, "targets": targets}
     recipe = make_recipe({"base": {"path": "v1-5-pruned-emaonly.safetensors"}, "method": method,
                           "train": {"device": "cpu"}, "output": {"dtype": dtype, "name": "lora"}})
-    return artifact_bytes(recipe, published_base("sd1"))
+    return artifact_bytes(recipe, shapes(SD1))
 
 
 def main() -> None:

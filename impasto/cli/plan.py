@@ -87,14 +87,13 @@ def _told(name: str, settings: Sequence[str], card: Card | None) -> Told:
     from impasto.planning.memory import forecast
     from impasto.planning.sizes import artifact_bytes
     from impasto.planning.time import seconds_per_step
-    from impasto.planning.weightless import planned_base
     from impasto.training.recipe import load_recipe
 
     recipe, report = load_recipe(name, settings), RichReporter()
     device = "cpu" if recipe.train.device == "cpu" else "cuda"
     with report.phase("rehearsing the run"):
         found = forecast(recipe, device)
-        found = replace(found, artifact_bytes=artifact_bytes(recipe, planned_base(recipe)))
+        found = replace(found, artifact_bytes=artifact_bytes(recipe))
     better = None
     if card is not None and found.peak_bytes > card.bytes:
         better = fit(recipe, card.bytes, lambda other: forecast(other, device), found, report)

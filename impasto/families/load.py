@@ -64,7 +64,7 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
                         fix="supported: " + ", ".join(FAMILIES))
     sources = dict.fromkeys(main.components, main)
     if vae is not None:
-        sources["vae"] = _vae(locate(vae, download=download), main.family)
+        sources["vae"] = open_vae(locate(vae, download=download), main.family)
     if text_encoders:
         files = [locate(file, download=download) for file in text_encoders]
         sources |= open_text_encoders(files, main.family, main.path if main.path.is_dir() else main.path.parent)
@@ -83,7 +83,8 @@ def load_base(path: str | Path, *, family: str | None = None, vae: str | Path | 
     return base
 
 
-def _vae(path: Path, family: str) -> Checkpoint:
+def open_vae(path: Path, family: str) -> Checkpoint:
+    """Another VAE for a family's base. Raises `UserError` for what is none, or one of another family."""
     checkpoint = open_checkpoint(path, family=family)
     if "vae" not in checkpoint.components:
         raise UserError("holds no VAE", where=path)

@@ -207,11 +207,16 @@ def places(network: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Where each tensor belongs that files have: weights, and such constants as SD 3's positions."""
     found: dict[str, tuple[dict[str, Any], str]] = {}
     for path, module in network.named_modules():
-        passing = {*module._non_persistent_buffers_set, "position_ids"}
+        passing = _passing(module)
         for held in (module._parameters, module._buffers):
             found |= {f"{path}.{leaf}".lstrip("."): (held, leaf) for leaf, tensor in held.items()
                       if tensor is not None and leaf not in passing}
     return found
+
+
+def _passing(module: nn.Module) -> set[str]:
+    """A module's buffers that no file need have."""
+    return {*module._non_persistent_buffers_set, "position_ids"}
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:
@@ -276,10 +281,12 @@ def fill(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, where: ob
 
 
 def _fill_buffers(network: nn.Module, device: torch.device | str) -> None:
-    """Numbers of positions are the only buffer of these networks that no file need have."""
+    """Numbers of positions are the only buffer of these networks that no file need have; others may be meant to be
+    on the meta device."""
     for module in network.modules():
+        passing = _passing(module)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
+            if buffer is not None and buffer.is_meta and name in passing:
                 assert name == "position_ids", name
                 module._buffers[name] = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
 

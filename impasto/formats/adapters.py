@@ -82,7 +82,7 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def sizes(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> dict[Path, Taken]:
-        """What `save` would write, by file; tensors may be without values (`planning.weightless`)."""
+        """What `save` would write, by file; tensors may be without values (`planning.valueless`)."""
 
 
 class FileCodec(Codec):

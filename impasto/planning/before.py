@@ -17,6 +17,7 @@ from impasto.planning.memory import forecast
 from impasto.planning.time import about, seconds_per_step, speed_here
 from impasto.training.environment import Precision, choose_device
 from impasto.training.kept_recipe import FILE
+from impasto.training.optimizers import choose
 from impasto.training.recipe import Recipe
 
 
@@ -41,8 +42,12 @@ def look_ahead(recipe: Recipe, report: Reporter) -> tuple[Recipe, Forecast | Non
     if not recipe.train.fit:
         report.warn(f"this run {lacks}: impasto plan says what to change, and train.fit=true changes it")
         return recipe, found
-    better = fit(recipe, room + found.parts.get("context", 0), lambda other: forecast(other, device.type), found,
-                 report)
+
+    def here(other: Recipe) -> Forecast:
+        choose(other.train, device)  # an optimizer whose library is missing is no means
+        return forecast(other, device.type)
+
+    better = fit(recipe, room + found.parts.get("context", 0), here, found, report)
     for one in better.made:
         report.note(f"so that it fits: {shlex.join(one.change.overrides)} ({one.change.costs})")
     if not better.fits:

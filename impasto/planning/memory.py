@@ -9,9 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from impasto.data.options import DataOptions
 from impasto.formats.checkpoint import Checkpoint
-from impasto.planning import faking, kernels
+from impasto.planning import kernels
 from impasto.planning.allocator import least_room, replay
 from impasto.planning.forecast import PARTS, Forecast
+from impasto.planning.hollow import build
+from impasto.planning.known import told
 from impasto.planning.ledger import Ledger
 from impasto.planning.rehearsal import Rehearsal, Stage
 from impasto.training.environment import DTYPES, Precision
@@ -24,13 +26,13 @@ def forecast(recipe: Recipe, device: str = "cuda") -> Forecast:
 
     Raises `UserError` for a recipe that the trainer would refuse.
     """
-    checkpoint, notes = faking.told(recipe.base)
-    recipe, more = planned(recipe, checkpoint)
+    known = told(recipe.base)
+    recipe, more = planned(recipe, known.checkpoint)
     precision = precision_on(recipe.train.precision, device)
     cuda = device != "cpu"
     ledger = Ledger(kernels.ROUND_TO if cuda else 1, kernels.scratch if cuda else None)
     with FakeTensorMode(allow_non_fake_inputs=True), kernels.as_on(device):
-        base, of_base = faking.build(checkpoint, recipe.base, precision.dtype)
+        base = build(known, recipe.base, precision.dtype)
         with ledger:
             with ledger.at("loading"):
                 rehearsal = Rehearsal(Stage(recipe, precision, device, ledger), base)
@@ -50,7 +52,7 @@ def forecast(recipe: Recipe, device: str = "cuda") -> Forecast:
         if cuda and recipe.train.offload else []
     moments = {moment: peak.total for moment, peak in ledger.peaks.items()}
     return Forecast({name: parts[name] for name in PARTS if parts[name]}, ledger.peak.moment, rehearsal.artifact(),
-                    rehearsal.flops(), rehearsal.traffic(), moments, allocated, (*notes, *more, *of_base))
+                    rehearsal.flops(), rehearsal.traffic(), moments, allocated, (*known.notes, *more))
 
 
 def precision_on(name: str, device: str) -> Precision:

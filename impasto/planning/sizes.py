@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from impasto.core.weighted import Weighted
 from impasto.deltas.adapter import Adapter
 from impasto.deltas.dense import Dense
@@ -23,15 +25,23 @@ from impasto.formats.adapter_bytes import Taken
 from impasto.formats.arrangement import arranged_sizes
 from impasto.methods import METHODS
 from impasto.methods.base import Method, check_method
-from impasto.planning.weightless import Valueless, planned_base
+from impasto.planning.hollow import build
+from impasto.planning.known import told
+from impasto.planning.valueless import Valueless
 from impasto.training.environment import DTYPES, choose_device, describe
 from impasto.training.metadata import metadata
 from impasto.training.native import at_native_size
-from impasto.training.recipe import Recipe
+from impasto.training.recipe import BaseOptions, Recipe
 from impasto.training.sections import DEFAULT_STEPS
 
 #: of hexadecimal digests: of a component's weights, of an adapter's file, of the data
 FINGERPRINT, DIGEST, DATA = "0" * 32, "0" * 32, "0" * 40
+
+
+def shapes(options: BaseOptions, dtype: torch.dtype = torch.float32) -> Base:
+    """A recipe's base on the meta device. How frozen weights are held changes nothing in what a run leaves."""
+    whole = options.model_copy(update={"quantize": "none", "quantize_text": "none"})
+    return build(told(options), whole, dtype, "meta")
 
 
 def artifact_bytes(recipe: Recipe, base: Base | None = None) -> int:
@@ -46,11 +56,12 @@ def artifact_sizes(recipe: Recipe, base: Base | None = None) -> dict[Path, Taken
     `UserError` for a base that cannot be opened, methods that do not fit it, and a format that cannot hold them.
     """
     if base is None:
-        base = planned_base(recipe)
+        half = any(getattr(options, "weights", "") == "bf16" for options in recipe.method)
+        base = shapes(recipe.base, torch.bfloat16 if half else torch.float32)
     recipe = at_native_size(recipe) if base.source is not None and base.source.exists() else recipe
     output, dtype = recipe.output, DTYPES[recipe.output.dtype]
     methods: list[Method] = [METHODS.get(options.kind)(options) for options in recipe.method]
-    path, told = _path(recipe, methods), _told(recipe, base)
+    path, tells = _path(recipe, methods), _tells(recipe, base)
     with Valueless():
         for method in methods:
             check_method(method, base)
@@ -59,9 +70,9 @@ def artifact_sizes(recipe: Recipe, base: Base | None = None) -> dict[Path, Taken
         if output.format == "delta":
             adapters.append(_changes(base))
         if not adapters:
-            return folder_sizes(base, path, dtype=dtype, metadata=told)
+            return folder_sizes(base, path, dtype=dtype, metadata=tells)
         adapter = replace(functools.reduce(operator.add, adapters), family=base.family, base=_fingerprints(base))
-        return arranged_sizes(adapter, path, dtype=dtype, metadata=told,
+        return arranged_sizes(adapter, path, dtype=dtype, metadata=tells,
                               format="auto" if output.format == "delta" else output.format)
 
 
@@ -85,7 +96,7 @@ def _fingerprints(base: Base) -> dict[str, str]:
     return dict.fromkeys(base.components, FINGERPRINT)
 
 
-def _told(recipe: Recipe, base: Base) -> dict[str, str]:
+def _tells(recipe: Recipe, base: Base) -> dict[str, str]:
     """What the artifact will tell of how it was made, digests as zeros."""
     if recipe.output.metadata == "none":
         return {}

@@ -17,6 +17,7 @@ from impasto.planning.forecast import Forecast
 from impasto.planning.time import Speed
 from impasto.training.counted import bytes_of, tensors_on
 from impasto.training.kept_recipe import FILE, without_none
+from impasto.training.optimizers import OPTIMIZERS
 from impasto.training.recipe import make_recipe
 from tests.checkpoints import write_checkpoint
 from tests.heard import Heard
@@ -69,6 +70,19 @@ def test_what_does_not_fit_is_changed_and_goes_on_so(told, tmp_path: Path, monke
     (tmp_path / "run" / FILE).write_text(tomli_w.dumps(without_none(recipe.plain())))
     monkeypatch.setattr(before, "free", lambda device: 100 * GIB)  # later there is room, and it stays what it was
     assert before.look_ahead(make_recipe(told), Heard())[0].train.checkpointing
+
+
+def test_what_is_not_installed_is_no_means(told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight-bit states would do, if their library were here: what comes after them is taken."""
+    def states(recipe, device: str = "cpu") -> Forecast:
+        small = recipe.train.optimizer == "adamw8bit" or recipe.train.offload == ["optimizer"]
+        return Forecast({"unet": GIB, "optimizer": GIB if small else 4 * GIB}, "backward", 0)
+
+    monkeypatch.setattr(before, "forecast", states)
+    monkeypatch.setattr(before, "free", lambda device: 3 * GIB)
+    monkeypatch.setitem(OPTIMIZERS, "adamw8bit", replace(OPTIMIZERS["adamw8bit"], path="not_installed:AdamW8bit"))
+    recipe, _ = before.look_ahead(make_recipe(told), Heard())
+    assert recipe.train.optimizer == "adamw" and recipe.train.offload == ["optimizer"]
 
 
 def test_in_no_way(told, monkeypatch: pytest.MonkeyPatch) -> None:
