@@ -18,6 +18,7 @@ from impasto.planning.known import told as told_of
 from impasto.planning.memory import forecast
 from impasto.planning.states import Sized
 from impasto.training.recipe import BaseOptions, load_recipe, make_recipe
+from impasto.training.trainer import Trainer
 from tests.checkpoints import write_checkpoint
 from tests.planning.toy import KEPT
 
@@ -97,6 +98,25 @@ def test_the_trainer_takes_what_was_forecast_of_what_saves_memory(means: str) ->
     if "fused" in means:  # and all gradients would be more than that is off
         plain = {**MEANS[means], "train": {**MEANS[means]["train"], "fused_backward": False}}
         assert compare("sd1", plain, "mini", "cpu")[0] > 1.08 * told
+
+
+def test_what_the_process_held_before_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors of another forecast, a cycle that nobody has collected, and what goes while the trainer is made."""
+    sections = {"method": METHODS["lora"], "train": {"batch_size": 1}}
+    _, alone, _ = compare("sd1", sections, "mini", "cpu")
+    with FakeTensorMode():
+        left = [torch.empty(10**6 + i) for i in range(3)]
+    cycle: list[Any] = [torch.empty(10**6)]
+    cycle.append(cycle)
+    del cycle
+    kept = {"before": torch.empty(10**6)}
+
+    def made(*given: Any, **named: Any) -> Trainer:
+        kept.clear()
+        return Trainer(*given, **named)
+
+    monkeypatch.setattr("benchmarks.forecast.Trainer", made)
+    assert compare("sd1", sections, "mini", "cpu")[1] == alone and left
 
 
 @pytest.mark.parametrize(("name", "count", "eight"), [
