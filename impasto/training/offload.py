@@ -128,7 +128,8 @@ class Blocks:
 
     A backward needs them too. Where it computes the block again, its graph holds what was brought for that, until it is
     done with the block: another tensor than the one that waits, so that neither knows of the other. `ahead`, as it is
-    on CUDA: the next block in turn is on its way while one computes.
+    on CUDA: the next block in turn is on its way while one computes. Turns are as given, until the first forward has
+    shown them: a UNet's modules are not in the order in which it computes.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], device: torch.device, *, send: Callable[[Tensor], Tensor] = to_host,
@@ -138,7 +139,8 @@ class Blocks:
         self._places = [_frozen(block) for block in blocks]
         self._waiting = [[send(held[name].detach()) for held, name in places] for places in self._places]
         self._coming: dict[int, list[Tensor]] = {}
-        self._last = -1
+        self._turns, self._met = list(range(len(blocks))), list[int]()
+        self._last: int | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for i, block in enumerate(blocks):
             self._put(i, self._waiting[i])
@@ -168,11 +170,21 @@ class Blocks:
             for tensor in coming:
                 tensor.record_stream(now)  # or its memory might be given away while this stream reads it
         self._put(i, coming or self._brought(i))
-        after = i + (1 if i > self._last else -1)  # the backward goes through them the other way
-        self._last = i
-        if self._ahead and 0 <= after < len(self._places):
+        after = self._after_this(i)
+        if self._ahead and after is not None:
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 self._coming[after] = self._brought(after)
+
+    def _after_this(self, i: int) -> int | None:
+        """The block that comes after this one: the backward goes through them the other way."""
+        if i in self._met and len(self._met) == len(self._turns):
+            self._turns = self._met
+        elif i not in self._met:
+            self._met.append(i)
+        turn, last = self._turns.index(i), -1 if self._last is None else self._turns.index(self._last)
+        self._last = i
+        after = turn + (1 if turn > last else -1)
+        return self._turns[after] if 0 <= after < len(self._turns) else None
 
 
 def _frozen(block: nn.Module) -> list[tuple[dict[str, Any], str]]:

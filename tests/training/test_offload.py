@@ -218,6 +218,23 @@ def test_blocks_come_for_each_forward_and_go(family: str, quantize: str, tmp_pat
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
 
 
+def test_the_block_on_its_way_is_the_one_that_comes_next(tmp_path: Path) -> None:
+    """A UNet computes down, middle, up, and registers otherwise: from the second pass on none is brought in vain, but
+    where the backward begins, and the forward."""
+    base = load_base(write_checkpoint(tmp_path / "mini.safetensors"))
+    base.denoiser.requires_grad_(False)
+    base.checkpoint_gradients()
+    there, blocks = Elsewhere(), list(blocks_of(base.denoiser).values())
+    Blocks(blocks, torch.device("cpu"), send=there.send, bring=there.bring, ahead=True)
+    x = torch.randn(1, base.latent_channels, 8, 8, requires_grad=True)
+    condition, before = base.condition(base.encode_text(["a cat"])), 0
+    for _ in range(2):
+        before = there.brought
+        base.predict(x, torch.tensor([500]), condition).square().sum().backward()
+    most = max(len([*block.parameters(), *block.buffers()]) for block in blocks)
+    assert 2 * len(there.sent) <= there.brought - before <= 2 * len(there.sent) + 2 * most
+
+
 def resident(blocks: list[nn.Module]) -> set[int]:
     return {tensor.data_ptr() for block in blocks for module in block.modules()
             for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None}
