@@ -1,5 +1,5 @@
 # make test          sets up .venv and runs the quick tests (SLOW=1: all of them)
-# make demo          a real fine-tune of the embedded base, in little more than a minute: open impasto-demo/report.html
+# make demo          a real fine-tune of the embedded base, in about a minute and a half: open impasto-demo/report.html
 # make check         ruff and pyright
 # TORCH_INDEX_URL    an index that serves another build of torch (CUDA, ROCm, CPU)
 

@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Teach the embedded miniature something new, and write a page that shows it.
 
-    It draws, trains and draws again, which takes little more than a minute on two free processors and needs neither a
+    It draws, trains and draws again, which takes about a minute and a half on two free processors and needs neither a
     graphics card nor the internet. An interrupted demo goes on with the same command.
     """
     report = RichReporter()
