@@ -46,6 +46,7 @@ from impasto.training.previews import Previews, evaluating
 from impasto.training.rates import split_by_path
 from impasto.training.recipe import Recipe
 from impasto.training.rounding import Steps
+from impasto.training.sections import DEFAULT_STEPS
 from impasto.training.shown import Shown
 from impasto.training.step import step as step_losses
 
@@ -137,7 +138,7 @@ class Rehearsal:
                            for tensor in (*network.parameters(), *network.buffers())]
             self.ledger.move(self.asleep, here=False)
         for method in self.methods:
-            method.begin(self.options.steps or 500)
+            method.begin(self.options.known_steps or DEFAULT_STEPS)
 
     def _means(self) -> None:
         """What saves memory, as the trainer has it. What waits elsewhere moves in the ledger, and on a CPU nowhere."""
